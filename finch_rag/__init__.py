@@ -1,0 +1,78 @@
+"""Read far more passages than a model's window holds, in one chunked prefill, and answer from a small cache.
+
+Example:
+    >>> from finch_rag import Finch
+    >>> finch = Finch.from_pretrained("embedded")
+    >>> answer = finch.ask("Who signed it?", passages)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CorpusError,
+    DeviceMemoryError,
+    FinchError,
+    InputError,
+    MissingExtraError,
+    ModelError,
+    NumericsError,
+    SettingsError,
+    WindowError,
+)
+
+if TYPE_CHECKING:
+    from .cache import CompressedCache
+    from .engine import Finch
+    from .heads import find_heads
+    from .prompt import Passage
+    from .report import Answer, Citation, CompressionReport
+    from .stream import AnswerStream
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "Citation",
+    "CompressedCache",
+    "CompressionReport",
+    "CorpusError",
+    "DeviceMemoryError",
+    "Finch",
+    "FinchError",
+    "InputError",
+    "MissingExtraError",
+    "ModelError",
+    "NumericsError",
+    "Passage",
+    "SettingsError",
+    "WindowError",
+    "find_heads",
+]
+
+_LAZY = {  # torch and transformers take seconds to import, so these wait until they are used
+    "Answer": "report",
+    "AnswerStream": "stream",
+    "Citation": "report",
+    "CompressedCache": "cache",
+    "CompressionReport": "report",
+    "Finch": "engine",
+    "Passage": "prompt",
+    "find_heads": "heads",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,170 @@
+"""The attention function that Finch runs: SDPA on a growing cache, with a window for an observer.
+
+Registered with transformers under the name ``finch``. Scores never need eager attention: an observer, passed as the
+keyword argument ``finch_observer`` of the model's forward, is shown each layer's rotated queries and keys and makes
+what it wants of them. It travels with the call, so that threads do not meet and no module is hooked or patched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from .errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION_NAME = "finch"
+
+# Query rows per call on a CPU. SDPA's CPU kernel computes what a mask then throws away, so rows are processed in
+# blocks that each see only the columns up to their own end. Measured on two cores for 2,048 rows on 552 cached
+# columns: one call 59 ms, blocks of 512 / 256 / 128 rows 46 / 43 / 44 ms.
+_CPU_BLOCK_ROWS = 256
+
+
+class Observer(Protocol):
+    """Sees what every attention layer computes with."""
+
+    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """Called once a layer, before its attention output is computed.
+
+        Args:
+            layer: Index of the layer.
+            query: Rotated queries, shape [1, heads, rows, head_dim].
+            key: Rotated keys of the whole cache, shape [1, kv_heads, columns, head_dim].
+            scaling: Factor on the products, 1/sqrt(head_dim) for most models.
+        """
+
+
+def input_embedding(model: PreTrainedModel) -> torch.Tensor:
+    """A model's input embedding, shape [vocabulary, hidden]; its device is where token ids go."""
+    weight = model.get_input_embeddings().weight
+    if not isinstance(weight, torch.Tensor):
+        raise ModelError(f"{type(model).__name__} has no input embedding; Finch runs decoder-only text models")
+    return weight
+
+
+def use_finch_attention(model: PreTrainedModel) -> None:
+    """Switches a model to the attention function of this module.
+
+    The model computes the same as with ``sdpa``, also in calls that have nothing to do with Finch.
+
+    Args:
+        model: A decoder whose attention goes through transformers' ``AttentionInterface``.
+    """
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
+    model.set_attn_implementation(ATTENTION_NAME)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    finch_observer: Observer | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention in the signature of transformers' ``AttentionInterface``.
+
+    Args:
+        module: The attention module; its ``layer_idx`` goes to the observer.
+        query: Shape [batch, heads, rows, head_dim].
+        key: Shape [batch, kv_heads, columns, head_dim]; the last ``rows`` columns belong to the query rows.
+        value: Shape [batch, kv_heads, columns, head_dim].
+        attention_mask: None for plain causal attention on a cache; any other mask goes to transformers' SDPA.
+        dropout: Attention dropout, 0 outside training.
+        scaling: Factor on the products; 1/sqrt(head_dim) when None.
+        finch_observer: Is shown ``query`` and ``key``; None when nobody looks.
+        kwargs: What the model passes besides.
+
+    Returns:
+        The output, shape [batch, rows, heads, head_dim], and None in the place of attention weights.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if finch_observer is not None:
+        finch_observer(int(module.layer_idx), query, key, scaling)  # type: ignore[arg-type]
+    if attention_mask is not None or kwargs.get("is_causal") is False or kwargs.get("softcap") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    output = causal_attention(query, key, value, scaling, dropout)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, dropout: float = 0.0
+) -> torch.Tensor:
+    """Causal attention of the last rows of a sequence on all of its columns.
+
+    Args:
+        query: Shape [batch, heads, rows, head_dim]; row ``i`` stands at column ``columns - rows + i``.
+        key: Shape [batch, kv_heads, columns, head_dim].
+        value: Shape [batch, kv_heads, columns, head_dim].
+        scaling: Factor on the products.
+        dropout: Attention dropout.
+
+    Returns:
+        Shape [batch, heads, rows, head_dim].
+    """
+    rows, columns = query.shape[2], key.shape[2]
+    grouped = query.shape[1] != key.shape[1]
+
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any = None, causal: bool = False) -> torch.Tensor:
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+        )
+
+    if rows == 1:
+        return sdpa(query, key, value)
+    if rows == columns:
+        return sdpa(query, key, value, causal=True)
+    if query.device.type != "cpu":
+        return sdpa(query, key, value, mask=causal_lower_right(rows, columns))
+    past = columns - rows
+    blocks = []
+    for start in range(0, rows, _CPU_BLOCK_ROWS):
+        stop = min(start + _CPU_BLOCK_ROWS, rows)
+        seen = past + stop
+        mask = torch.ones(stop - start, seen, dtype=torch.bool).tril_(seen - (stop - start))
+        blocks.append(sdpa(query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], mask))
+    return torch.cat(blocks, dim=2)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Mask in the signature of transformers' ``AttentionMaskInterface``.
+
+    Returns:
+        None for plain causal attention on a cache, which ``attention_forward`` does without a mask; otherwise
+        (padding, sliding windows, static caches) what SDPA needs.
+    """
+    plain = attention_mask is None and mask_function is causal_mask_function and kv_offset == 0
+    if plain and isinstance(q_offset, int) and q_offset + q_length == kv_length:
+        return None
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )

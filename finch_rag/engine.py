@@ -1,0 +1,238 @@
+"""The engine: from a question and passages to an answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import Unpack
+
+from .attention import use_finch_attention
+from .decode import Decoder, Sampling
+from .errors import InputError, ModelError, SettingsError
+from .heads import Heads, check_heads, fingerprint, resolve_heads
+from .models import load_model
+from .options import CallOptions, Progress, ReadingOptions, SamplingOptions, check_reading, sampling_of
+from .planning import FixedTokens, RetrievalHeads, fit, window_of
+from .prompt import Passage, PromptBuilder, as_passages
+from .reading import Reading
+from .report import citations
+from .rope import KeyRotation
+from .stream import AnswerStream
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .cache import CompressedCache
+    from .report import Answer, Citation
+    from .selection import Selection
+
+
+class Finch:
+    """Reads any number of passages in one chunked prefill and answers from a small cache.
+
+    Safe to share between threads: a call keeps nothing in the engine.
+
+    Args:
+        model: A decoder-only transformers model with rotary positions. It is switched to Finch's attention function,
+            which computes what SDPA computes.
+        tokenizer: Its tokenizer; its chat template is used where it has one.
+        name: Name in reports; the model's own when None.
+        budget: Document tokens kept per layer; derived from the window when None.
+        chunk_size: Document tokens read per step; derived from device and window when None.
+        selection: "passage" keeps whole passages, "token" keeps tokens layer by layer as in the paper.
+        heads: Heads that rank passages: "auto" (the model's retrieval heads, found at the first use of a model),
+            "all", or (layer, head) pairs. Token selection sums all heads.
+        max_new_tokens: The most tokens of an answer.
+        instructions: Read before the passages; a default that asks for a short answer when None.
+        system_prompt: System message; the chat template's own default when None.
+        on_progress: Called with a stage ("heads", "prefill") and the steps done and in all.
+
+    Raises:
+        SettingsError: If a setting cannot work.
+        ModelError: If Finch cannot run the model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+        budget: int | None = None,
+        chunk_size: int | None = None,
+        selection: Selection = "passage",
+        heads: Heads = "auto",
+        max_new_tokens: int = 128,
+        instructions: str | None = None,
+        system_prompt: str | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ModelError(f"{type(model).__name__} is an encoder-decoder; Finch runs decoder-only models")
+        check_reading(budget, chunk_size, selection, SettingsError)
+        check_heads(heads, model.config, SettingsError)
+        Sampling(max_new_tokens=max_new_tokens).check(SettingsError)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name or str(getattr(model, "name_or_path", "") or type(model).__name__)
+        self.budget, self.chunk_size, self.selection = budget, chunk_size, selection
+        self.max_new_tokens = max_new_tokens
+        self.instructions, self.system_prompt = instructions, system_prompt
+        self.on_progress: Progress = on_progress or (lambda stage, done, total: None)
+        self.window = window_of(model.config)
+        self.rotation = KeyRotation.of(model, self.window)
+        use_finch_attention(model)
+        self.prompts = PromptBuilder(tokenizer)
+        self._heads = heads
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> Finch:
+        """Loads a model and builds an engine on it.
+
+        Args:
+            model: A hub id, a local folder, a GGUF file, "embedded", or a loaded model (pass its tokenizer too).
+            tokenizer: For a loaded model.
+            dtype: See `finch_rag.models.load_model`.
+            device: See `finch_rag.models.load_model`.
+            trust_remote_code: Whether code that comes with the model may run.
+            settings: The keyword arguments of `Finch`.
+
+        Raises:
+            SettingsError: If a setting cannot work.
+            ModelError: If the model cannot be loaded, or Finch cannot run it.
+        """
+        if not isinstance(model, (str, Path)):
+            if tokenizer is None:
+                raise SettingsError("a loaded model needs its tokenizer: pass tokenizer=")
+            return cls(model, tokenizer, **settings)
+        loaded = load_model(model, dtype, device, trust_remote_code)
+        return cls(loaded.model, tokenizer or loaded.tokenizer, **{"name": loaded.name, **settings})
+
+    def ask(self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]) -> Answer:
+        """Answers a question from passages.
+
+        Args:
+            question: The question.
+            passages: Texts or `Passage` objects; without any the model answers without context, and the report's
+                ``selection`` is "none".
+            options: What differs from the engine's settings for this call.
+
+        Raises:
+            InputError: If passages, question or options cannot work.
+            NumericsError: If the model computes NaN.
+            DeviceMemoryError: If the device runs out of memory.
+        """
+        return self.stream(question, passages, **options).read()
+
+    def stream(
+        self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]
+    ) -> AnswerStream:
+        """Like `ask`, but hands out the answer in pieces as it is made.
+
+        Bad input raises at once. The passages are read when the first piece is asked for.
+
+        Args:
+            question: See `ask`.
+            passages: See `ask`.
+            options: See `ask`.
+        """
+        sampling = sampling_of(options, self.max_new_tokens)
+        reading = Reading(self, question, as_passages(passages), sampling.max_new_tokens, options)
+        return self._answer(reading.run, reading.answer_prompt, sampling)
+
+    def compress(
+        self, question: str, passages: Iterable[str | Passage], **options: Unpack[ReadingOptions]
+    ) -> CompressedCache:
+        """Reads passages under a question and returns the small cache, to be asked or saved.
+
+        Args:
+            question: Decides what is kept.
+            passages: See `ask`.
+            options: What differs from the engine's settings for this call.
+        """
+        return Reading(self, question, as_passages(passages), self.max_new_tokens, options).run().fork(0)
+
+    def ask_cached(
+        self, cache: CompressedCache, question: str | None = None, **options: Unpack[SamplingOptions]
+    ) -> Answer:
+        """Answers from a cache that `compress` made; the cache stays as it is.
+
+        Args:
+            cache: From this model.
+            question: Any question; the one that the cache was compressed under when None.
+            options: Options of generation.
+
+        Raises:
+            InputError: If the cache is another model's.
+            WindowError: If question and answer do not fit behind the cache.
+        """
+        if cache.document.model != self.fingerprint:
+            raise InputError(f"the cache was filled by another model than {self.name}: compress the passages again")
+        sampling = sampling_of(options, self.max_new_tokens)
+        prompt = self.prompts.build(cache.document.question if question is None else question, [])
+        fixed = FixedTokens(cache.length, len(prompt.question), len(prompt.tail), sampling.max_new_tokens)
+        fit(self.window, fixed, 1, 1, 1)
+        return self._answer(lambda: cache, [*prompt.question, *prompt.tail], sampling).read()
+
+    def rank(
+        self, question: str, passages: Iterable[str | Passage], **options: Unpack[ReadingOptions]
+    ) -> list[Citation]:
+        """All passages by the attention that the question pays to them: attention as a reranker.
+
+        Args:
+            question: The question.
+            passages: Texts or `Passage` objects.
+            options: What differs from the engine's settings for this call.
+
+        Returns:
+            One citation a passage, by falling share; ``index`` is its place in ``passages``.
+        """
+        return citations(Reading(self, question, as_passages(passages), self.max_new_tokens, options).run())
+
+    def retrieval_heads(self) -> RetrievalHeads | None:
+        """The heads that rank passages, by layer; None when all are summed. Found on the first call if need be."""
+        with self._lock:
+            return self._resolved_heads
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the model's weights."""
+        return fingerprint(self.model)
+
+    @cached_property
+    def _resolved_heads(self) -> RetrievalHeads | None:
+        def on_progress(done: int, total: int) -> None:
+            self.on_progress("heads", done, total)
+
+        return resolve_heads(self._heads, self.model, self.tokenizer, self.name, on_progress)
+
+    @cached_property
+    def _eos(self) -> frozenset[int]:
+        found: set[int] = set()
+        for source in (self.model.generation_config, self.model.config, self.tokenizer):
+            ids = getattr(source, "eos_token_id", None)
+            found.update(ids if isinstance(ids, (list, tuple)) else [ids] if ids is not None else [])
+        return frozenset(found)
+
+    def _answer(
+        self, open_cache: Callable[[], CompressedCache], prompt: Sequence[int], sampling: Sampling
+    ) -> AnswerStream:
+        def decoder(cache: CompressedCache) -> Decoder:
+            return Decoder(self.model, cache, prompt, sampling, self._eos, self.prompts.decode)
+
+        return AnswerStream(open_cache, decoder, len(prompt), sampling.max_new_tokens)

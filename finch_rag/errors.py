@@ -1,0 +1,64 @@
+"""Every error that finch-rag raises on purpose.
+
+    FinchError                  (RuntimeError)
+    ├── SettingsError           (also ValueError)  an engine built with settings that cannot work
+    ├── InputError              a call with passages, a question or settings that cannot work
+    │   └── WindowError         the call needs more positions than the model's window has
+    ├── ModelError              a model that cannot be loaded or that Finch cannot run
+    │   └── NumericsError       the model computed NaN
+    ├── DeviceMemoryError       the device ran out of memory
+    ├── CorpusError             a corpus that is missing, empty or unreadable
+    └── MissingExtraError       (also ImportError) an optional dependency is not installed
+
+All of them are ``RuntimeError``, because LlamaIndex's response synthesizers swallow ``ValueError`` and answer
+"Empty Response" instead. Only ``SettingsError``, raised while the engine is built and so before any framework runs,
+is a ``ValueError`` too.
+"""
+
+from __future__ import annotations
+
+
+class FinchError(RuntimeError):
+    """Base class: one clear line that says what is wrong and what to do about it."""
+
+
+class SettingsError(FinchError, ValueError):
+    """The engine was built with settings that cannot work."""
+
+
+class InputError(FinchError):
+    """A call got passages, a question or settings that cannot work."""
+
+
+class WindowError(InputError):
+    """A call needs more positions than the model's window has."""
+
+
+class ModelError(FinchError):
+    """A model cannot be loaded, or its architecture is one that Finch cannot run."""
+
+
+class NumericsError(ModelError):
+    """The model's logits are NaN, so no answer can be read from them."""
+
+
+class DeviceMemoryError(FinchError):
+    """The device ran out of memory during a forward pass."""
+
+
+class CorpusError(FinchError):
+    """A corpus is missing, empty or not readable."""
+
+
+class MissingExtraError(FinchError, ImportError):
+    """An optional dependency is needed for this call and is not installed."""
+
+    @classmethod
+    def of(cls, package: str, extra: str) -> MissingExtraError:
+        """The error for ``package``, naming the extra that brings it.
+
+        Args:
+            package: Name of the missing distribution.
+            extra: Name of the extra of finch-rag that installs it.
+        """
+        return cls(f"{package} is not installed; install it with: pip install 'finch-rag[{extra}]'")

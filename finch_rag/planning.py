@@ -1,0 +1,123 @@
+"""Budget and chunk size that fit a model's window. Integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import WindowError
+from .selection import Selection
+
+RetrievalHeads = Mapping[int, Sequence[int]]  # layer -> its heads
+
+_LARGEST_DEFAULT_BUDGET = 2048
+_SMALLEST_DEFAULT_BUDGET = 256
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """How one call reads its passages.
+
+    Attributes:
+        budget: Document tokens kept per layer.
+        chunk_size: Document tokens read per step.
+        selection: What is kept: whole passages, or tokens layer by layer.
+        heads: Retrieval heads that rank passages; None takes all heads of all layers.
+    """
+
+    budget: int
+    chunk_size: int
+    selection: Selection
+    heads: RetrievalHeads | None
+
+
+@dataclass(frozen=True, slots=True)
+class FixedTokens:
+    """Tokens of a call that are never compressed.
+
+    Attributes:
+        prefix: Before the passages.
+        question: Forwarded after each chunk.
+        tail: Between question and answer.
+        new: The most that will be generated.
+    """
+
+    prefix: int
+    question: int
+    tail: int
+    new: int
+
+    @property
+    def total(self) -> int:
+        """Positions that they take while the answer is generated."""
+        return self.prefix + self.question + self.tail + self.new
+
+
+def window_of(config: Any) -> int:
+    """Positions in which a model's attention is the plain causal attention that Finch runs.
+
+    That is the trained window, or less: with a sliding window, or with long RoPE's two sets of frequencies (which
+    switch at a length, while keys rotated by the other set are in the cache), Finch stays below the smaller length.
+
+    Args:
+        config: The model's configuration.
+    """
+    limits = [int(config.max_position_embeddings)]
+    sliding = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if sliding and getattr(config, "use_sliding_window", True) and "sliding_attention" in layer_types:
+        limits.append(int(sliding))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        limits.append(int(rope.get("original_max_position_embeddings", limits[0])))
+    return min(limits)
+
+
+def fit(
+    window: int, fixed: FixedTokens, budget: int | None, chunk_size: int | None, default_chunk_size: int
+) -> tuple[int, int]:
+    """Budget and chunk size of a call, checked before any forward pass.
+
+    Args:
+        window: Positions that the model has.
+        fixed: Tokens that are never compressed.
+        budget: Asked for; None derives it from the window: a sixteenth of it, between 256 and 2,048 tokens where
+            they fit. Small caches answer better (see docs/benchmarks.md).
+        chunk_size: Asked for; None takes what fits of ``default_chunk_size``.
+        default_chunk_size: What the device reads well in one step.
+
+    Returns:
+        The budget and the chunk size.
+
+    Raises:
+        WindowError: If something does not fit, with both numbers and the cure.
+    """
+    room = window - fixed.total
+    if room < 2:
+        raise WindowError(
+            f"the question takes {fixed.question + fixed.tail} tokens, the instructions {fixed.prefix} and the answer "
+            f"up to {fixed.new}, which leaves no room in the model's window of {window}: shorten them or lower "
+            "max_new_tokens"
+        )
+    if budget is None:
+        wanted = min(_LARGEST_DEFAULT_BUDGET, max(_SMALLEST_DEFAULT_BUDGET, window // 16))
+        budget = min(wanted, room // 2)
+    if budget < 1:
+        raise WindowError(f"budget is {budget}: the least is 1 token")
+    if budget > room - 1:
+        raise WindowError(
+            f"budget {budget} is too large: beside instructions, question and answer ({fixed.total} tokens) the "
+            f"model's window of {window} has room for {room - 1}: use budget={room - 1} or less"
+        )
+    largest_chunk = window - fixed.prefix - budget - fixed.question
+    if chunk_size is None:
+        chunk_size = min(default_chunk_size, largest_chunk)
+    if chunk_size < 1:
+        raise WindowError(f"chunk_size is {chunk_size}: the least is 1 token")
+    if chunk_size > largest_chunk:
+        raise WindowError(
+            f"chunk_size {chunk_size} is too large: beside a budget of {budget}, instructions and question the "
+            f"model's window of {window} has room for {largest_chunk}: use chunk_size={largest_chunk} or less"
+        )
+    return budget, chunk_size

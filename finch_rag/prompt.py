@@ -1,0 +1,217 @@
+"""Passages, question and chat template -> token ids, kept apart.
+
+    prefix     template, system prompt, instructions: never evicted
+    passages   what is compressed
+    question   forwarded after every chunk, and once more before the answer
+    tail       end of the template; opens the answer
+
+Retrieved text is untrusted: a control token's text inside a passage or question is tokenised as plain text.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from .errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INSTRUCTIONS = "Answer the question in a few words, using the passages below."
+INSTRUCTIONS_WITHOUT_PASSAGES = "Answer the question in a few words."
+
+_SYSTEM_MARK = "FinchSystemPromptGoesHere"
+_USER_MARK = "FinchUserMessageGoesHere"
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A retrieved text.
+
+    Attributes:
+        text: The text that the model reads.
+        id: The caller's id, handed back in citations.
+        title: Read before the text, and handed back in citations.
+        metadata: The caller's; Finch does not look at it.
+    """
+
+    text: str
+    id: str | None = None
+    title: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids of one call.
+
+    Attributes:
+        prefix: Read first, never evicted.
+        passages: One list a passage.
+        question: The question with its label, forwarded after each chunk.
+        question_rows: Which tokens of ``question`` are the question's own.
+        tail: What stands between the question and the answer.
+    """
+
+    prefix: list[int]
+    passages: list[list[int]]
+    question: list[int]
+    question_rows: slice
+    tail: list[int]
+
+
+def as_passages(passages: Iterable[str | Passage]) -> list[Passage]:
+    """Checks what a caller passes as passages.
+
+    Args:
+        passages: Strings or `Passage` objects.
+
+    Raises:
+        InputError: If one of them is empty or not text; the message has its index.
+    """
+    if isinstance(passages, (str, Passage)):
+        raise InputError("passages is a single text: pass a list of texts or of Passage objects")
+    checked = []
+    for index, item in enumerate(passages):
+        passage = item if isinstance(item, Passage) else Passage(item)
+        if not isinstance(passage.text, str):
+            raise InputError(f"passage {index} is {type(passage.text).__name__}, not text: pass a str or a Passage")
+        if not passage.text.strip():
+            raise InputError(f"passage {index} is empty: leave it out, or give it text")
+        checked.append(passage)
+    return checked
+
+
+class PromptBuilder:
+    """Builds prompts for one tokenizer. Safe to share between threads.
+
+    Args:
+        tokenizer: With a chat template, which is then used, or without.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._lock = threading.Lock()  # fast tokenizers refuse concurrent use with "Already borrowed"
+        control = {
+            token.content: token_id
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if len(token.content) > 1 and not token.content.isspace()
+        }
+        control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self.control_ids = frozenset(control.values())
+        longest_first = sorted(filter(None, control), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    def build(
+        self,
+        question: str,
+        passages: Sequence[Passage],
+        instructions: str | None = None,
+        system_prompt: str | None = None,
+    ) -> Prompt:
+        """Token ids for a question over passages.
+
+        Args:
+            question: The question.
+            passages: Checked passages, possibly none.
+            instructions: Read before the passages; a default that asks for a short answer when None.
+            system_prompt: The system message; the chat template's own default when None.
+
+        Raises:
+            InputError: If the question is empty or not text.
+            ModelError: If the chat template cannot be used.
+        """
+        if not isinstance(question, str) or not question.strip():
+            raise InputError("the question is empty: ask one")
+        if instructions is None:
+            instructions = INSTRUCTIONS if passages else INSTRUCTIONS_WITHOUT_PASSAGES
+        head, tail = self._template(system_prompt)
+        label, question = "Question: ", question.strip()
+        opening = f"{instructions}\n\n" if instructions else ""
+        prefix = head + self.encode([opening])[0]
+        texts = [f"{p.title}\n{p.text}\n\n" if p.title else f"{p.text}\n\n" for p in passages]
+        # The label ends in a space that most tokenizers join to the next word: encode both, then find the border.
+        label_ids = self.encode([label.rstrip()])[0]
+        question_ids = self.encode([label + question])[0]
+        own = len(label_ids) if question_ids[: len(label_ids)] == label_ids else 0
+        return Prompt(prefix, self.encode(texts), question_ids, slice(own, len(question_ids)), tail)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of untrusted texts: control tokens inside them stay plain text.
+
+        Args:
+            texts: Any texts.
+
+        Returns:
+            One list a text, none of which holds a control token's id.
+        """
+        pieces = [self._without_control(text) for text in texts]
+        flat = [piece for parts in pieces for piece in parts]
+        if not flat:
+            return []
+        with self._lock:
+            encoded = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"])
+        # A normaliser may still make a control token of look-alike characters; such a token is left out.
+        return [[t for _ in parts for t in next(encoded) if t not in self.control_ids] for parts in pieces]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of generated tokens, without control tokens."""
+        with self._lock:
+            text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def _without_control(self, text: str) -> list[str]:
+        """Cuts a text behind the first character of each control token in it, so that no piece holds one."""
+        pieces = []
+        while self._control is not None and (match := self._control.search(text)):
+            pieces.append(text[: match.start() + 1])
+            text = text[match.start() + 1 :]
+        return [*pieces, text]
+
+    def _template(self, system_prompt: str | None) -> tuple[list[int], list[int]]:
+        """Token ids before and after the user's message."""
+        if not self.tokenizer.chat_template:
+            opening = f"{system_prompt}\n\n" if system_prompt else ""
+            with self._lock:
+                head = list(self.tokenizer(opening)["input_ids"])
+            while head and head[-1] == self.tokenizer.eos_token_id:
+                head.pop()
+            return head, self.encode(["\nAnswer:"])[0]
+        before, after = self._split(self._render(_SYSTEM_MARK if system_prompt else None), _USER_MARK)
+        if not system_prompt:
+            return self._trusted(before), self._trusted(after)
+        opening, between = self._split(before, _SYSTEM_MARK)
+        return self._trusted(opening) + self.encode([system_prompt])[0] + self._trusted(between), self._trusted(after)
+
+    def _render(self, system_prompt: str | None) -> str:
+        messages = [{"role": "user", "content": _USER_MARK}]
+        if system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": system_prompt})
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            if system_prompt is None:
+                raise ModelError(f"the tokenizer's chat template fails: {error}") from error
+        # Some templates know no system role: its text then opens the user's message.
+        messages = [{"role": "user", "content": f"{system_prompt}\n\n{_USER_MARK}"}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _split(self, text: str, mark: str) -> tuple[str, str]:
+        before, found, after = text.partition(mark)
+        if not found or mark in after:
+            raise ModelError(
+                f"the chat template of {type(self.tokenizer).__name__} does not show each message once; pass a "
+                "tokenizer with another chat_template, or set it to None for a plain prompt"
+            )
+        return before, after
+
+    def _trusted(self, text: str) -> list[int]:
+        """Token ids of the template's own text, whose control tokens are meant."""
+        with self._lock:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,99 @@
+"""One call's reading of passages: checked when it is built, run once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .attention import input_embedding
+from .cache import CachedDocument, CompressedCache
+from .errors import InputError
+from .options import check_reading
+from .planning import FixedTokens, PrefillPlan, fit
+from .prefill import prefill
+
+if TYPE_CHECKING:
+    from .engine import Finch
+    from .prompt import Passage
+
+_CPU_CHUNK_SIZE = 1024  # longer chunks cost more attention than their larger matrix products save
+_ACCELERATOR_CHUNK_SIZE = 4096  # shorter chunks starve the matrix units
+
+
+class Reading:
+    """Reads passages under a question.
+
+    Args:
+        finch: The engine.
+        question: The question.
+        passages: Checked passages.
+        max_new_tokens: Room to leave for the answer.
+        options: What differs from the engine's settings, see `finch_rag.options.ReadingOptions`.
+
+    Attributes:
+        answer_prompt: Token ids to read behind the cache, before the answer.
+
+    Raises:
+        InputError: If question or options cannot work.
+    """
+
+    def __init__(
+        self,
+        finch: Finch,
+        question: str,
+        passages: Sequence[Passage],
+        max_new_tokens: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._finch, self._question, self._passages = finch, question, passages
+        self._selection = options.get("selection", finch.selection)
+        self._on_progress = options.get("on_progress", finch.on_progress)
+        budget, chunk_size = options.get("budget", finch.budget), options.get("chunk_size", finch.chunk_size)
+        check_reading(budget, chunk_size, self._selection, InputError)
+        self._prompt = finch.prompts.build(
+            question,
+            passages,
+            options.get("instructions", finch.instructions),
+            options.get("system_prompt", finch.system_prompt),
+        )
+        prompt = self._prompt
+        self.answer_prompt = [*prompt.question, *prompt.tail]
+        fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), max_new_tokens)
+        on_cpu = input_embedding(finch.model).device.type == "cpu"
+        default = _CPU_CHUNK_SIZE if on_cpu else _ACCELERATOR_CHUNK_SIZE
+        self._budget, self._chunk_size = fit(finch.window, fixed, budget, chunk_size, default)
+
+    def run(self) -> CompressedCache:
+        """Reads the passages into a cache that remembers them for citations and report."""
+        finch, prompt = self._finch, self._prompt
+        heads = finch.retrieval_heads() if self._selection == "passage" and self._passages else None
+        plan = PrefillPlan(self._budget, self._chunk_size, self._selection, heads)
+        chunks = 0
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal chunks
+            chunks += 1
+            self._on_progress("prefill", done, total)
+
+        start = time.perf_counter()
+        cache, attention = prefill(finch.model, prompt, plan, finch.rotation, on_progress)
+        total = float(attention.sum())
+        cache.document = CachedDocument(
+            passage_ids=tuple(passage.id for passage in self._passages),
+            titles=tuple(passage.title for passage in self._passages),
+            passage_tokens=tuple(map(len, prompt.passages)),
+            shares=tuple((attention / total if total else attention).tolist()),
+            question=self._question,
+            model=finch.fingerprint,
+            figures={
+                "model": finch.name,
+                "selection": self._selection if self._passages else "none",
+                "heads": [[layer, head] for layer, its in (heads or {}).items() for head in its],
+                "budget": self._budget,
+                "chunk_size": self._chunk_size,
+                "chunks": chunks,
+                "prefill_seconds": time.perf_counter() - start,
+            },
+        )
+        return cache
