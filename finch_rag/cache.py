@@ -154,7 +154,9 @@ class CachedDocument:
     def from_json(cls, text: str) -> CachedDocument:
         """Reads what `to_json` wrote."""
         fields: dict[str, Any] = json.loads(text)
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        for name, value in fields.items():
+            fields[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**fields)
 
 
 class CompressedCache(Cache):

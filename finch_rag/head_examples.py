@@ -118,8 +118,8 @@ def _ship(s: _Source) -> _Story:
     return (
         f"Built in the yards of {yard}, the steamer {name} was launched in {year} after two years of work. On her "
         f"first voyage she was commanded by Captain {captain} and sailed with a crew of {crew}. For most of her life "
-        f"she carried {cargo} between the northern ports, calling twice a month. She was known for her tall funnel and her "
-        "uneven engines, and she was broken up when newer ships took over the trade.",
+        f"she carried {cargo} between the northern ports, calling twice a month. She was known for her tall funnel and "
+        "her uneven engines, and she was broken up when newer ships took over the trade.",
         [
             f"Who was the captain of the steamer {name} on her first voyage?",
             f"Where was the steamer {name} built?",
