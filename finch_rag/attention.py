@@ -59,9 +59,25 @@ def use_finch_attention(model: PreTrainedModel) -> None:
     Args:
         model: A decoder whose attention goes through transformers' ``AttentionInterface``.
     """
+    if not getattr(model, "_supports_sdpa", False):  # attention sinks, for one, which SDPA would leave out
+        raise ModelError(f"{type(model).__name__} does not run on SDPA attention, so Finch cannot run it")
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        raise ModelError(f"{type(model).__name__} caps its attention scores, which SDPA cannot: Finch cannot run it")
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
     model.set_attn_implementation(ATTENTION_NAME)
+    seen: set[int] = set()
+    with torch.inference_mode():
+        model.base_model(
+            input_ids=torch.ones(1, 1, dtype=torch.long, device=input_embedding(model).device),
+            use_cache=False,
+            finch_observer=lambda layer, query, key, scaling: seen.add(layer),
+        )
+    if len(seen) != model.config.num_hidden_layers:
+        raise ModelError(
+            f"{type(model).__name__} shows Finch the attention of {len(seen)} of its {model.config.num_hidden_layers} "
+            "layers, and all are needed: use Llama, Mistral, Qwen2 or Qwen3"
+        )
 
 
 def attention_forward(
@@ -158,6 +174,8 @@ def attention_mask(
     plain = attention_mask is None and mask_function is causal_mask_function and kv_offset == 0
     if plain and isinstance(q_offset, int) and q_offset + q_length == kv_length:
         return None
+    # SDPA's own reading of a missing mask on a longer cache (upper-left) is not `causal_attention`'s (lower-right).
+    kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and q_length == kv_length
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,

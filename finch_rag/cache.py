@@ -101,8 +101,10 @@ class CompressedLayer(CacheLayerMixin):
 
     def fork(self, capacity: int) -> CompressedLayer:
         """A copy of the tokens in use, with room for ``capacity`` tokens."""
-        keys, values = self._buffers()
         copy = CompressedLayer(capacity)
+        if self.keys is None:  # nothing was read: no passages, and no prefix either
+            return copy
+        keys, values = self._buffers()
         copy.update(keys[:, :, : self.length], values[:, :, : self.length])
         return copy
 
@@ -241,6 +243,12 @@ class CompressedCache(Cache):
         for layer in self.layers:
             layer.crop_to(length)
 
+    def clear_document(self) -> None:
+        """Drops the kept tokens' keys and values, to be read again; ``kept`` still names them."""
+        for layer in self.layers:
+            layer.crop_to(self.prefix)
+            layer.reference_keys = layer.reference_positions = None
+
     def fork(self, room: int) -> CompressedCache:
         """A copy to decode on, so that this cache can be asked again.
 
@@ -283,13 +291,13 @@ class CompressedCache(Cache):
                 if metadata.get("format") != _FORMAT:
                     raise InputError(f"{path} is not a Finch cache: save one with CompressedCache.save")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"cannot read the cache {path}: {error}") from error
-        layers = sum(name.startswith("keys.") for name in tensors)
-        cache = cls(layers, tensors["keys.0"].shape[2])
-        for number, layer in enumerate(cache.layers):
-            layer.update(tensors[f"keys.{number}"], tensors[f"values.{number}"])
-        cache.prefix = int(metadata["prefix"])
-        cache.kept = tensors["kept"].cpu()
-        cache.document = CachedDocument.from_json(metadata["document"])
+            layers = sum(name.startswith("keys.") for name in tensors)
+            cache = cls(layers, tensors["keys.0"].shape[2])
+            for number, layer in enumerate(cache.layers):
+                layer.update(tensors[f"keys.{number}"], tensors[f"values.{number}"])
+            cache.prefix = int(metadata["prefix"])
+            cache.kept = tensors["kept"].cpu()
+            cache.document = CachedDocument.from_json(metadata["document"])
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"cannot read the cache {path}: {type(error).__name__}: {error}") from error
         return cache

@@ -12,11 +12,11 @@ from typing_extensions import Unpack
 
 from .attention import use_finch_attention
 from .decode import Decoder, Sampling
-from .errors import InputError, ModelError, SettingsError
+from .errors import InputError, ModelError, SettingsError, WindowError
 from .heads import Heads, check_heads, fingerprint, resolve_heads
 from .models import load_model
 from .options import CallOptions, Progress, ReadingOptions, SamplingOptions, check_reading, sampling_of
-from .planning import FixedTokens, RetrievalHeads, fit, window_of
+from .planning import FixedTokens, RetrievalHeads, window_of
 from .prompt import Passage, PromptBuilder, as_passages
 from .reading import Reading
 from .report import citations
@@ -45,11 +45,13 @@ class Finch:
         budget: Document tokens kept per layer; derived from the window when None.
         chunk_size: Document tokens read per step; derived from device and window when None.
         selection: "passage" keeps whole passages, "token" keeps tokens layer by layer as in the paper.
+        reread: With passage selection, read the kept tokens once more when all passages have been read. Keys and
+            values of the first reading have seen the passages that were evicted since, and mix them up in the answer.
         heads: Heads that rank passages: "auto" (the model's retrieval heads, found at the first use of a model),
             "all", or (layer, head) pairs. Token selection sums all heads.
         max_new_tokens: The most tokens of an answer.
         instructions: Read before the passages; a default that asks for a short answer when None.
-        system_prompt: System message; the chat template's own default when None.
+        system_prompt: System message; a default when None, the chat template's own when empty.
         on_progress: Called with a stage ("heads", "prefill") and the steps done and in all.
 
     Raises:
@@ -66,6 +68,7 @@ class Finch:
         budget: int | None = None,
         chunk_size: int | None = None,
         selection: Selection = "passage",
+        reread: bool = True,
         heads: Heads = "auto",
         max_new_tokens: int = 128,
         instructions: str | None = None,
@@ -74,13 +77,15 @@ class Finch:
     ) -> None:
         if getattr(model.config, "is_encoder_decoder", False):
             raise ModelError(f"{type(model).__name__} is an encoder-decoder; Finch runs decoder-only models")
+        if not isinstance(heads, (str, list, tuple)) and isinstance(heads, Iterable):
+            heads = list(heads)
         check_reading(budget, chunk_size, selection, SettingsError)
         check_heads(heads, model.config, SettingsError)
         Sampling(max_new_tokens=max_new_tokens).check(SettingsError)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or str(getattr(model, "name_or_path", "") or type(model).__name__)
-        self.budget, self.chunk_size, self.selection = budget, chunk_size, selection
+        self.budget, self.chunk_size, self.selection, self.reread = budget, chunk_size, selection, reread
         self.max_new_tokens = max_new_tokens
         self.instructions, self.system_prompt = instructions, system_prompt
         self.on_progress: Progress = on_progress or (lambda stage, done, total: None)
@@ -88,7 +93,7 @@ class Finch:
         self.rotation = KeyRotation.of(model, self.window)
         use_finch_attention(model)
         self.prompts = PromptBuilder(tokenizer)
-        self._heads = heads
+        self._heads: Heads = heads if isinstance(heads, str) else list(heads)
         self._lock = threading.Lock()
 
     @classmethod
@@ -183,10 +188,20 @@ class Finch:
         """
         if cache.document.model != self.fingerprint:
             raise InputError(f"the cache was filled by another model than {self.name}: compress the passages again")
+        keys = cache.layers[0].keys
+        if keys is not None and keys.dtype != self.model.dtype:
+            raise InputError(
+                f"the cache holds {keys.dtype} and {self.name} is loaded in {self.model.dtype}: load the model with "
+                "that dtype, or compress the passages again"
+            )
         sampling = sampling_of(options, self.max_new_tokens)
         prompt = self.prompts.build(cache.document.question if question is None else question, [])
         fixed = FixedTokens(cache.length, len(prompt.question), len(prompt.tail), sampling.max_new_tokens)
-        fit(self.window, fixed, 1, 1, 1)
+        if fixed.total > self.window:
+            raise WindowError(
+                f"the cache has {cache.length} tokens, the question {fixed.question + fixed.tail} and the answer up to "
+                f"{fixed.new}, more than the window of {self.window}: shorten the question or lower max_new_tokens"
+            )
         return self._answer(lambda: cache, [*prompt.question, *prompt.tail], sampling).read()
 
     def rank(
@@ -202,6 +217,7 @@ class Finch:
         Returns:
             One citation a passage, by falling share; ``index`` is its place in ``passages``.
         """
+        options["reread"] = False  # nothing will be answered from the cache
         return citations(Reading(self, question, as_passages(passages), self.max_new_tokens, options).run())
 
     def retrieval_heads(self) -> RetrievalHeads | None:

@@ -24,7 +24,7 @@ from .cache import CompressedCache
 from .errors import FinchError, InputError, ModelError
 from .head_examples import HeadExample, make_examples
 from .paths import cache_folder, write_atomically
-from .planning import RetrievalHeads
+from .planning import RetrievalHeads, window_of
 from .prefill import forward
 from .prompt import Passage, PromptBuilder
 from .scoring import passage_sums, question_attention
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Heads = Literal["auto", "all"] | Sequence[tuple[int, int]]
 
+HEADS = 8
 EXAMPLES = 24
 PASSAGES = 10
 _FORMAT = 1
@@ -60,7 +61,7 @@ class HeadScore:
 def find_heads(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    n: int = 8,
+    n: int = HEADS,
     examples: int = EXAMPLES,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[HeadScore]:
@@ -85,7 +86,7 @@ def find_heads(
         raise InputError(f"n is {n}: the model has {layers * per_layer} heads, ask for 1 to {layers * per_layer}")
     use_finch_attention(model)
     builder = PromptBuilder(tokenizer)
-    made = _examples_that_fit(builder, examples, model.config.max_position_embeddings)
+    made = _examples_that_fit(builder, examples, window_of(model.config))
     scores = torch.zeros(layers, per_layer)
     for number, example in enumerate(made, 1):
         attention = _attention_by_passage(model, builder, example)  # [layers, heads, passages]
@@ -129,7 +130,8 @@ def resolve_heads(
                 EXAMPLES,
                 _user_file(fingerprint(model)),
             )
-            found = find_heads(model, tokenizer, on_progress=on_progress)
+            heads_in_all = model.config.num_hidden_layers * model.config.num_attention_heads
+            found = find_heads(model, tokenizer, min(HEADS, heads_in_all), on_progress=on_progress)
             save_heads(model, name, found)
             pairs = [(score.layer, score.head) for score in found]
         return heads_by_layer(pairs)
@@ -153,7 +155,8 @@ def check_heads(heads: Any, config: Any, error: type[FinchError] = InputError) -
         raise error('heads is empty: name at least one (layer, head) pair, or use "all"')
     layers, per_layer = config.num_hidden_layers, config.num_attention_heads
     for pair in pairs:
-        if len(pair) != 2 or not (0 <= pair[0] < layers and 0 <= pair[1] < per_layer):
+        whole = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(number, int) for number in pair)
+        if not whole or not (0 <= pair[0] < layers and 0 <= pair[1] < per_layer):
             raise error(f"head {pair!r} does not exist: the model has layers 0 to {layers - 1} of {per_layer} heads")
 
 
@@ -168,14 +171,18 @@ def heads_by_layer(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
 def fingerprint(model: PreTrainedModel) -> str:
     """Identifies a model's weights, whatever dtype and device they are loaded in.
 
-    Hashes the architecture's sizes, all norm weights and the first rows of the input embedding, in bfloat16.
+    Hashes the architecture's sizes, all vectors, the first row of each matrix and the first rows of the input
+    embedding, in bfloat16.
     """
     config = model.config
     digest = hashlib.sha256()
     sizes = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
     digest.update(json.dumps([getattr(config, size, None) for size in sizes]).encode())
-    embedding = input_embedding(model)[:256]
-    for weight in (*(p for p in model.parameters() if p.dim() == 1 and p.is_floating_point()), embedding):
+    parts = [input_embedding(model)[:256]]
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            parts.append(parameter if parameter.dim() == 1 else parameter.flatten(0, -2)[0])  # a matrix's first row
+    for weight in parts:
         digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -187,10 +194,12 @@ def load_heads(model: PreTrainedModel) -> list[tuple[int, int]] | None:
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
             if stored["format"] == _FORMAT:
-                return [(int(layer), int(head)) for layer, head, _ in stored["heads"]]
+                pairs = [(int(layer), int(head)) for layer, head, _ in stored["heads"]]
+                check_heads(pairs, model.config)
+                return pairs
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
             _log.warning("%s cannot be read (%s); its heads are found again", file, error)
     return None
 

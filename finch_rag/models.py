@@ -92,7 +92,11 @@ def load_model(
             f"cannot load the model {name!r}: {reason} (expected a hub id, a folder that save_pretrained wrote, a "
             f'.gguf file, or "{EMBEDDED}")'
         ) from error
-    torch.nn.Module.to(loaded, device)
+    try:
+        torch.nn.Module.to(loaded, device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"cannot put {name} on the device {str(device)!r}: {reason}") from error
     return LoadedModel(loaded.eval(), tokenizer, name)
 
 

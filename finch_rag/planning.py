@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import WindowError
+from .errors import ModelError, WindowError
 from .selection import Selection
 
 RetrievalHeads = Mapping[int, Sequence[int]]  # layer -> its heads
@@ -24,12 +24,14 @@ class PrefillPlan:
         chunk_size: Document tokens read per step.
         selection: What is kept: whole passages, or tokens layer by layer.
         heads: Retrieval heads that rank passages; None takes all heads of all layers.
+        reread: Read the kept tokens once more at the end; needs layers that keep the same.
     """
 
     budget: int
     chunk_size: int
     selection: Selection
     heads: RetrievalHeads | None
+    reread: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,10 @@ def window_of(config: Any) -> int:
     Args:
         config: The model's configuration.
     """
-    limits = [int(config.max_position_embeddings)]
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions:
+        raise ModelError(f"the model's configuration ({config.model_type}) names no window: use a rotary model")
+    limits = [int(positions)]
     sliding = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
     if sliding and getattr(config, "use_sliding_window", True) and "sliding_attention" in layer_types:

@@ -77,6 +77,11 @@ def prefill(
             index = select_passages(scores.sum(0), competing[0].to(scores.device), plan.budget)
         cache.evict(index, chunk, rotation)
         on_progress(chunk.stop, len(document))
+
+    if plan.reread and cache.kept_tokens < len(document):
+        cache.clear_document()
+        for piece in document[cache.kept[0]].split(plan.chunk_size):
+            forward(model, piece, cache)
     return cache, attention
 
 

@@ -23,6 +23,7 @@ from .errors import InputError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SYSTEM_PROMPT = "You are a helpful assistant that answers questions from the passages that the user gives."
 INSTRUCTIONS = "Answer the question in a few words, using the passages below."
 INSTRUCTIONS_WITHOUT_PASSAGES = "Answer the question in a few words."
 
@@ -77,6 +78,8 @@ def as_passages(passages: Iterable[str | Passage]) -> list[Passage]:
     """
     if isinstance(passages, (str, Passage)):
         raise InputError("passages is a single text: pass a list of texts or of Passage objects")
+    if not isinstance(passages, Iterable):
+        raise InputError(f"passages is {type(passages).__name__}: pass a list of texts or of Passage objects")
     checked = []
     for index, item in enumerate(passages):
         passage = item if isinstance(item, Passage) else Passage(item)
@@ -84,8 +87,16 @@ def as_passages(passages: Iterable[str | Passage]) -> list[Passage]:
             raise InputError(f"passage {index} is {type(passage.text).__name__}, not text: pass a str or a Passage")
         if not passage.text.strip():
             raise InputError(f"passage {index} is empty: leave it out, or give it text")
+        _check_unicode(f"{passage.title or ''}{passage.text}", f"passage {index}")
         checked.append(passage)
     return checked
+
+
+def _check_unicode(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} holds half a surrogate pair: decode it with errors='replace' first") from error
 
 
 class PromptBuilder:
@@ -121,7 +132,7 @@ class PromptBuilder:
             question: The question.
             passages: Checked passages, possibly none.
             instructions: Read before the passages; a default that asks for a short answer when None.
-            system_prompt: The system message; the chat template's own default when None.
+            system_prompt: The system message; a default when None, the chat template's own (or none) when empty.
 
         Raises:
             InputError: If the question is empty or not text.
@@ -129,8 +140,11 @@ class PromptBuilder:
         """
         if not isinstance(question, str) or not question.strip():
             raise InputError("the question is empty: ask one")
+        _check_unicode(question, "the question")
         if instructions is None:
             instructions = INSTRUCTIONS if passages else INSTRUCTIONS_WITHOUT_PASSAGES
+        if system_prompt is None and passages:
+            system_prompt = SYSTEM_PROMPT
         head, tail = self._template(system_prompt)
         label, question = "Question: ", question.strip()
         opening = f"{instructions}\n\n" if instructions else ""
@@ -177,12 +191,12 @@ class PromptBuilder:
     def _template(self, system_prompt: str | None) -> tuple[list[int], list[int]]:
         """Token ids before and after the user's message."""
         if not self.tokenizer.chat_template:
-            opening = f"{system_prompt}\n\n" if system_prompt else ""
             with self._lock:
-                head = list(self.tokenizer(opening)["input_ids"])
-            while head and head[-1] == self.tokenizer.eos_token_id:
+                head = list(self.tokenizer("")["input_ids"])  # what the tokenizer puts before any text
+            while head and head[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
                 head.pop()
-            return head, self.encode(["\nAnswer:"])[0]
+            opening = f"{system_prompt}\n\n" if system_prompt else ""
+            return head + self.encode([opening])[0], self.encode(["\nAnswer:"])[0]
         before, after = self._split(self._render(_SYSTEM_MARK if system_prompt else None), _USER_MARK)
         if not system_prompt:
             return self._trusted(before), self._trusted(after)
@@ -194,11 +208,13 @@ class PromptBuilder:
         if system_prompt is not None:
             messages.insert(0, {"role": "system", "content": system_prompt})
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            if system_prompt is None or system_prompt in text:
+                return text
         except TemplateError as error:
             if system_prompt is None:
                 raise ModelError(f"the tokenizer's chat template fails: {error}") from error
-        # Some templates know no system role: its text then opens the user's message.
+        # Some templates know no system role, or drop it: its text then opens the user's message.
         messages = [{"role": "user", "content": f"{system_prompt}\n\n{_USER_MARK}"}]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 

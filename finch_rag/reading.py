@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .attention import input_embedding
 from .cache import CachedDocument, CompressedCache
-from .errors import InputError
-from .options import check_reading
+from .errors import InputError, NumericsError
+from .options import check_names, check_reading
 from .planning import FixedTokens, PrefillPlan, fit
 from .prefill import prefill
 
@@ -46,9 +47,11 @@ class Reading:
         max_new_tokens: int,
         options: Mapping[str, Any],
     ) -> None:
+        check_names(options)
         self._finch, self._question, self._passages = finch, question, passages
         self._selection = options.get("selection", finch.selection)
-        self._on_progress = options.get("on_progress", finch.on_progress)
+        self._on_progress = options.get("on_progress") or finch.on_progress
+        self._reread = options.get("reread", finch.reread) and self._selection == "passage"
         budget, chunk_size = options.get("budget", finch.budget), options.get("chunk_size", finch.chunk_size)
         check_reading(budget, chunk_size, self._selection, InputError)
         self._prompt = finch.prompts.build(
@@ -68,7 +71,7 @@ class Reading:
         """Reads the passages into a cache that remembers them for citations and report."""
         finch, prompt = self._finch, self._prompt
         heads = finch.retrieval_heads() if self._selection == "passage" and self._passages else None
-        plan = PrefillPlan(self._budget, self._chunk_size, self._selection, heads)
+        plan = PrefillPlan(self._budget, self._chunk_size, self._selection, heads, self._reread)
         chunks = 0
 
         def on_progress(done: int, total: int) -> None:
@@ -79,6 +82,8 @@ class Reading:
         start = time.perf_counter()
         cache, attention = prefill(finch.model, prompt, plan, finch.rotation, on_progress)
         total = float(attention.sum())
+        if math.isnan(total):
+            raise NumericsError("the model's attention is NaN: use dtype float32 or bfloat16, and check its weights")
         cache.document = CachedDocument(
             passage_ids=tuple(passage.id for passage in self._passages),
             titles=tuple(passage.title for passage in self._passages),
@@ -89,6 +94,7 @@ class Reading:
             figures={
                 "model": finch.name,
                 "selection": self._selection if self._passages else "none",
+                "reread": self._reread,
                 "heads": [[layer, head] for layer, its in (heads or {}).items() for head in its],
                 "budget": self._budget,
                 "chunk_size": self._chunk_size,

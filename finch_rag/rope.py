@@ -89,7 +89,12 @@ class KeyRotation:
         inv_freq = frequencies[0].detach().float().cpu()
         distance = min(_PROBE_DISTANCE, window - 1)
         old, new = torch.tensor([0]), torch.tensor([distance])
-        at_old, at_new = _probe_keys(model, distance)
+        try:
+            at_old, at_new = _probe_keys(model, distance)
+        except Exception as error:  # a cache of its own, layers without keys: whatever a model trips over
+            raise ModelError(f"{name} does not run on a plain key/value cache ({error}): use Llama or Qwen") from error
+        if len({keys.shape for keys in at_old}) != 1 or at_old[0].shape[-1] < 2 * inv_freq.shape[0]:
+            raise ModelError(f"{name} caches keys of several shapes: use Llama, Mistral, Qwen2 or Qwen3")
         for interleaved in (False, True):
             turns = cls(inv_freq, interleaved, (True,) * len(at_old))
             rotates = []

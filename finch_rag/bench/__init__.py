@@ -1,0 +1,1 @@
+"""Benchmarks. Nothing outside this folder imports them."""

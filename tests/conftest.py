@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a network
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finch_rag.engine import Finch
+
+from .small import chat_tokenizer, plain_tokenizer, small_finch
+
+torch.set_num_threads(1)  # small matrices gain nothing from more
+
+
+@pytest.fixture(autouse=True)
+def private_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Keeps what the package stores out of the user's cache. Embedded tests use it: converting takes long."""
+    if "embedded" not in request.keywords:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    return tmp_path / "user-cache" / "finch-rag"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return chat_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def untemplated() -> Any:
+    """A tokenizer without chat template."""
+    return plain_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def finch() -> Finch:
+    """An engine on a small model; tests must not change it."""
+    return small_finch()
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Finch:
+    """An engine on the embedded model; tests must not change it."""
+    return Finch.from_pretrained("embedded", max_new_tokens=16)

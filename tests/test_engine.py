@@ -1,0 +1,433 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+import finch_rag.prefill
+from finch_rag.cache import CompressedCache
+from finch_rag.engine import Finch
+from finch_rag.errors import FinchError, InputError, ModelError, SettingsError, WindowError
+from finch_rag.prompt import Passage
+from finch_rag.stream import AnswerStream
+
+from .small import ARCHITECTURES, chat_tokenizer, model_of, small_config, small_finch, small_model, texts
+
+QUESTION = "When was the lighthouse built?"
+
+
+def sums_to_one(shares: list[float]) -> bool:
+    return sum(shares) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("selection", ["passage", "token"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_architecture_answers_and_cites(kind: str, selection: Any) -> None:
+    answer = small_finch(kind, selection=selection).ask(QUESTION, texts(10))
+    assert answer.report.kept_tokens == 60
+    assert answer.citations
+    assert answer.report.selection == selection
+
+
+def test_with_room_for_all_the_answer_is_that_of_plain_generation() -> None:
+    finch, passages = small_finch(budget=200, max_new_tokens=12), texts(4)
+    prompt = finch.prompts.build(QUESTION, [Passage(text) for text in passages], "Answer.", "")
+    tokens = [*prompt.prefix, *(t for passage in prompt.passages for t in passage), *prompt.question, *prompt.tail]
+    made = small_model().generate(torch.tensor([tokens]), max_new_tokens=12, do_sample=False)[0, len(tokens) :]
+    assert finch.ask(QUESTION, passages).text == finch.prompts.decode(made.tolist()).strip()
+
+
+def test_a_tokenizer_without_chat_template_will_do(untemplated: Any) -> None:
+    finch = small_finch(tokenizer=untemplated)
+    assert finch.ask(QUESTION, texts(5)).report.new_tokens > 0
+    assert finch.ask(QUESTION, instructions="").report.new_tokens > 0
+
+
+def test_bfloat16_works() -> None:
+    finch = Finch(small_model().to(torch.bfloat16), chat_tokenizer(), heads="all", budget=60, chunk_size=64)
+    assert finch.ask(QUESTION, texts(10), max_new_tokens=4).report.kept_tokens == 60
+
+
+def test_asking_twice_gives_the_same(finch: Finch) -> None:
+    first, second = finch.ask(QUESTION, texts(8)), finch.ask(QUESTION, texts(8))
+    assert (first.text, first.citations) == (second.text, second.citations)
+
+
+def test_the_question_matters(finch: Finch) -> None:
+    assert finch.rank(QUESTION, texts(8)) != finch.rank("who built the bridge?", texts(8))
+
+
+def test_threads_get_what_they_would_get_alone(finch: Finch) -> None:
+    questions = [f"{QUESTION} {n}" for n in range(8)]
+
+    def ask(question: str) -> tuple[str, list[Any]]:
+        answer = finch.ask(question, texts(8))
+        return answer.text, answer.citations
+
+    expected = [ask(question) for question in questions]
+    assert len({text for text, _ in expected}) > 1
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(ask, questions)) == expected
+
+
+def test_two_streams_taken_in_turn_do_not_meet(finch: Finch) -> None:
+    questions = (QUESTION, "who built the bridge?")
+    expected = [finch.ask(question, texts(8)).text for question in questions]
+    streams = [finch.stream(question, texts(8)) for question in questions]
+    found = ["", ""]
+    for _ in range(20):
+        for n, stream in enumerate(streams):
+            found[n] += next(stream, "")
+    assert found == expected
+
+
+def test_a_stream_joins_to_the_answer(finch: Finch) -> None:
+    whole = finch.ask(QUESTION, texts(8))
+    stream = finch.stream(QUESTION, texts(8))
+    deltas = list(stream)
+    assert len(deltas) > 1
+    assert "".join(deltas) == whole.text == stream.answer.text
+    assert stream.answer.citations == whole.citations
+    assert stream.answer.report.new_tokens == whole.report.new_tokens
+
+
+def test_a_stream_has_no_answer_before_its_end(finch: Finch) -> None:
+    stream = finch.stream(QUESTION, texts(8))
+    with pytest.raises(InputError, match="to its end"):
+        _ = stream.answer
+    next(stream)
+    with pytest.raises(InputError, match="to its end"):
+        _ = stream.answer
+    stream.close()
+    assert list(stream) == []
+
+
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[CompressedCache]:
+    """The caches that are alive."""
+    alive: weakref.WeakSet[CompressedCache] = weakref.WeakSet()
+    init = CompressedCache.__init__
+
+    def tracked(cache: CompressedCache, *args: Any) -> None:
+        init(cache, *args)
+        alive.add(cache)
+
+    monkeypatch.setattr(CompressedCache, "__init__", tracked)
+    return alive
+
+
+def leave_with_block(stream: AnswerStream) -> None:
+    with stream:
+        pass
+
+
+@pytest.mark.parametrize("end", [AnswerStream.close, leave_with_block, list])
+def test_an_ended_stream_frees_its_cache(finch: Finch, caches: weakref.WeakSet[CompressedCache], end: Any) -> None:
+    stream = finch.stream(QUESTION, texts(8))
+    next(stream)
+    assert len(caches) == 1  # the one for reading, which is larger, is gone already
+    end(stream)
+    gc.collect()
+    assert len(caches) == 0
+
+
+def test_a_dropped_stream_frees_its_cache(finch: Finch, caches: weakref.WeakSet[CompressedCache]) -> None:
+    stream = finch.stream(QUESTION, texts(8))
+    next(stream)
+    del stream
+    gc.collect()
+    assert len(caches) == 0
+
+
+def test_an_answer_holds_no_cache(finch: Finch, caches: weakref.WeakSet[CompressedCache]) -> None:
+    answer = finch.ask(QUESTION, texts(8))
+    gc.collect()
+    assert len(caches) == 0
+    assert answer.citations
+
+
+def test_a_stream_that_is_never_read_runs_no_forward_pass() -> None:
+    finch, passes = small_finch(), []
+    finch.model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    stream = finch.stream(QUESTION, texts(8))
+    assert passes == []
+    next(stream)
+    assert passes
+    done = len(passes)
+    stream.close()
+    assert len(passes) == done
+
+
+def test_a_stream_refuses_bad_input_at_once(finch: Finch) -> None:
+    with pytest.raises(InputError):
+        finch.stream("", texts(3))
+    with pytest.raises(WindowError):
+        finch.stream(QUESTION, texts(3), budget=5000)
+
+
+def test_progress_is_reported_to_engine_and_call() -> None:
+    seen: list[tuple[str, int, int]] = []
+    finch = small_finch(on_progress=lambda *progress: seen.append(progress))
+    answer = finch.ask(QUESTION, texts(8))
+    total = answer.report.context_tokens
+    assert len(seen) == answer.report.chunks
+    assert seen[-1] == ("prefill", total, total)
+    own: list[tuple[str, int, int]] = []
+    finch.ask(QUESTION, texts(8), on_progress=lambda *progress: own.append(progress))
+    assert own == seen
+
+
+def test_an_error_in_a_progress_callback_reaches_the_caller(finch: Finch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finch.ask(QUESTION, texts(8), on_progress=stop)
+    assert finch.ask(QUESTION, texts(8)).text
+
+
+@pytest.mark.parametrize("selection", ["passage", "token"])
+def test_rank_orders_all_passages_by_shares_that_sum_to_one(finch: Finch, selection: Any) -> None:
+    ranked = finch.rank(QUESTION, [Passage(text, id=str(n)) for n, text in enumerate(texts(9))], selection=selection)
+    shares = [citation.share for citation in ranked]
+    assert sorted(citation.index for citation in ranked) == list(range(9))
+    assert all(citation.passage_id == str(citation.index) for citation in ranked)
+    assert shares == sorted(shares, reverse=True)
+    assert sums_to_one(shares)
+
+
+@pytest.mark.parametrize("selection", ["passage", "token"])
+def test_the_answer_cites_the_ranked_passages_that_were_kept(finch: Finch, selection: Any) -> None:
+    ranked = finch.rank(QUESTION, texts(9), selection=selection)
+    cited = finch.ask(QUESTION, texts(9), selection=selection).citations
+    assert cited == [citation for citation in ranked if citation.kept_tokens]
+
+
+def test_reading_again_costs_one_more_pass_and_only_where_something_was_evicted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    finch = small_finch(heads="all")
+    passes: list[int] = []
+    plain = finch_rag.prefill.forward
+
+    def counted(model: Any, token_ids: torch.Tensor, cache: Any, observer: Any = None) -> None:
+        passes.append(len(token_ids))
+        plain(model, token_ids, cache, observer)
+
+    monkeypatch.setattr(finch_rag.prefill, "forward", counted)
+
+    def count(method: Any, **options: Any) -> int:
+        passes.clear()
+        method(QUESTION, texts(10), chunk_size=64, **options)
+        return len(passes)
+
+    once = count(finch.ask, budget=40, reread=False)
+    assert count(finch.ask, budget=40) == once + 1
+    assert passes[-1] == 40
+    assert count(finch.ask, budget=40, selection="token") == once
+    assert count(finch.rank, budget=40) == once
+    assert count(finch.compress, budget=360) == once
+    assert [finch.ask(QUESTION, texts(10), budget=40, reread=value).report.reread for value in (True, False)] == [
+        True,
+        False,
+    ]
+
+
+def test_nothing_to_rank_gives_nothing(finch: Finch) -> None:
+    assert finch.rank(QUESTION, []) == []
+
+
+def test_without_passages_the_model_answers_alone(finch: Finch) -> None:
+    answer = finch.ask(QUESTION)
+    assert answer.report.selection == "none"
+    assert answer.citations == []
+    assert (answer.report.passages, answer.report.context_tokens, answer.report.kept_tokens) == (0, 0, 0)
+    assert answer.report.heads == ()
+    assert answer.report.new_tokens > 0
+    assert finch.ask(QUESTION, []).text == answer.text
+
+
+def test_options_of_a_call_stand_in_for_the_engines(finch: Finch) -> None:
+    base = finch.ask(QUESTION, texts(8)).report
+    changed = finch.ask(QUESTION, texts(8), budget=33, chunk_size=50, selection="token", max_new_tokens=3).report
+    assert (changed.budget, changed.chunk_size, changed.selection, changed.kept_tokens) == (33, 50, "token", 33)
+    assert changed.new_tokens <= 3
+    assert changed.heads == ()
+    assert finch.ask(QUESTION, texts(8), instructions="").report.prefix_tokens < base.prefix_tokens
+    assert finch.ask(QUESTION, texts(8), system_prompt="Be brief.").report.prefix_tokens > base.prefix_tokens
+    assert finch.ask(QUESTION, texts(8)).report.budget == base.budget
+
+
+def test_none_stands_for_a_default_in_a_call(finch: Finch) -> None:
+    made = finch.ask(QUESTION, texts(8), budget=None, chunk_size=None).report
+    assert made.budget > finch.budget  # type: ignore[operator]
+    assert made.chunk_size > finch.chunk_size  # type: ignore[operator]
+
+
+def test_settings_of_the_engine_are_used() -> None:
+    brief = small_finch(instructions="Answer.", system_prompt="Be brief.")
+    prefix = brief.prompts.decode(brief.prompts.build(QUESTION, [Passage("x")], "Answer.", "Be brief.").prefix)
+    made = brief.ask(QUESTION, texts(3)).report
+    assert made.prefix_tokens == len(brief.prompts.build(QUESTION, [Passage("x")], "Answer.", "Be brief.").prefix)
+    assert "Be brief." in prefix
+
+
+def test_sampling_options_reach_the_decoder(finch: Finch) -> None:
+    def sampled(seed: int) -> str:
+        return finch.ask(QUESTION, texts(3), temperature=1.5, top_k=200, top_p=0.99, seed=seed).text
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(4)}) > 1
+    greedy = finch.ask(QUESTION, texts(3)).text
+    assert finch.ask(QUESTION, texts(3), temperature=2.0, top_k=1).text == greedy
+    assert finch.ask(QUESTION, texts(3), stop=None).text == greedy
+
+
+BAD_CALLS: list[tuple[Any, Any, dict[str, Any], str]] = [
+    ("", ["a"], {}, "question is empty"),
+    ("  ", ["a"], {}, "question is empty"),
+    (None, ["a"], {}, "question"),
+    (QUESTION, "one text", {}, "single text"),
+    (QUESTION, ["a", ""], {}, "passage 1 is empty"),
+    (QUESTION, ["a", None], {}, "passage 1 is NoneType"),
+    (QUESTION, [3], {}, "passage 0 is int"),
+    (QUESTION, None, {}, "passages"),
+    (QUESTION, 42, {}, "passages"),
+    (QUESTION, ["a"], {"budget": 0}, "budget is 0"),
+    (QUESTION, ["a"], {"budget": -1}, "budget is -1"),
+    (QUESTION, ["a"], {"budget": 5000}, r"5000.*512"),
+    (QUESTION, ["a"], {"budget": "many"}, "budget"),
+    (QUESTION, ["a"], {"budget": 1.5}, "budget"),
+    (QUESTION, ["a"], {"chunk_size": 0}, "chunk_size is 0"),
+    (QUESTION, ["a"], {"chunk_size": 5000}, r"5000.*512"),
+    (QUESTION, ["a"], {"selection": "best"}, "'best'.*'passage'.*'token'"),
+    (QUESTION, ["a"], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+    (QUESTION, ["a"], {"max_new_tokens": 600}, r"600.*512"),
+    (QUESTION, ["a"], {"temperature": -1}, "temperature is -1"),
+    (QUESTION, ["a"], {"top_p": 2.0}, "top_p is 2"),
+    (QUESTION, ["a"], {"top_k": 0}, "top_k is 0"),
+    (QUESTION, ["a"], {"stop": ""}, "stop"),
+    (QUESTION, ["a"], {"stop": ["x", ""]}, "stop"),
+    ("who built the bridge? " * 100, ["a"], {}, "512"),
+]
+
+
+@pytest.mark.parametrize(("question", "passages", "options", "reason"), BAD_CALLS)
+def test_a_bad_call_is_an_input_error_of_one_line(
+    finch: Finch, question: Any, passages: Any, options: Any, reason: str
+) -> None:
+    if options.get("stop") == "":  # an empty stop alone means none
+        assert finch.ask(question, passages, **options).text == finch.ask(question, passages).text
+        return
+    with pytest.raises(InputError, match=reason) as caught:
+        finch.ask(question, passages, **options)
+    assert "\n" not in str(caught.value)
+    assert not isinstance(caught.value, ValueError)
+
+
+def test_a_misspelt_option_is_not_ignored(finch: Finch) -> None:
+    with pytest.raises((TypeError, FinchError), match="budgett"):
+        finch.ask(QUESTION, ["a"], budgett=10)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"budget": 0}, "budget is 0"),
+        ({"chunk_size": -1}, "chunk_size is -1"),
+        ({"selection": "best"}, "'best'"),
+        ({"heads": "some"}, "'some'"),
+        ({"heads": [(9, 9)]}, r"\(9, 9\)"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ],
+)
+def test_a_bad_setting_is_a_settings_error(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(SettingsError, match=reason) as caught:
+        small_finch(**settings)
+    assert isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loaded_model_needs_its_tokenizer() -> None:
+    with pytest.raises(SettingsError, match="tokenizer"):
+        Finch.from_pretrained(small_model())
+    assert Finch.from_pretrained(small_model(), tokenizer=chat_tokenizer(), budget=5).budget == 5
+
+
+def test_a_cure_in_a_window_error_works(finch: Finch) -> None:
+    with pytest.raises(WindowError) as caught:
+        finch.ask(QUESTION, texts(40), budget=5000, chunk_size=None)
+    largest = int(str(caught.value).split("budget=")[1].split()[0])
+    assert finch.ask(QUESTION, texts(40), budget=largest, chunk_size=None).report.kept_tokens == largest
+
+
+@pytest.mark.parametrize("budget", [1, 2, 59])
+@pytest.mark.parametrize("selection", ["passage", "token"])
+def test_the_smallest_budgets_work(finch: Finch, budget: int, selection: Any) -> None:
+    answer = finch.ask(QUESTION, texts(4), budget=budget, chunk_size=1, selection=selection, max_new_tokens=1)
+    assert answer.report.kept_tokens == budget
+
+
+def test_many_more_tokens_than_the_window_are_read() -> None:
+    finch = small_finch(budget=None, chunk_size=None)
+    answer = finch.ask(QUESTION, texts(150))
+    assert answer.report.context_tokens > 8 * finch.window
+    assert answer.report.kept_tokens == answer.report.budget
+
+
+def test_a_sliding_window_is_respected() -> None:
+    finch = Finch(small_model("mistral", sliding_window=200), chat_tokenizer(), heads="all", max_new_tokens=4)
+    assert finch.window == 200
+    assert finch.ask(QUESTION, texts(30)).report.context_tokens > 800
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 512}),  # attention sinks
+        ("gemma2", {}),  # soft-capped attention
+        ("deepseek_v3", {"n_routed_experts": 4, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}),  # MLA
+        ("qwen3_next", {}),  # linear attention
+        ("minimax", {"num_local_experts": 4}),  # a cache of its own
+        ("stablelm", {}),  # hands no keyword to its attention
+        ("nemotron", {}),
+    ],
+)
+def test_a_model_is_run_right_or_refused_when_the_engine_is_built(kind: str, changes: dict[str, Any]) -> None:
+    try:
+        model = model_of(small_config(kind, **changes), "eager")
+        finch = Finch(model, chat_tokenizer(), heads="all", budget=200, chunk_size=90, max_new_tokens=4)
+    except ModelError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        return
+    prompt = finch.prompts.build(QUESTION, [Passage(text) for text in texts(4)])
+    tokens = [*prompt.prefix, *(t for passage in prompt.passages for t in passage), *prompt.question, *prompt.tail]
+    with torch.inference_mode():
+        expected = model_of(small_config(kind, **changes), "eager")(torch.tensor([tokens])).logits[0, -1]
+        cache = finch.compress(QUESTION, texts(4))
+        ending = torch.tensor([[*prompt.question, *prompt.tail]])
+        found = finch.model(ending, past_key_values=cache.fork(ending.shape[1])).logits[0, -1]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.embedded
+def test_the_embedded_model_finds_a_needle(embedded: Finch) -> None:
+    passages = [
+        f"The {name} Museum in {town} was opened in {year} by the painter {person}."
+        for name, town, year, person in zip(
+            "Amber Coral Falcon Garnet Heron Ivory Jade Lantern Onyx Pearl".split(),
+            "Elmsworth Linwood Redcliff Millbrook Oakhurst Riverton Saltmarsh Valewood Pinecrest Kingsport".split(),
+            range(1851, 1951, 10),
+            "Novak Kessler Brandt Petrov Okafor Sandoval Lockhart Fontaine Grimaldi Eklund".split(),
+            strict=True,
+        )
+    ]
+    answer = embedded.ask("Who opened the Heron Museum?", passages, budget=96, chunk_size=128)
+    assert answer.citations[0].index == 4
+    assert answer.report.chunks >= 2
+    assert answer.report.compression_factor > 1.5
+    assert answer.text

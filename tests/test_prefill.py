@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finch_rag.attention import use_finch_attention
+from finch_rag.cache import CompressedCache, CompressedLayer
+from finch_rag.errors import DeviceMemoryError
+from finch_rag.planning import PrefillPlan
+from finch_rag.prefill import forward, memory_guard, prefill
+from finch_rag.prompt import Prompt
+from finch_rag.rope import KeyRotation
+from finch_rag.selection import SELECTIONS, Selection
+
+from . import reference
+from .small import ARCHITECTURES, small_model, small_prompt, texts
+
+HEADS = {0: [1], 1: [0, 2]}
+
+
+class Reader:
+    """A small model with its rotation, ready for `prefill`."""
+
+    def __init__(self, kind: str = "llama", **changes: Any) -> None:
+        self.model = small_model(kind, **changes)
+        self.window = self.model.config.max_position_embeddings
+        self.rotation = KeyRotation.of(self.model, self.window)
+        use_finch_attention(self.model)
+
+    def read(
+        self, prompt: Prompt, budget: int, chunk_size: int, selection: Selection, heads: Any = None, **rest: Any
+    ) -> tuple[CompressedCache, torch.Tensor]:
+        return prefill(self.model, prompt, PrefillPlan(budget, chunk_size, selection, heads), self.rotation, **rest)
+
+
+def in_use(cache: CompressedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's keys and values, each [kv_heads, tokens, head_dim]."""
+    its = cache.layers[layer]
+    assert its.keys is not None
+    assert its.values is not None
+    return its.keys[0, :, : its.length], its.values[0, :, : its.length]
+
+
+def document_of(prompt: Prompt) -> list[int]:
+    return [token for passage in prompt.passages for token in passage]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("chunk_size", [400, 64, 17])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_with_room_for_all_the_logits_are_those_of_one_plain_forward(
+    kind: str, chunk_size: int, selection: Selection
+) -> None:
+    prompt = small_prompt(texts(8))
+    document, ending = document_of(prompt), [*prompt.question, *prompt.tail]
+    reader = Reader(kind)
+    cache, _ = reader.read(prompt, len(document), chunk_size, selection)
+    with torch.inference_mode():
+        found = reader.model(torch.tensor([ending]), past_key_values=cache.fork(len(ending))).logits[0]
+        everything = torch.tensor([[*prompt.prefix, *document, *ending]])
+        for attention in ("eager", "sdpa"):
+            expected = small_model(kind, attention)(everything).logits[0, -len(ending) :]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("selection", "heads"), [("token", None), ("passage", None), ("passage", HEADS)])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_what_is_kept_is_what_a_plain_second_implementation_keeps(
+    kind: str, selection: Selection, heads: dict[int, list[int]] | None
+) -> None:
+    prompt = small_prompt(texts(10))  # 338 tokens: at least 6 rounds
+    expected, expected_attention = reference.read(small_model(kind, "eager"), prompt, 70, 64, selection, heads)
+    cache, attention = Reader(kind).read(prompt, 70, 64, selection, heads)
+    assert attention.tolist() == pytest.approx(expected_attention, rel=1e-3)
+    kept = cache.kept.expand(len(expected), -1).tolist()
+    for layer, its in enumerate(expected):
+        assert kept[layer] == its.positions
+        keys, values = in_use(cache, layer)
+        torch.testing.assert_close(keys, its.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(values, its.values, atol=1e-4, rtol=1e-4)
+
+
+def test_the_layers_of_token_selection_choose_their_own() -> None:
+    cache, _ = Reader().read(small_prompt(texts(10)), 70, 64, "token")
+    assert cache.kept.shape == (2, 70)
+    assert cache.kept[0].tolist() != cache.kept[1].tolist()
+
+
+def test_kept_tokens_compete_again() -> None:
+    prompt = small_prompt(texts(10))
+    first, _ = Reader().read(prompt, 70, 90, "passage")
+    begun, _ = Reader().read(Prompt(prompt.prefix, prompt.passages[:2], prompt.question, prompt.question_rows, []), 70,
+                             90, "passage")  # fmt: skip
+    assert not set(begun.kept[0].tolist()) <= set(first.kept[0].tolist())
+
+
+@pytest.mark.parametrize("chunk_size", [64, 100])
+def test_reread_tokens_have_the_keys_and_values_of_a_text_without_the_evicted(chunk_size: int) -> None:
+    prompt = small_prompt(texts(10))
+    reader = Reader()
+    scanned, scanned_attention = reader.read(prompt, 70, chunk_size, "passage", HEADS)
+    reread, attention = prefill(
+        reader.model, prompt, PrefillPlan(70, chunk_size, "passage", HEADS, reread=True), reader.rotation
+    )
+    assert reread.kept.tolist() == scanned.kept.tolist()
+    assert attention.tolist() == scanned_attention.tolist()
+    document = document_of(prompt)
+    alone = CompressedCache(2, len(prompt.prefix) + 70)
+    forward(reader.model, torch.tensor([*prompt.prefix, *(document[n] for n in reread.kept[0].tolist())]), alone)
+    for layer in range(2):
+        for found, expected, before in zip(
+            in_use(reread, layer), in_use(alone, layer), in_use(scanned, layer), strict=True
+        ):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            if layer:
+                assert not torch.allclose(found, before, atol=1e-2)  # the scan's have seen evicted passages
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_prefix_is_untouched_to_the_bit(selection: Selection) -> None:
+    prompt = small_prompt(texts(10))
+    reader = Reader()
+    cache, _ = reader.read(prompt, 40, 32, selection)
+    alone = CompressedCache(2, len(prompt.prefix))
+    with torch.inference_mode():
+        forward(reader.model, torch.tensor(prompt.prefix), alone)
+    for layer in range(2):
+        for found, expected in zip(in_use(cache, layer), in_use(alone, layer), strict=True):
+            assert torch.equal(found[:, : len(prompt.prefix)], expected)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_question_leaves_no_trace_in_the_length(selection: Selection) -> None:
+    prompt = small_prompt(texts(10))
+    cache, _ = Reader().read(prompt, 40, 32, selection)
+    assert cache.prefix == len(prompt.prefix)
+    assert cache.kept_tokens == 40
+    assert [layer.length for layer in cache.layers] == [len(prompt.prefix) + 40] * 2
+
+
+class Watcher:
+    """Writes down every append to a cache and every position that the model is given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+        self.lengths: list[int] = []
+        self.positions: list[list[int]] = []
+        update = CompressedLayer.update
+
+        def watched(layer: CompressedLayer, *args: Any, **kwargs: Any) -> Any:
+            result = update(layer, *args, **kwargs)
+            self.lengths.append(layer.length)
+            return result
+
+        monkeypatch.setattr(CompressedLayer, "update", watched)
+        model.model.rotary_emb.register_forward_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        self.positions.append(positions[0].tolist())
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_lengths_and_positions_stay_within_bounds_far_beyond_the_window(
+    monkeypatch: pytest.MonkeyPatch, selection: Selection
+) -> None:
+    reader = Reader(max_position_embeddings=128)
+    watcher = Watcher(monkeypatch, reader.model)
+    prompt = small_prompt(texts(30))
+    assert len(document_of(prompt)) > 5 * reader.window
+    reader.read(prompt, 50, 40, selection)
+    bound = len(prompt.prefix) + 50 + 40 + len(prompt.question)
+    assert max(watcher.lengths) == bound <= reader.window
+    for positions in watcher.positions:
+        assert positions == list(range(positions[0], positions[0] + len(positions)))
+        assert positions[-1] < reader.window
+    assert watcher.positions[0][0] == 0
+    assert watcher.positions[-1][0] == len(prompt.prefix) + 50  # right behind what is kept
+
+
+def test_no_passages_leave_only_the_prefix() -> None:
+    prompt = small_prompt([])
+    cache, attention = Reader().read(prompt, 40, 32, "passage")
+    assert (cache.length, cache.kept_tokens, len(attention)) == (len(prompt.prefix), 0, 0)
+
+
+def test_an_empty_prefix_is_no_obstacle() -> None:
+    full = small_prompt(texts(10))
+    cache, _ = Reader().read(Prompt([], full.passages, full.question, full.question_rows, []), 40, 32, "passage")
+    assert (cache.prefix, cache.length) == (0, 40)
+
+
+def test_progress_counts_document_tokens() -> None:
+    prompt = small_prompt(texts(10))
+    seen: list[tuple[int, int]] = []
+    Reader().read(prompt, 40, 64, "passage", on_progress=lambda done, total: seen.append((done, total)))
+    total = len(document_of(prompt))
+    assert seen[-1] == (total, total)
+    assert {whole for _, whole in seen} == {total}
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_attention_by_passage_is_what_each_got_when_it_last_competed() -> None:
+    prompt = small_prompt(texts(6))
+    document = document_of(prompt)
+    _, attention = Reader().read(prompt, len(document), len(document), "passage")
+    with torch.inference_mode():
+        tokens = torch.tensor([[*prompt.prefix, *document, *prompt.question]])
+        weights = torch.stack(small_model("llama", "eager")(tokens, output_attentions=True).attentions)[:, 0]
+    rows = weights[:, :, -len(prompt.question) :][:, :, prompt.question_rows].sum(dim=(0, 1, 2))
+    start = len(prompt.prefix)
+    for passage, share in zip(prompt.passages, attention.tolist(), strict=True):
+        assert share == pytest.approx(float(rows[start : start + len(passage)].sum()), rel=1e-4)
+        start += len(passage)
+
+
+def test_every_passage_gets_some_attention_also_those_evicted() -> None:
+    _, attention = Reader().read(small_prompt(texts(10)), 40, 32, "passage")
+    assert bool((attention > 0).all())
+
+
+@lru_cache  # hypothesis runs many examples
+def tiny_reader() -> Reader:
+    return Reader(num_hidden_layers=1)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[list[int], int, int, Selection]:
+    """Passage lengths from one token to three chunks, chunk size, budget, selection."""
+    size = draw(st.integers(1, 30))
+    lengths: Sequence[int] = draw(st.lists(st.integers(1, 3 * size), min_size=1, max_size=6))
+    return list(lengths), size, draw(st.integers(1, 60)), draw(st.sampled_from(SELECTIONS))
+
+
+@given(cases())
+@settings(deadline=None, max_examples=40)
+def test_any_lengths_chunk_size_and_budget_keep_what_they_should(case: tuple[list[int], int, int, Selection]) -> None:
+    lengths, size, budget, selection = case
+    passages = [[5 + (7 * n + i) % 300 for i in range(length)] for n, length in enumerate(lengths)]
+    prompt = Prompt([3, 4, 5], passages, [50, 51, 52, 53], slice(1, 4), [])
+    cache, attention = tiny_reader().read(prompt, budget, size, selection)
+    kept = cache.kept[0].tolist()
+    assert len(kept) == min(budget, sum(lengths))
+    assert kept == sorted(set(kept))
+    assert set(kept) <= set(range(sum(lengths)))
+    assert cache.length == 3 + len(kept)
+    assert attention.shape == (len(lengths),)
+    if budget >= sum(lengths):
+        assert kept == list(range(sum(lengths)))
+
+
+def test_a_device_without_memory_says_what_to_do() -> None:
+    with (
+        pytest.raises(DeviceMemoryError, match=r"77 tokens.*smaller chunk_size"),
+        memory_guard(torch.device("cpu"), "77 tokens"),
+    ):
+        raise torch.OutOfMemoryError("out of memory")
+
+
+def test_other_errors_pass_the_memory_guard() -> None:
+    with pytest.raises(KeyError), memory_guard(torch.device("cpu"), "77 tokens"):
+        raise KeyError("x")

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finch_rag.selection import SELECTIONS, select_passages, select_tokens
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> tuple[torch.Tensor, list[int], int]:
+    """Distinct whole scores, whose sums are exact, of all columns, the passage of each, and a budget."""
+    sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=8))
+    names = sorted(draw(st.sets(st.integers(0, 30), min_size=len(sizes), max_size=len(sizes))))  # gaps: evicted ones
+    columns = sum(sizes)
+    order = draw(st.permutations(range(columns)))
+    passage_of = [name for name, size in zip(names, sizes, strict=True) for _ in range(size)]
+    return torch.tensor(order) + 1.0, passage_of, draw(st.integers(1, columns + 3))
+
+
+def reference(scores: list[float], passage_of: list[int], budget: int) -> list[int]:
+    """Whole passages by their sums while they fit, then the best tokens of the first that does not."""
+    members = {name: [c for c, its in enumerate(passage_of) if its == name] for name in set(passage_of)}
+    ranked = sorted(members, key=lambda name: (-sum(scores[c] for c in members[name]), name))
+    kept: list[int] = []
+    for name in ranked:
+        room = budget - len(kept)
+        kept += sorted(members[name], key=lambda c: -scores[c])[:room]
+        if len(members[name]) >= room:
+            break
+    return sorted(kept)
+
+
+@given(documents())
+def test_passages_are_kept_whole_by_rank_then_tokens_of_the_next(case: tuple[torch.Tensor, list[int], int]) -> None:
+    scores, passage_of, budget = case
+    kept = select_passages(scores, torch.tensor(passage_of), budget).tolist()
+    assert kept == reference(scores.tolist(), passage_of, budget)
+    assert len(kept) == min(budget, len(passage_of))
+
+
+@given(documents())
+def test_each_layer_keeps_its_own_best_tokens(case: tuple[torch.Tensor, list[int], int]) -> None:
+    scores, _, budget = case
+    layers = torch.stack((scores, scores.flip(0)))
+    kept = select_tokens(layers, budget)
+    assert kept.shape == (2, min(budget, len(scores)))
+    for row, layer in zip(kept.tolist(), layers.tolist(), strict=True):
+        assert row == sorted(sorted(range(len(layer)), key=lambda c: -layer[c])[:budget])
+
+
+def test_a_later_passage_does_not_jump_over_one_that_is_too_large() -> None:
+    scores = torch.tensor([1.0, 1.0, 9.0, 1.0, 9.0, 1.0, 2.0])  # sums 2, 20, 2 of sizes 2, 4, 1
+    assert select_passages(scores, torch.tensor([0, 0, 1, 1, 1, 1, 2]), 3).tolist() == [2, 3, 4]
+
+
+def test_of_equal_passages_the_earlier_is_kept() -> None:
+    assert select_passages(torch.ones(6), torch.tensor([0, 0, 1, 1, 2, 2]), 4).tolist() == [0, 1, 2, 3]
+
+
+def test_the_names_of_the_selections() -> None:
+    assert SELECTIONS == ("passage", "token")
