@@ -243,8 +243,13 @@ class CompressedCache(Cache):
         for layer in self.layers:
             layer.crop_to(length)
 
-    def clear_document(self) -> None:
-        """Drops the kept tokens' keys and values, to be read again; ``kept`` still names them."""
+    def restart_document(self, kept: torch.Tensor) -> None:
+        """Drops the kept tokens' keys and values, for others to be read in their place.
+
+        Args:
+            kept: Document positions of the tokens that will be read next, ascending, shape [tokens].
+        """
+        self.kept = kept[None]
         for layer in self.layers:
             layer.crop_to(self.prefix)
             layer.reference_keys = layer.reference_positions = None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .prompt import Passage
 
 QUESTION_ID = "q04"
-BUDGET = 512
+BUDGET = 256
 MAX_NEW_TOKENS = 32
 
 METHODS = {

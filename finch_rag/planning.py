@@ -24,7 +24,8 @@ class PrefillPlan:
         chunk_size: Document tokens read per step.
         selection: What is kept: whole passages, or tokens layer by layer.
         heads: Retrieval heads that rank passages; None takes all heads of all layers.
-        reread: Read the kept tokens once more at the end; needs layers that keep the same.
+        reread: Read the passages that were kept whole once more at the end, and them alone; needs layers that keep the
+            same.
     """
 
     budget: int

@@ -13,7 +13,7 @@ from .cache import CompressedCache
 from .chunking import plan_chunks
 from .errors import DeviceMemoryError
 from .scoring import QuestionObserver, passage_sums
-from .selection import select_passages, select_tokens
+from .selection import select_passages, select_tokens, whole_passages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,9 +79,11 @@ def prefill(
         on_progress(chunk.stop, len(document))
 
     if plan.reread and cache.kept_tokens < len(document):
-        cache.clear_document()
-        for piece in document[cache.kept[0]].split(plan.chunk_size):
-            forward(model, piece, cache)
+        whole = whole_passages(cache.kept[0], passage_of)
+        if len(whole):  # fragments make sense only with the keys and values of their first reading
+            cache.restart_document(whole)
+            for piece in document[whole].split(plan.chunk_size):
+                forward(model, piece, cache)
     return cache, attention
 
 

@@ -55,3 +55,18 @@ def select_passages(scores: torch.Tensor, passage_of: torch.Tensor, budget: int)
     cut = scores.masked_fill(column_rank != whole, float("-inf"))
     keep[cut.topk(room).indices] = True
     return keep.nonzero().squeeze(-1)
+
+
+def whole_passages(kept: torch.Tensor, passage_of: torch.Tensor) -> torch.Tensor:
+    """The kept tokens of passages that were kept whole.
+
+    Args:
+        kept: Document positions of the kept tokens, ascending, shape [kept].
+        passage_of: Passage index of each document position, shape [document].
+
+    Returns:
+        Document positions, ascending, shape [tokens of whole passages].
+    """
+    lengths = passage_of.bincount()
+    whole = passage_of[kept].bincount(minlength=lengths.shape[0]) == lengths
+    return kept[whole[passage_of[kept]]]

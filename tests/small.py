@@ -135,6 +135,7 @@ def small_finch(kind: str = "llama", tokenizer: Any = None, seed: int = 0, **set
         "budget": 60,
         "chunk_size": 64,
         "heads": [(0, 1), (1, 2)],
+        "reread": False,  # so that the whole budget is in use
         "max_new_tokens": 8,
         "instructions": "Answer.",  # short, to leave room in the small window
         "system_prompt": "",

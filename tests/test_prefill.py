@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -45,6 +46,10 @@ def in_use(cache: CompressedCache, layer: int) -> tuple[torch.Tensor, torch.Tens
     assert its.keys is not None
     assert its.values is not None
     return its.keys[0, :, : its.length], its.values[0, :, : its.length]
+
+
+def ends_of(prompt: Prompt) -> list[int]:
+    return list(accumulate(map(len, prompt.passages)))
 
 
 def document_of(prompt: Prompt) -> list[int]:
@@ -108,18 +113,27 @@ def test_reread_tokens_have_the_keys_and_values_of_a_text_without_the_evicted(ch
     reread, attention = prefill(
         reader.model, prompt, PrefillPlan(70, chunk_size, "passage", HEADS, reread=True), reader.rotation
     )
-    assert reread.kept.tolist() == scanned.kept.tolist()
+    kept = set(scanned.kept[0].tolist())
+    spans = [range(end - len(p), end) for end, p in zip(ends_of(prompt), prompt.passages, strict=True)]
+    whole = [n for span in spans if kept.issuperset(span) for n in span]
+    assert 0 < len(whole) < 70  # the scan also kept a fragment
+    assert reread.kept.tolist() == [whole]
     assert attention.tolist() == scanned_attention.tolist()
     document = document_of(prompt)
     alone = CompressedCache(2, len(prompt.prefix) + 70)
-    forward(reader.model, torch.tensor([*prompt.prefix, *(document[n] for n in reread.kept[0].tolist())]), alone)
+    forward(reader.model, torch.tensor([*prompt.prefix, *(document[n] for n in whole)]), alone)
     for layer in range(2):
-        for found, expected, before in zip(
-            in_use(reread, layer), in_use(alone, layer), in_use(scanned, layer), strict=True
-        ):
+        for found, expected in zip(in_use(reread, layer), in_use(alone, layer), strict=True):
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-            if layer:
-                assert not torch.allclose(found, before, atol=1e-2)  # the scan's have seen evicted passages
+
+
+def test_fragments_of_one_large_passage_are_not_read_again() -> None:
+    prompt = small_prompt([" ".join(texts(10))])
+    reader = Reader()
+    scanned, _ = reader.read(prompt, 40, 64, "passage", HEADS)
+    reread, _ = prefill(reader.model, prompt, PrefillPlan(40, 64, "passage", HEADS, reread=True), reader.rotation)
+    assert reread.kept.tolist() == scanned.kept.tolist()
+    torch.testing.assert_close(in_use(reread, 1), in_use(scanned, 1))
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

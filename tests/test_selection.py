@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finch_rag.selection import SELECTIONS, select_passages, select_tokens
+from finch_rag.selection import SELECTIONS, select_passages, select_tokens, whole_passages
 
 
 @st.composite
@@ -60,3 +60,10 @@ def test_of_equal_passages_the_earlier_is_kept() -> None:
 
 def test_the_names_of_the_selections() -> None:
     assert SELECTIONS == ("passage", "token")
+
+
+def test_whole_passages_leaves_out_fragments() -> None:
+    passage_of = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3])
+    kept = torch.tensor([0, 1, 2, 4, 5, 7])  # passages 0 and 2 whole, parts of 1 and 3
+    assert whole_passages(kept, passage_of).tolist() == [0, 1, 5]
+    assert whole_passages(torch.tensor([2, 7]), passage_of).tolist() == []
