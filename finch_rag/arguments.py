@@ -51,7 +51,7 @@ BudgetOption = Annotated[
     typer.Option(
         "--budget",
         metavar="TOKENS",
-        help="Tokens of passages kept for the answer.  [dim]\\[default: a sixteenth of the window, 256 to 2,048][/]",
+        help="Tokens of passages kept for the answer.  [dim]\\[default: a 32nd of the window, 256 to 2,048][/]",
         show_default=False,
     ),
 ]

@@ -11,6 +11,8 @@ from .selection import Selection
 
 RetrievalHeads = Mapping[int, Sequence[int]]  # layer -> its heads
 
+_CPU_CHUNK_SIZE = 1024  # longer chunks cost more attention than their larger matrix products save
+_ACCELERATOR_CHUNK_SIZE = 4096  # shorter chunks starve the matrix units
 _LARGEST_DEFAULT_BUDGET = 2048
 _SMALLEST_DEFAULT_BUDGET = 256
 
@@ -57,6 +59,15 @@ class FixedTokens:
         return self.prefix + self.question + self.tail + self.new
 
 
+def default_chunk_size(device_type: str) -> int:
+    """Tokens that a kind of device reads well in one step.
+
+    Args:
+        device_type: torch's name for it, such as "cpu" or "cuda".
+    """
+    return _CPU_CHUNK_SIZE if device_type == "cpu" else _ACCELERATOR_CHUNK_SIZE
+
+
 def window_of(config: Any) -> int:
     """Positions in which a model's attention is the plain causal attention that Finch runs.
 
@@ -81,17 +92,17 @@ def window_of(config: Any) -> int:
 
 
 def fit(
-    window: int, fixed: FixedTokens, budget: int | None, chunk_size: int | None, default_chunk_size: int
+    window: int, fixed: FixedTokens, budget: int | None, chunk_size: int | None, usual_chunk_size: int
 ) -> tuple[int, int]:
     """Budget and chunk size of a call, checked before any forward pass.
 
     Args:
         window: Positions that the model has.
         fixed: Tokens that are never compressed.
-        budget: Asked for; None derives it from the window: a sixteenth of it, between 256 and 2,048 tokens where
+        budget: Asked for; None derives it from the window: a thirty-second of it, between 256 and 2,048 tokens where
             they fit. Small caches answer better (see docs/benchmarks.md).
-        chunk_size: Asked for; None takes what fits of ``default_chunk_size``.
-        default_chunk_size: What the device reads well in one step.
+        chunk_size: Asked for; None takes what fits of ``usual_chunk_size``.
+        usual_chunk_size: What the device reads well in one step.
 
     Returns:
         The budget and the chunk size.
@@ -107,7 +118,7 @@ def fit(
             "max_new_tokens"
         )
     if budget is None:
-        wanted = min(_LARGEST_DEFAULT_BUDGET, max(_SMALLEST_DEFAULT_BUDGET, window // 16))
+        wanted = min(_LARGEST_DEFAULT_BUDGET, max(_SMALLEST_DEFAULT_BUDGET, window // 32))
         budget = min(wanted, room // 2)
     if budget < 1:
         raise WindowError(f"budget is {budget}: the least is 1 token")
@@ -118,7 +129,7 @@ def fit(
         )
     largest_chunk = window - fixed.prefix - budget - fixed.question
     if chunk_size is None:
-        chunk_size = min(default_chunk_size, largest_chunk)
+        chunk_size = min(usual_chunk_size, largest_chunk)
     if chunk_size < 1:
         raise WindowError(f"chunk_size is {chunk_size}: the least is 1 token")
     if chunk_size > largest_chunk:

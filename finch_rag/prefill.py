@@ -117,7 +117,9 @@ def memory_guard(device: torch.device, work: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # the CPU's allocator has no error class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         raise DeviceMemoryError(
             f"{device} has no memory left for {work}; use a smaller chunk_size, or a smaller budget"
         ) from error

@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from .attention import input_embedding
 from .cache import CachedDocument, CompressedCache
+from .chunking import plan_chunks
 from .errors import InputError, NumericsError
 from .options import check_names, check_reading
-from .planning import FixedTokens, PrefillPlan, fit
+from .planning import FixedTokens, PrefillPlan, default_chunk_size, fit
 from .prefill import prefill
 
 if TYPE_CHECKING:
     from .engine import Finch
     from .prompt import Passage
-
-_CPU_CHUNK_SIZE = 1024  # longer chunks cost more attention than their larger matrix products save
-_ACCELERATOR_CHUNK_SIZE = 4096  # shorter chunks starve the matrix units
 
 
 class Reading:
@@ -63,8 +61,7 @@ class Reading:
         prompt = self._prompt
         self.answer_prompt = [*prompt.question, *prompt.tail]
         fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), max_new_tokens)
-        on_cpu = input_embedding(finch.model).device.type == "cpu"
-        default = _CPU_CHUNK_SIZE if on_cpu else _ACCELERATOR_CHUNK_SIZE
+        default = default_chunk_size(input_embedding(finch.model).device.type)
         self._budget, self._chunk_size = fit(finch.window, fixed, budget, chunk_size, default)
 
     def run(self) -> CompressedCache:
@@ -72,22 +69,20 @@ class Reading:
         finch, prompt = self._finch, self._prompt
         heads = finch.retrieval_heads() if self._selection == "passage" and self._passages else None
         plan = PrefillPlan(self._budget, self._chunk_size, self._selection, heads, self._reread)
-        chunks = 0
 
         def on_progress(done: int, total: int) -> None:
-            nonlocal chunks
-            chunks += 1
             self._on_progress("prefill", done, total)
 
         start = time.perf_counter()
         cache, attention = prefill(finch.model, prompt, plan, finch.rotation, on_progress)
+        lengths = [len(passage) for passage in prompt.passages]
         total = float(attention.sum())
         if math.isnan(total):
             raise NumericsError("the model's attention is NaN: use dtype float32 or bfloat16, and check its weights")
         cache.document = CachedDocument(
             passage_ids=tuple(passage.id for passage in self._passages),
             titles=tuple(passage.title for passage in self._passages),
-            passage_tokens=tuple(map(len, prompt.passages)),
+            passage_tokens=tuple(lengths),
             shares=tuple((attention / total if total else attention).tolist()),
             question=self._question,
             model=finch.fingerprint,
@@ -98,7 +93,7 @@ class Reading:
                 "heads": [[layer, head] for layer, its in (heads or {}).items() for head in its],
                 "budget": self._budget,
                 "chunk_size": self._chunk_size,
-                "chunks": chunks,
+                "chunks": len(plan_chunks(lengths, self._chunk_size)),
                 "prefill_seconds": time.perf_counter() - start,
             },
         )

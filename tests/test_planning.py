@@ -23,9 +23,9 @@ def test_fixed_tokens_add_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("positions", "budget"), [(1024, 256), (4096, 256), (8192, 512), (32768, 2048), (131072, 2048)]
+    ("positions", "budget"), [(1024, 256), (4096, 256), (16384, 512), (32768, 1024), (131072, 2048)]
 )
-def test_the_default_budget_is_a_sixteenth_of_the_window_within_bounds(positions: int, budget: int) -> None:
+def test_the_default_budget_is_a_32nd_of_the_window_within_bounds(positions: int, budget: int) -> None:
     assert fit(positions, FIXED, None, None, 128)[0] == budget
 
 

@@ -274,6 +274,8 @@ def test_a_device_without_memory_says_what_to_do() -> None:
         memory_guard(torch.device("cpu"), "77 tokens"),
     ):
         raise torch.OutOfMemoryError("out of memory")
+    with pytest.raises(DeviceMemoryError), memory_guard(torch.device("cpu"), "too much"):
+        torch.empty(2**58, dtype=torch.uint8)
 
 
 def test_other_errors_pass_the_memory_guard() -> None:

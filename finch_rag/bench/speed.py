@@ -29,14 +29,14 @@ from ..engine import Finch
 from ..errors import FinchError, InputError
 from ..head_examples import make_examples
 from ..models import resolve_device
-from ..planning import PrefillPlan
+from ..planning import PrefillPlan, default_chunk_size
 from ..prefill import prefill
 from ..prompt import Passage, Prompt
 
 METHODS = ("full", "finch")
 QUESTION = "Which of the people in these passages was the last director of a museum that stands in a mountain town?"
 _DECODED = 16  # tokens decoded to time a step
-_CPU_CHUNK_SIZE = 1024
+_WARM_UP_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def _serve(case: Case, pipe: Connection) -> None:
                 return
         prompt = _prompt(finch, case.tokens)
         loaded = _memory(finch.model.device)
-        _run(finch, case, _prompt(finch, min(case.tokens, 2 * _CPU_CHUNK_SIZE)))
+        _run(finch, case, _prompt(finch, min(case.tokens, _WARM_UP_TOKENS)))
         pipe.send(None)
         while pipe.recv() == "run":
             with _peak_memory(finch.model.device, loaded) as peak:
@@ -221,7 +221,7 @@ def _run(finch: Finch, case: Case, prompt: Prompt) -> tuple[float, float]:
         ids = torch.cat((torch.tensor([[*prompt.prefix, *document]], device=device), question), dim=1)
         cache: Any = DynamicCache()
     else:
-        chunk_size = case.chunk_size or (_CPU_CHUNK_SIZE if device.type == "cpu" else 4096)
+        chunk_size = case.chunk_size or default_chunk_size(device.type)
         plan = PrefillPlan(case.budget, chunk_size, "passage", finch.retrieval_heads())
         read, _ = prefill(model, prompt, plan, finch.rotation)
         cache, ids = read.fork(question.shape[1] + _DECODED), question
