@@ -132,7 +132,10 @@ def resolve_heads(
             )
             heads_in_all = model.config.num_hidden_layers * model.config.num_attention_heads
             found = find_heads(model, tokenizer, min(HEADS, heads_in_all), on_progress=on_progress)
-            save_heads(model, name, found)
+            try:
+                save_heads(model, name, found)
+            except OSError as error:
+                _log.warning("the heads of %s cannot be stored (%s); they will be found again next time", name, error)
             pairs = [(score.layer, score.head) for score in found]
         return heads_by_layer(pairs)
     return heads_by_layer(heads)
@@ -197,7 +200,7 @@ def load_heads(model: PreTrainedModel) -> list[tuple[int, int]] | None:
                 pairs = [(int(layer), int(head)) for layer, head, _ in stored["heads"]]
                 check_heads(pairs, model.config)
                 return pairs
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError, KeyError, TypeError, InputError) as error:
             _log.warning("%s cannot be read (%s); its heads are found again", file, error)

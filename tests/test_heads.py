@@ -322,3 +322,14 @@ def test_the_shipped_heads_are_those_that_the_search_finds(embedded: Finch) -> N
     shipped = set(load_heads(embedded.model) or ())
     found = {(head.layer, head.head) for head in find_heads(embedded.model, embedded.tokenizer, 8, examples=3)}
     assert len(shipped & found) >= 3  # of 270 heads, on an eighth of the examples
+
+
+def test_heads_that_cannot_be_stored_are_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "cache"
+    blocked.write_text("a file where a folder is needed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    found = resolve_heads("auto", small_model(max_position_embeddings=4096), chat_tokenizer(), "small")
+    assert found
+    assert "cannot be stored" in caplog.text

@@ -214,3 +214,14 @@ def test_a_damaged_conversion_is_made_again_once_by_two_processes(tmp_path: Path
     assert [out.strip().splitlines()[-1:] for out, _ in ends] == [[f"{copy} True"]] * 2, ends
     assert sum(err.count("converting the embedded model") for _, err in ends) == 1
     assert module._sha256(weights) == module._sha256(good / "model.safetensors")
+
+
+@pytest.mark.embedded
+def test_a_cache_folder_that_cannot_be_written_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "cache"
+    blocked.write_text("a file where a folder is needed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    with pytest.raises(ModelError, match="XDG_CACHE_HOME"):
+        embedded_folder()
