@@ -222,7 +222,7 @@ def _run(finch: Finch, case: Case, prompt: Prompt) -> tuple[float, float]:
         cache: Any = DynamicCache()
     else:
         chunk_size = case.chunk_size or default_chunk_size(device.type)
-        plan = PrefillPlan(case.budget, chunk_size, "passage", finch.retrieval_heads())
+        plan = PrefillPlan(case.budget, chunk_size, "passage", finch.retrieval_heads(), reread=True)
         read, _ = prefill(model, prompt, plan, finch.rotation)
         cache, ids = read.fork(question.shape[1] + _DECODED), question
         del read
@@ -303,13 +303,16 @@ def _print(summary: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in summary["cases"]:
         if "skipped" in row:
-            figures = [f"skipped: {row['skipped']}", "", "", ""]
+            figures = ["skipped", "", "", ""]
         else:
             seconds = row["first_token_seconds"]
             rate = row["tokens"] / seconds
             figures = [f"{seconds:.2f}", f"{rate:,.0f}", f"{row['decode_ms']:.1f}", f"{row['peak_mib']:,.0f}"]
         table.add_row(row["method"], f"{row['tokens']:,}", *figures)
     console.print(table)
+    for row in summary["cases"]:
+        if "skipped" in row:
+            console.print(f"{row['method']} on {row['tokens']:,} tokens skipped: {row['skipped']}", highlight=False)
     for name, value in summary["ratios"].items():
         console.print(f"{name}: {value:.2f}", highlight=False)
     sys.stdout.write(json.dumps(summary) + "\n")
