@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import gc
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,11 +7,9 @@ import pytest
 import torch
 
 import finch_rag.prefill
-from finch_rag.cache import CompressedCache
 from finch_rag.engine import Finch
 from finch_rag.errors import FinchError, InputError, ModelError, SettingsError, WindowError
 from finch_rag.prompt import Passage
-from finch_rag.stream import AnswerStream
 
 from .small import ARCHITECTURES, chat_tokenizer, model_of, small_config, small_finch, small_model, texts
 
@@ -83,90 +79,6 @@ def test_two_streams_taken_in_turn_do_not_meet(finch: Finch) -> None:
         for n, stream in enumerate(streams):
             found[n] += next(stream, "")
     assert found == expected
-
-
-def test_a_stream_joins_to_the_answer(finch: Finch) -> None:
-    whole = finch.ask(QUESTION, texts(8))
-    stream = finch.stream(QUESTION, texts(8))
-    deltas = list(stream)
-    assert len(deltas) > 1
-    assert "".join(deltas) == whole.text == stream.answer.text
-    assert stream.answer.citations == whole.citations
-    assert stream.answer.report.new_tokens == whole.report.new_tokens
-
-
-def test_a_stream_has_no_answer_before_its_end(finch: Finch) -> None:
-    stream = finch.stream(QUESTION, texts(8))
-    with pytest.raises(InputError, match="to its end"):
-        _ = stream.answer
-    next(stream)
-    with pytest.raises(InputError, match="to its end"):
-        _ = stream.answer
-    stream.close()
-    assert list(stream) == []
-
-
-@pytest.fixture
-def caches(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[CompressedCache]:
-    """The caches that are alive."""
-    alive: weakref.WeakSet[CompressedCache] = weakref.WeakSet()
-    init = CompressedCache.__init__
-
-    def tracked(cache: CompressedCache, *args: Any) -> None:
-        init(cache, *args)
-        alive.add(cache)
-
-    monkeypatch.setattr(CompressedCache, "__init__", tracked)
-    return alive
-
-
-def leave_with_block(stream: AnswerStream) -> None:
-    with stream:
-        pass
-
-
-@pytest.mark.parametrize("end", [AnswerStream.close, leave_with_block, list])
-def test_an_ended_stream_frees_its_cache(finch: Finch, caches: weakref.WeakSet[CompressedCache], end: Any) -> None:
-    stream = finch.stream(QUESTION, texts(8))
-    next(stream)
-    assert len(caches) == 1  # the one for reading, which is larger, is gone already
-    end(stream)
-    gc.collect()
-    assert len(caches) == 0
-
-
-def test_a_dropped_stream_frees_its_cache(finch: Finch, caches: weakref.WeakSet[CompressedCache]) -> None:
-    stream = finch.stream(QUESTION, texts(8))
-    next(stream)
-    del stream
-    gc.collect()
-    assert len(caches) == 0
-
-
-def test_an_answer_holds_no_cache(finch: Finch, caches: weakref.WeakSet[CompressedCache]) -> None:
-    answer = finch.ask(QUESTION, texts(8))
-    gc.collect()
-    assert len(caches) == 0
-    assert answer.citations
-
-
-def test_a_stream_that_is_never_read_runs_no_forward_pass() -> None:
-    finch, passes = small_finch(), []
-    finch.model.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    stream = finch.stream(QUESTION, texts(8))
-    assert passes == []
-    next(stream)
-    assert passes
-    done = len(passes)
-    stream.close()
-    assert len(passes) == done
-
-
-def test_a_stream_refuses_bad_input_at_once(finch: Finch) -> None:
-    with pytest.raises(InputError):
-        finch.stream("", texts(3))
-    with pytest.raises(WindowError):
-        finch.stream(QUESTION, texts(3), budget=5000)
 
 
 def test_progress_is_reported_to_engine_and_call() -> None:
