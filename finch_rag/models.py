@@ -130,8 +130,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, config: Any) -
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware.
 
-    Measured with the embedded model on two cores: with such instructions bfloat16 reads twice as fast as float32,
-    without them (emulated) at half the speed.
+    With such instructions the prototype read twice as fast in bfloat16 as in float32; without them it is emulated, and
+    a matrix product of the embedded model's shape takes twice as long.
     """
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
     names = ("avx512_bf16", "amx_bf16") if platform.machine() in ("x86_64", "AMD64") else ("bf16",)
