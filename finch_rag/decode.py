@@ -32,6 +32,7 @@ class Sampling:
         top_k: Sample only from this many of the likeliest tokens.
         seed: Makes sampling repeatable.
         stop: Strings that end the answer; they are never shown.
+        stop_token_ids: Tokens that end the answer as the model's own end tokens do.
     """
 
     max_new_tokens: int = 128
@@ -40,6 +41,7 @@ class Sampling:
     top_k: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
 
     def check(self, error: type[FinchError] = InputError) -> None:
         """Raises ``error`` if a value is out of its range."""
@@ -67,6 +69,7 @@ class Decoder:
         sampling: How tokens are chosen.
         eos_token_ids: Tokens that end the answer.
         detokenise: Token ids -> text.
+        cancelled: Asked before each token; the generation ends where it says yes.
     """
 
     def __init__(
@@ -77,13 +80,15 @@ class Decoder:
         sampling: Sampling,
         eos_token_ids: frozenset[int],
         detokenise: Callable[[Sequence[int]], str],
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         self._model = model
         self._cache = cache
         self._prompt = list(prompt)
         self._sampling = sampling
-        self._eos = eos_token_ids
+        self._eos = eos_token_ids | frozenset(sampling.stop_token_ids)
         self._detokenise = detokenise
+        self._cancelled = cancelled
         self.token_ids: list[int] = []
         self.stop_reason: StopReason = "length"
 
@@ -111,6 +116,8 @@ class Decoder:
         pick = _sampler(self._sampling, self._model)
         step = self._prompt
         for _ in range(self._sampling.max_new_tokens):
+            if self._cancelled():
+                return
             token = pick(self._logits(step))
             self.token_ids.append(token)
             yield token

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from .attention import use_finch_attention
+from .attention import input_embedding, use_finch_attention
+from .chat_template import Message
 from .decode import Decoder, Sampling
 from .errors import InputError, ModelError, SettingsError, WindowError
 from .heads import Heads, check_heads, fingerprint, resolve_heads
 from .models import load_model
 from .options import CallOptions, Progress, ReadingOptions, SamplingOptions, check_reading, sampling_of
-from .planning import FixedTokens, RetrievalHeads, window_of
+from .planning import FixedTokens, RetrievalHeads, default_chunk_size, window_of
 from .prompt import Passage, PromptBuilder, as_passages
 from .reading import Reading
 from .report import citations
 from .rope import KeyRotation
-from .stream import AnswerStream
+from .stream import AnswerStream, AsyncAnswerStream, Cancellation
+from .templates import take_apart
 
 if TYPE_CHECKING:
     import torch
@@ -102,20 +104,22 @@ class Finch:
         cls,
         model: str | Path | PreTrainedModel,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         trust_remote_code: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Finch:
         """Loads a model and builds an engine on it.
 
         Args:
             model: A hub id, a local folder, a GGUF file, "embedded", or a loaded model (pass its tokenizer too).
-            tokenizer: For a loaded model.
+            tokenizer: A loaded one, or a hub id or folder; needed with a loaded model, else the model's own.
             dtype: See `finch_rag.models.load_model`.
             device: See `finch_rag.models.load_model`.
             trust_remote_code: Whether code that comes with the model may run.
+            model_kwargs: See `finch_rag.models.load_model`.
             settings: The keyword arguments of `Finch`.
 
         Raises:
@@ -123,11 +127,13 @@ class Finch:
             ModelError: If the model cannot be loaded, or Finch cannot run it.
         """
         if not isinstance(model, (str, Path)):
-            if tokenizer is None:
-                raise SettingsError("a loaded model needs its tokenizer: pass tokenizer=")
+            if tokenizer is None or isinstance(tokenizer, (str, Path)):
+                raise SettingsError("a loaded model needs its loaded tokenizer: pass tokenizer=")
             return cls(model, tokenizer, **settings)
-        loaded = load_model(model, dtype, device, trust_remote_code)
-        return cls(loaded.model, tokenizer or loaded.tokenizer, **{"name": loaded.name, **settings})
+        named = tokenizer if isinstance(tokenizer, (str, Path)) else None
+        loaded = load_model(model, dtype, device, trust_remote_code, named, model_kwargs)
+        ready = loaded.tokenizer if tokenizer is None or isinstance(tokenizer, (str, Path)) else tokenizer
+        return cls(loaded.model, ready, **{"name": loaded.name, **settings})
 
     def ask(self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]) -> Answer:
         """Answers a question from passages.
@@ -157,9 +163,68 @@ class Finch:
             passages: See `ask`.
             options: See `ask`.
         """
-        sampling = sampling_of(options, self.max_new_tokens)
-        reading = Reading(self, question, as_passages(passages), sampling.max_new_tokens, options)
-        return self._answer(reading.run, reading.answer_prompt, sampling)
+        return self._stream(question, as_passages(passages), options, "apart")
+
+    def chat(
+        self, messages: str | Iterable[Message], passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]
+    ) -> Answer:
+        """Answers the last message of a conversation, or a flat prompt.
+
+        Without ``passages`` they are looked for in the messages, where RAG frameworks put them, see
+        `finch_rag.templates`; the report's ``parse_mode`` says how they were found.
+
+        Args:
+            messages: Dictionaries with "role" and "content" as chat templates take them, or a prompt.
+            passages: Texts or `Passage` objects.
+            options: What differs from the engine's settings for this call.
+
+        Raises:
+            InputError: If messages, passages or options cannot work.
+            NumericsError: If the model computes NaN.
+            DeviceMemoryError: If the device runs out of memory.
+        """
+        return self.stream_chat(messages, passages, **options).read()
+
+    def stream_chat(
+        self, messages: str | Iterable[Message], passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]
+    ) -> AnswerStream:
+        """Like `chat`, but hands out the answer in pieces as it is made, see `stream`.
+
+        Args:
+            messages: See `chat`.
+            passages: See `chat`.
+            options: See `chat`.
+        """
+        request = take_apart(messages, as_passages(passages), lambda texts: self._are_short(texts, options))
+        return self._stream(request.question, request.passages, {**request.options, **options}, request.parse_mode)
+
+    def astream(
+        self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]
+    ) -> AsyncAnswerStream:
+        """Like `stream`, for an event loop, which is never blocked. Bad input raises at the first piece.
+
+        Args:
+            question: See `ask`.
+            passages: See `ask`.
+            options: See `ask`.
+        """
+        return AsyncAnswerStream(lambda: self.stream(question, passages, **options))
+
+    async def aask(
+        self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]
+    ) -> Answer:
+        """Like `ask`, for an event loop: a cancelled task ends the reading or the generation under way.
+
+        Args:
+            question: See `ask`.
+            passages: See `ask`.
+            options: See `ask`.
+        """
+        return await self.astream(question, passages, **options).read()
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text as Finch reads it."""
+        return len(self.prompts.encode([text])[0])
 
     def compress(
         self, question: str, passages: Iterable[str | Passage], **options: Unpack[ReadingOptions]
@@ -203,7 +268,7 @@ class Finch:
                 f"the cache has {cache.length} tokens, the question {fixed.question + fixed.tail} and the answer up to "
                 f"{fixed.new}, more than the window of {self.window}: shorten the question or lower max_new_tokens"
             )
-        return self._answer(lambda: cache, [*prompt.question, *prompt.tail], sampling).read()
+        return self._answer(lambda: cache, [*prompt.question, *prompt.tail], sampling, Cancellation()).read()
 
     def rank(
         self, question: str, passages: Iterable[str | Passage], **options: Unpack[ReadingOptions]
@@ -246,10 +311,30 @@ class Finch:
             found.update(ids if isinstance(ids, (list, tuple)) else [ids] if ids is not None else [])
         return frozenset(found)
 
+    def _are_short(self, texts: Sequence[str], options: Mapping[str, Any]) -> bool:
+        """Whether each text fits into one chunk and all of them into half the window."""
+        default = default_chunk_size(input_embedding(self.model).device.type)
+        chunk_size = options.get("chunk_size", self.chunk_size) or default
+        lengths = [len(tokens) for tokens in self.prompts.encode(texts)]
+        return max(lengths) <= chunk_size and sum(lengths) <= self.window // 2
+
+    def _stream(
+        self, question: str, passages: list[Passage], options: Mapping[str, Any], parse_mode: str
+    ) -> AnswerStream:
+        sampling, cancellation = sampling_of(options, self.max_new_tokens), Cancellation()
+        reading = Reading(self, question, passages, sampling.max_new_tokens, options, cancellation.check)
+        return self._answer(reading.run, reading.answer_prompt, sampling, cancellation, parse_mode)
+
     def _answer(
-        self, open_cache: Callable[[], CompressedCache], prompt: Sequence[int], sampling: Sampling
+        self,
+        open_cache: Callable[[], CompressedCache],
+        prompt: Sequence[int],
+        sampling: Sampling,
+        cancellation: Cancellation,
+        parse_mode: str = "apart",
     ) -> AnswerStream:
         def decoder(cache: CompressedCache) -> Decoder:
-            return Decoder(self.model, cache, prompt, sampling, self._eos, self.prompts.decode)
+            decode = self.prompts.decode
+            return Decoder(self.model, cache, prompt, sampling, self._eos, decode, cancellation.__bool__)
 
-        return AnswerStream(open_cache, decoder, len(prompt), sampling.max_new_tokens)
+        return AnswerStream(open_cache, decoder, len(prompt), sampling.max_new_tokens, cancellation, parse_mode)

@@ -11,6 +11,7 @@ import logging
 import platform
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -56,6 +57,8 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
+    tokenizer: str | Path | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Loads a decoder-only model with its tokenizer.
 
@@ -65,6 +68,9 @@ def load_model(
             it has instructions for it, else float32.
         device: A torch device; "auto" takes the first CUDA device, else the CPU.
         trust_remote_code: Whether code that comes with the model may run.
+        tokenizer: Hub id or folder of the tokenizer, where it is not the model's.
+        model_kwargs: Handed to transformers' ``from_pretrained``: ``revision``, ``quantization_config``,
+            ``device_map`` (which then decides the device) and so on.
 
     Raises:
         ModelError: If the model is unknown, damaged or not a decoder.
@@ -84,8 +90,11 @@ def load_model(
         config = AutoConfig.from_pretrained(source, **options)
         if config.is_encoder_decoder:
             raise ModelError(f"{name} is an encoder-decoder; Finch runs decoder-only models such as Llama or Qwen")
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, device, config), **options)
+        loaded_tokenizer = AutoTokenizer.from_pretrained(
+            source if tokenizer is None else str(tokenizer), **(options if tokenizer is None else {})
+        )
+        extra = {"dtype": resolve_dtype(dtype, device, config), **(model_kwargs or {})}
+        loaded = AutoModelForCausalLM.from_pretrained(source, **options, **extra)
     except ModelError:
         raise
     except Exception as error:  # transformers, tokenizers and gguf raise whatever their parsers hit
@@ -95,11 +104,12 @@ def load_model(
             f'.gguf file, or "{EMBEDDED}")'
         ) from error
     try:
-        torch.nn.Module.to(loaded, device)
+        if "device_map" not in extra:
+            torch.nn.Module.to(loaded, device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot put {name} on the device {str(device)!r}: {reason}") from error
-    return LoadedModel(loaded.eval(), tokenizer, name)
+    return LoadedModel(loaded.eval(), loaded_tokenizer, name)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

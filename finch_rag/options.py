@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
+from .chat_template import Render
 from .decode import Sampling
 from .errors import FinchError, InputError
 from .selection import SELECTIONS, Selection
@@ -21,10 +22,25 @@ class SamplingOptions(TypedDict, total=False):
     top_k: int | None
     seed: int | None
     stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int]
 
 
 class ReadingOptions(TypedDict, total=False):
-    """Options of reading; each stands in for the engine's own setting, also when it is None."""
+    """Options of reading; where the engine has such a setting, each stands in for it, also when it is None.
+
+    Attributes:
+        budget: See `Finch`.
+        chunk_size: See `Finch`.
+        selection: See `Finch`.
+        reread: See `Finch`.
+        instructions: See `Finch`.
+        system_prompt: See `Finch`.
+        history: Earlier messages of the conversation, dictionaries with "role" ("user" or "assistant") and "content".
+            They are read before the passages and never evicted.
+        render: Makes the prompt of messages, control tokens included, in place of the tokenizer's chat template.
+        max_context_tokens: Refuse passages that have more tokens than this.
+        on_progress: See `Finch`.
+    """
 
     budget: int | None
     chunk_size: int | None
@@ -32,6 +48,9 @@ class ReadingOptions(TypedDict, total=False):
     reread: bool
     instructions: str | None
     system_prompt: str | None
+    history: Sequence[Mapping[str, str]]
+    render: Render | None
+    max_context_tokens: int | None
     on_progress: Progress
 
 
@@ -53,7 +72,8 @@ def sampling_of(options: Mapping[str, Any], max_new_tokens: int) -> Sampling:
     chosen = {name: options[name] for name in SamplingOptions.__annotations__ if name in options}
     stop = chosen.pop("stop", None) or ()
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    sampling = Sampling(**{"max_new_tokens": max_new_tokens, **chosen}, stop=stops)
+    stop_ids = tuple(chosen.pop("stop_token_ids", None) or ())
+    sampling = Sampling(**{"max_new_tokens": max_new_tokens, **chosen}, stop=stops, stop_token_ids=stop_ids)
     sampling.check()
     return sampling
 
@@ -80,3 +100,17 @@ def check_reading(budget: int | None, chunk_size: int | None, selection: str, er
             raise error(f"{name} is {value}: the least is 1 token; leave it out for a default that fits the model")
     if selection not in SELECTIONS:
         raise error(f"selection is {selection!r}: use one of {', '.join(map(repr, SELECTIONS))}")
+
+
+def check_length(context_tokens: int, max_context_tokens: int | None) -> None:
+    """Raises an InputError if the passages are longer than the caller allows.
+
+    Args:
+        context_tokens: Tokens of all passages.
+        max_context_tokens: The most that are allowed; None for no limit.
+    """
+    if max_context_tokens is not None and context_tokens > max_context_tokens:
+        raise InputError(
+            f"the passages have {context_tokens} tokens, more than max_context_tokens={max_context_tokens}: pass fewer "
+            "passages, or raise max_context_tokens"
+        )

@@ -1,6 +1,6 @@
 """Passages, question and chat template -> token ids, kept apart.
 
-    prefix     template, system prompt, instructions: never evicted
+    prefix     template, system prompt, earlier messages, instructions: never evicted
     passages   what is compressed
     question   forwarded after every chunk, and once more before the answer
     tail       end of the template; opens the answer
@@ -16,9 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from .errors import InputError, ModelError
+from .chat_template import SYSTEM, USER, Message, Render, check_history, frame, plain_frame
+from .errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 SYSTEM_PROMPT = "You are a helpful assistant that answers questions from the passages that the user gives."
 INSTRUCTIONS = "Answer the question in a few words, using the passages below."
 INSTRUCTIONS_WITHOUT_PASSAGES = "Answer the question in a few words."
-
-_SYSTEM_MARK = "FinchSystemPromptGoesHere"
-_USER_MARK = "FinchUserMessageGoesHere"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +121,8 @@ class PromptBuilder:
         passages: Sequence[Passage],
         instructions: str | None = None,
         system_prompt: str | None = None,
+        history: Sequence[Mapping[str, str]] = (),
+        render: Render | None = None,
     ) -> Prompt:
         """Token ids for a question over passages.
 
@@ -133,9 +131,11 @@ class PromptBuilder:
             passages: Checked passages, possibly none.
             instructions: Read before the passages; a default that asks for a short answer when None.
             system_prompt: The system message; a default when None, the chat template's own (or none) when empty.
+            history: Earlier messages of the conversation, see `Message`; never evicted.
+            render: Used in place of the tokenizer's chat template, see `finch_rag.chat_template.frame`.
 
         Raises:
-            InputError: If the question is empty or not text.
+            InputError: If the question is empty or not text, or the history cannot be used.
             ModelError: If the chat template cannot be used.
         """
         if not isinstance(question, str) or not question.strip():
@@ -145,8 +145,11 @@ class PromptBuilder:
             instructions = INSTRUCTIONS if passages else INSTRUCTIONS_WITHOUT_PASSAGES
         if system_prompt is None and passages:
             system_prompt = SYSTEM_PROMPT
-        head, tail = self._template(system_prompt)
-        label, question = "Question: ", question.strip()
+        # Where nothing stands before the question, the message is the question and needs no label.
+        label, question = "Question: " if passages or instructions else "", question.strip()
+        system = [Message(role=SYSTEM, content=system_prompt)] if system_prompt else []
+        messages = [*system, *check_history(history), Message(role=USER, content="")]
+        head, tail = self._frame(messages, bool(label), render)
         opening = f"{instructions}\n\n" if instructions else ""
         prefix = head + self.encode([opening])[0]
         texts = [f"{p.title}\n{p.text}\n\n" if p.title else f"{p.text}\n\n" for p in passages]
@@ -188,44 +191,24 @@ class PromptBuilder:
             text = text[match.start() + 1 :]
         return [*pieces, text]
 
-    def _template(self, system_prompt: str | None) -> tuple[list[int], list[int]]:
-        """Token ids before and after the user's message."""
-        if not self.tokenizer.chat_template:
+    def _frame(self, messages: list[Message], labelled: bool, render: Render | None) -> tuple[list[int], list[int]]:
+        """Token ids before and after the last message, earlier messages included."""
+        if self.tokenizer.chat_template or render is not None:
             with self._lock:
-                head = list(self.tokenizer("")["input_ids"])  # what the tokenizer puts before any text
-            while head and head[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
-                head.pop()
-            opening = f"{system_prompt}\n\n" if system_prompt else ""
-            return head + self.encode([opening])[0], self.encode(["\nAnswer:"])[0]
-        before, after = self._split(self._render(_SYSTEM_MARK if system_prompt else None), _USER_MARK)
-        if not system_prompt:
-            return self._trusted(before), self._trusted(after)
-        opening, between = self._split(before, _SYSTEM_MARK)
-        return self._trusted(opening) + self.encode([system_prompt])[0] + self._trusted(between), self._trusted(after)
-
-    def _render(self, system_prompt: str | None) -> str:
-        messages = [{"role": "user", "content": _USER_MARK}]
-        if system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": system_prompt})
-        try:
-            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-            if system_prompt is None or system_prompt in text:
-                return text
-        except TemplateError as error:
-            if system_prompt is None:
-                raise ModelError(f"the tokenizer's chat template fails: {error}") from error
-        # Some templates know no system role, or drop it: its text then opens the user's message.
-        messages = [{"role": "user", "content": f"{system_prompt}\n\n{_USER_MARK}"}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def _split(self, text: str, mark: str) -> tuple[str, str]:
-        before, found, after = text.partition(mark)
-        if not found or mark in after:
-            raise ModelError(
-                f"the chat template of {type(self.tokenizer).__name__} does not show each message once; pass a "
-                "tokenizer with another chat_template, or set it to None for a plain prompt"
-            )
-        return before, after
+                messages, texts = frame(self.tokenizer, messages, render)
+            ids = self._trusted(texts[0])
+        else:
+            with self._lock:
+                ids = list(self.tokenizer("")["input_ids"])  # what the tokenizer puts before any text
+            while ids and ids[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
+                ids.pop()
+            texts = plain_frame(messages, labelled)
+            ids += self.encode([texts[0]])[0]
+        for message, text in zip(messages[:-1], texts[1:-1], strict=True):
+            ids += self.encode([message["content"]])[0] + self._trusted(text)
+        # What the template moved into the last message stands before its own text.
+        ids += self.encode([messages[-1]["content"]])[0]
+        return ids, self._trusted(texts[-1])
 
     def _trusted(self, text: str) -> list[int]:
         """Token ids of the template's own text, whose control tokens are meant."""

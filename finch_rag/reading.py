@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .attention import input_embedding
 from .cache import CachedDocument, CompressedCache
 from .chunking import plan_chunks
 from .errors import InputError, NumericsError
-from .options import check_names, check_reading
+from .options import check_length, check_names, check_reading
 from .planning import FixedTokens, PrefillPlan, default_chunk_size, fit
 from .prefill import prefill
 
@@ -29,6 +29,7 @@ class Reading:
         passages: Checked passages.
         max_new_tokens: Room to leave for the answer.
         options: What differs from the engine's settings, see `finch_rag.options.ReadingOptions`.
+        check: Called before the first step and after each; what it raises ends the reading.
 
     Attributes:
         answer_prompt: Token ids to read behind the cache, before the answer.
@@ -44,8 +45,10 @@ class Reading:
         passages: Sequence[Passage],
         max_new_tokens: int,
         options: Mapping[str, Any],
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         check_names(options)
+        self._check = check
         self._finch, self._question, self._passages = finch, question, passages
         self._selection = options.get("selection", finch.selection)
         self._on_progress = options.get("on_progress") or finch.on_progress
@@ -57,8 +60,11 @@ class Reading:
             passages,
             options.get("instructions", finch.instructions),
             options.get("system_prompt", finch.system_prompt),
+            options.get("history", ()),
+            options.get("render"),
         )
         prompt = self._prompt
+        check_length(sum(map(len, prompt.passages)), options.get("max_context_tokens"))
         self.answer_prompt = [*prompt.question, *prompt.tail]
         fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), max_new_tokens)
         default = default_chunk_size(input_embedding(finch.model).device.type)
@@ -67,11 +73,13 @@ class Reading:
     def run(self) -> CompressedCache:
         """Reads the passages into a cache that remembers them for citations and report."""
         finch, prompt = self._finch, self._prompt
+        self._check()
         heads = finch.retrieval_heads() if self._selection == "passage" and self._passages else None
         plan = PrefillPlan(self._budget, self._chunk_size, self._selection, heads, self._reread)
 
         def on_progress(done: int, total: int) -> None:
             self._on_progress("prefill", done, total)
+            self._check()
 
         start = time.perf_counter()
         cache, attention = prefill(finch.model, prompt, plan, finch.rotation, on_progress)

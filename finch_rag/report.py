@@ -62,6 +62,8 @@ class CompressionReport:
         decode_seconds: Seconds spent on the question and the answer.
         new_tokens: Tokens generated, the end token included.
         stop_reason: "eos", "stop" (a stop string) or "length"; empty before decoding.
+        parse_mode: How passages and question were told apart: "apart" when the caller gave them so, else see
+            `finch_rag.templates`.
     """
 
     model: str
@@ -83,6 +85,7 @@ class CompressionReport:
     decode_seconds: float = 0.0
     new_tokens: int = 0
     stop_reason: str = ""
+    parse_mode: str = "apart"
 
     @property
     def compression_factor(self) -> float:

@@ -1,9 +1,12 @@
-"""An answer that arrives in pieces."""
+"""An answer that arrives in pieces, to a thread or to an event loop."""
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,6 +19,29 @@ if TYPE_CHECKING:
     from .decode import Decoder
 
 
+class Cancelled(Exception):  # noqa: N818 - not an error: it ends a reading whose answer nobody wants any more
+    """The answer was cancelled while the passages were read."""
+
+
+class Cancellation:
+    """Whether an answer is still wanted; any thread may ask and say."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def cancel(self) -> None:
+        """Says that the answer is not wanted any more."""
+        self._event.set()
+
+    def __bool__(self) -> bool:
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raises `Cancelled` if the answer is not wanted any more."""
+        if self:
+            raise Cancelled
+
+
 class AnswerStream(Iterator[str]):
     """Text deltas of an answer; afterwards ``answer`` has the whole of it with citations and report.
 
@@ -26,6 +52,8 @@ class AnswerStream(Iterator[str]):
         decoder: Starts the generation on a copy of that cache.
         prompt_tokens: Tokens that the decoder reads before the answer.
         max_new_tokens: The most tokens of the answer.
+        cancellation: What ``open_cache`` and ``decoder`` ask at each step.
+        parse_mode: How the call's prompt was taken apart, for the report.
     """
 
     def __init__(
@@ -34,8 +62,12 @@ class AnswerStream(Iterator[str]):
         decoder: Callable[[CompressedCache], Decoder],
         prompt_tokens: int,
         max_new_tokens: int,
+        cancellation: Cancellation,
+        parse_mode: str,
     ) -> None:
         self._answer: Answer | None = None
+        self._cancellation = cancellation
+        self._parse_mode = parse_mode
         self._deltas = self._run(open_cache, decoder, prompt_tokens, max_new_tokens)
 
     def _run(
@@ -45,8 +77,12 @@ class AnswerStream(Iterator[str]):
         prompt_tokens: int,
         max_new_tokens: int,
     ) -> Generator[str, None, None]:
-        cache = open_cache()
-        cited, read = citations(cache, kept_only=True), report(cache, prompt_tokens)
+        try:
+            cache = open_cache()
+        except Cancelled:
+            return
+        cited = citations(cache, kept_only=True)
+        read = replace(report(cache, prompt_tokens), parse_mode=self._parse_mode)
         started = time.perf_counter()
         seconds = 0.0
         cache = cache.fork(prompt_tokens + max_new_tokens)  # frees the room that reading needed
@@ -57,6 +93,8 @@ class AnswerStream(Iterator[str]):
             seconds += time.perf_counter() - started  # not the reader's own time between two deltas
             yield delta
             started = time.perf_counter()
+        if self._cancellation:
+            return
         seconds += time.perf_counter() - started
         self._answer = Answer(
             text,
@@ -84,6 +122,10 @@ class AnswerStream(Iterator[str]):
             raise InputError("the stream has no answer yet: iterate it to its end first")
         return self._answer
 
+    def cancel(self) -> None:
+        """Ends the stream after the chunk or token under way; from any thread, also while another one reads it."""
+        self._cancellation.cancel()
+
     def close(self) -> None:
         """Ends the generation and frees the cache."""
         self._deltas.close()
@@ -95,3 +137,63 @@ class AnswerStream(Iterator[str]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class AsyncAnswerStream(AsyncIterator[str]):
+    """An `AnswerStream` for an event loop: each piece is made in a thread, so the loop is never blocked.
+
+    A task that is cancelled while it waits for a piece ends the generation and frees the cache.
+
+    Args:
+        open_stream: Starts the answer; called in a thread when the first delta is asked for.
+    """
+
+    def __init__(self, open_stream: Callable[[], AnswerStream]) -> None:
+        self._open = open_stream
+        self._stream: AnswerStream | None = None
+        self._cancelled = False
+
+    async def __anext__(self) -> str:
+        step = asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, self._step)
+        try:
+            delta = await asyncio.shield(step)
+        except asyncio.CancelledError:
+            self.cancel()
+            step.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody waits for it any more
+            raise
+        if delta is None:
+            raise StopAsyncIteration
+        return delta
+
+    def _step(self) -> str | None:
+        if self._stream is None:
+            self._stream = self._open()
+            if self._cancelled:  # while it was opened
+                self._stream.cancel()
+        return next(self._stream, None)
+
+    async def read(self) -> Answer:
+        """Runs to the end and returns the answer."""
+        async for _ in self:
+            pass
+        return self.answer
+
+    @property
+    def answer(self) -> Answer:
+        """See `AnswerStream.answer`."""
+        if self._stream is None:
+            raise InputError("the stream has no answer yet: iterate it to its end first")
+        return self._stream.answer
+
+    def cancel(self) -> None:
+        """See `AnswerStream.cancel`."""
+        self._cancelled = True
+        if self._stream is not None:
+            self._stream.cancel()
+
+    async def aclose(self) -> None:
+        """Ends the generation and frees the cache."""
+        self.cancel()
+        if self._stream is not None:
+            async for _ in self:
+                pass

@@ -104,10 +104,8 @@ def test_untrusted_text_adds_no_control_token_to_a_prompt(builder: PromptBuilder
 
 
 def test_text_that_looks_like_a_template_mark_is_no_obstacle() -> None:
-    from finch_rag import prompt as module
-
     builder = PromptBuilder(chat_tokenizer())
-    for mark in (module._USER_MARK, module._SYSTEM_MARK):
+    for mark in ("FinchMessage0GoesHere", "FinchMessage1GoesHere"):
         built = builder.build(mark, [Passage(mark)], mark, mark)
         assert raw(builder, everything(built)).count(mark) == 4
 

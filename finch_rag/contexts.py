@@ -1,0 +1,62 @@
+"""Passages that a framework has joined to one text -> passages."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+from collections.abc import Iterator
+
+from .prompt import Passage
+
+_SHORT = 80  # characters: a shorter paragraph is a heading, and belongs to the next
+_SOURCE = re.compile(r"^(Source \d+):\n", re.MULTILINE)
+_METADATA = re.compile(r"(?:[^\s:][^:\n]{0,60}: [^\n]*\n)+\n")
+
+
+def split_context(context: str) -> list[Passage]:
+    """The passages that a framework has joined to one context.
+
+    Numbered sources ("Source 1:") are told apart exactly, and so are several passages that begin with the same
+    metadata ("file_name: ..."); else each paragraph is a passage, together with the headings before it.
+
+    Args:
+        context: The passages, joined.
+    """
+    context = _unquoted(context)
+    numbered = _SOURCE.split(context)
+    if len(numbered) > 1:
+        pairs = zip(numbered[1::2], numbered[2::2], strict=True)
+        opening = [Passage(numbered[0].strip())] if numbered[0].strip() else []
+        return opening + [Passage(text.strip(), title=source) for source, text in pairs if text.strip()]
+    if _METADATA.match(context):
+        key = re.escape(context[: context.index(":") + 1])
+        starts = [found.start() for found in re.finditer(f"^{key} ", context, re.MULTILINE)]
+        starts = [start for start in starts if _METADATA.match(context, start)]
+        if len(starts) > 1:
+            texts = [context[start:end].strip() for start, end in itertools.pairwise([*starts, len(context)])]
+            return [Passage(text) for text in texts]
+    return [Passage(text) for text in _paragraphs(context)]
+
+
+def _unquoted(context: str) -> str:
+    """LlamaIndex's simple_summarize formats its context as a Python list of one text."""
+    if context[:2] in ("['", '["') and context[-2:] in ("']", '"]'):
+        try:
+            texts = ast.literal_eval(context)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return context
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            return "\n\n".join(texts)
+    return context
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    held = ""
+    for paragraph in re.split(r"\n[ \t]*\n", text):
+        held = f"{held}\n\n{paragraph}".strip()
+        if len(paragraph.strip()) >= _SHORT:
+            yield held
+            held = ""
+    if held:
+        yield held

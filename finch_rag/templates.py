@@ -1,0 +1,150 @@
+"""Finds passages and question inside the prompts that RAG frameworks make.
+
+A framework formats its passages into one text before a model sees them. Such a prompt is recognised here by the words
+that its template puts around the context, and taken apart again, so that passages can be kept or evicted whole:
+
+    a known prompt         context -> passages, query -> question; its wording gives way to Finch's own, but for what
+                           asks for more than an answer from the context, and for what the user added
+    an unknown short one   read whole, as any model reads it
+    an unknown long one    its last paragraph is taken for the question, the others for passages, with a warning
+
+Nothing is guessed silently: ``parse_mode`` in the report names what was done.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .chat_template import ASSISTANT, SYSTEM, USER, Message
+from .contexts import split_context
+from .errors import InputError
+from .known_prompts import DEFAULT_SYSTEM_PROMPT, IN_ONE_MESSAGE, IN_SYSTEM_MESSAGE, Match, first_match, last_match
+from .prompt import INSTRUCTIONS, Passage
+
+APART = "apart"
+WHOLE = "whole"
+LAST_PARAGRAPH = "last paragraph"
+LONGEST_MESSAGE = "longest message"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a prompt asks, taken apart.
+
+    Attributes:
+        question: The question.
+        passages: What it is asked of; empty where the prompt has no context.
+        parse_mode: Name of the template; or "apart" (the caller gave the passages), "whole", "last paragraph",
+            "longest message".
+        options: Of the call: "history", and "instructions" and "system_prompt" where the prompt has its own.
+    """
+
+    question: str
+    passages: list[Passage]
+    parse_mode: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def take_apart(
+    messages: str | Iterable[Message], passages: Sequence[Passage], are_short: Callable[[Sequence[str]], bool]
+) -> Request:
+    """Finds question and passages in a conversation, or in a flat prompt.
+
+    Args:
+        messages: A prompt, or messages of which the last is the user's.
+        passages: Given apart; then the messages are not searched.
+        are_short: Whether texts are short enough to be read whole.
+
+    Raises:
+        InputError: If the messages cannot be used.
+    """
+    conversation = [Message(role=USER, content=messages)] if isinstance(messages, str) else _checked(messages)
+    *earlier, last = conversation
+    question = last["content"]
+    if passages:
+        return Request(question, list(passages), APART, _options(earlier))
+    if match := first_match(IN_ONE_MESSAGE, question):
+        return _from_match(match, match.fields["question"], earlier, match.before)
+    for place, message in enumerate(earlier):
+        if message["role"] == SYSTEM and (match := first_match(IN_SYSTEM_MESSAGE, message["content"])):
+            others = [*earlier[:place], *earlier[place + 1 :]]
+            return _from_match(match, question, others, match.before, match.fields.get("rest", ""))
+    return (None if earlier else _from_transcript(question)) or _from_unknown(earlier, question, are_short)
+
+
+def _checked(messages: Iterable[Message]) -> list[Message]:
+    conversation = list(messages)
+    for index, message in enumerate(conversation):
+        if message["role"] not in (SYSTEM, USER, ASSISTANT):
+            raise InputError(f"message {index} has the role {message['role']!r}: use system, user or assistant")
+        if not isinstance(message["content"], str):
+            raise InputError(f"message {index} is {type(message['content']).__name__}, not text: pass a str as content")
+    if not conversation or conversation[-1]["role"] != USER:
+        raise InputError("the last message is not the user's: end the conversation with a question")
+    return conversation
+
+
+def _from_match(match: Match, question: str, earlier: Sequence[Message], *own: str) -> Request:
+    """A known prompt's request; ``own`` are the user's words around the template's."""
+    options = _options([*earlier, *(Message(role=SYSTEM, content=text) for text in own)])
+    if match.template.keeps_words:
+        options["instructions"] = match.head.rstrip("-\n ")
+    elif answer := match.fields.get("answer"):
+        options["instructions"] = (
+            f"{INSTRUCTIONS}\n\nAn earlier answer, from other passages, is: {answer}\n"
+            "Give a better one if the passages below allow it, else repeat it."
+        )
+    return Request(question, split_context(match.fields["context"]), match.template.name, options)
+
+
+_OPENING = "system: "
+_USER_LABEL = re.compile(r"\n(?:user|human): ", re.IGNORECASE)
+_TURN_LABEL = re.compile(r"\n(user|human|assistant|ai): ", re.IGNORECASE)
+_END_LABEL = re.compile(r"\n(?:assistant|ai): *\Z", re.IGNORECASE)
+
+
+def _from_transcript(prompt: str) -> Request | None:
+    """A conversation written out as "system: ...", "user: ...", as frameworks do for models that cannot chat."""
+    label = last_match(_USER_LABEL.finditer(prompt))
+    if label is None or prompt[: len(_OPENING)].lower() != _OPENING:
+        return None
+    match = first_match(IN_SYSTEM_MESSAGE, prompt[: label.start()])
+    if match is None:
+        return None
+    # Turns are looked for behind the context only: the context may hold anything.
+    own, *turns = _TURN_LABEL.split(f"\n{match.fields.get('rest', '')}")
+    roles = (USER if role.lower() in ("user", "human") else ASSISTANT for role in turns[::2])
+    history = [Message(role=role, content=text.strip()) for role, text in zip(roles, turns[1::2], strict=True)]
+    question = _END_LABEL.sub("", prompt[label.end() :])
+    return _from_match(match, question, history, match.before[len(_OPENING) :], own)
+
+
+def _from_unknown(earlier: Sequence[Message], text: str, are_short: Callable[[Sequence[str]], bool]) -> Request:
+    if are_short([text, *(message["content"] for message in earlier)]):
+        return Request(text, [], WHOLE, {"instructions": "", **_options(earlier)})
+    context, _, question = text.rstrip().rpartition("\n\n")
+    mode, taken = LAST_PARAGRAPH, "the question, the others for passages"
+    longest = max(earlier, key=lambda message: len(message["content"]), default=None)
+    if longest is not None and len(longest["content"]) > len(text):
+        mode, taken, context, question = LONGEST_MESSAGE, "passages", longest["content"], text
+        earlier = [message for message in earlier if message is not longest]
+    warnings.warn(
+        f"this prompt is of no known template: its {mode} is taken for {taken}; pass the passages apart to be sure",
+        stacklevel=2,
+    )
+    return Request(question, split_context(context), mode, _options(earlier))
+
+
+def _options(earlier: Sequence[Message]) -> dict[str, Any]:
+    """The options that carry what stands before the last message."""
+    options: dict[str, Any] = {}
+    if history := [message for message in earlier if message["role"] != SYSTEM]:
+        options["history"] = history
+    texts = [message["content"].strip() for message in earlier if message["role"] == SYSTEM]
+    if own := [text for text in texts if text and not text.startswith(DEFAULT_SYSTEM_PROMPT)]:
+        options["system_prompt"] = "\n\n".join(own)
+    return options
