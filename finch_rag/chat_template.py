@@ -34,7 +34,7 @@ class Message(TypedDict):
 Render = Callable[[Sequence[Message]], str]  # messages, the last of them the user's -> prompt with control tokens
 
 
-def check_history(history: Sequence[Mapping[str, str]]) -> list[Message]:
+def check_history(history: Sequence[Mapping[str, object]]) -> list[Message]:
     """Earlier turns of a conversation, checked.
 
     Args:
@@ -45,8 +45,8 @@ def check_history(history: Sequence[Mapping[str, str]]) -> list[Message]:
     """
     checked = []
     for index, message in enumerate(history):
-        role, content = message.get("role"), message.get("content")
-        if role not in (USER, ASSISTANT):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        if not isinstance(role, str) or role not in (USER, ASSISTANT):
             raise InputError(f"history message {index} has the role {role!r}: use {USER!r} or {ASSISTANT!r}")
         if not isinstance(content, str):
             raise InputError(f"history message {index} is {type(content).__name__}, not text: pass a str as content")
@@ -86,7 +86,8 @@ def frame(
         if messages[0]["role"] != SYSTEM:
             if isinstance(error, ModelError):
                 raise
-            raise ModelError(f"the chat template of {type(tokenizer).__name__} fails: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ModelError(f"the chat template of {type(tokenizer).__name__} fails: {reason}") from error
     # Some templates know no system role, or drop it: its text then opens the user's first message.
     return frame(tokenizer, without_system(messages), render)
 
@@ -106,7 +107,7 @@ def _around_marks(
     texts = []
     for mark in marks:
         before, found, rest = rest.partition(mark)
-        if not found or mark in rest:
+        if not found or mark in rest or any(other in before for other in marks):
             raise ModelError(
                 f"the chat template of {type(tokenizer).__name__} does not show each message once; pass a tokenizer "
                 "with another chat_template, or set it to None for a plain prompt"

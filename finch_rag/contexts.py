@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 from .prompt import Passage
 
-_SHORT = 80  # characters: a shorter paragraph is a heading, and belongs to the next
-_SOURCE = re.compile(r"^(Source \d+):\n", re.MULTILINE)
-_METADATA = re.compile(r"(?:[^\s:][^:\n]{0,60}: [^\n]*\n)+\n")
+_HEADING = 80  # characters: a shorter paragraph that is no sentence belongs to the next
+_FIELDS = r"(?:[^\s:][^:\n]{0,60}: [^\n]*\n){1,50}\n"  # a node's metadata; bounded, as it is tried at many places
+_METADATA = re.compile(_FIELDS)
+_SOURCE = re.compile(rf"^({_FIELDS})?(Source \d+):\n", re.MULTILINE)
 
 
 def split_context(context: str) -> list[Passage]:
@@ -26,9 +27,10 @@ def split_context(context: str) -> list[Passage]:
     context = _unquoted(context)
     numbered = _SOURCE.split(context)
     if len(numbered) > 1:
-        pairs = zip(numbered[1::2], numbered[2::2], strict=True)
+        sources = zip(numbered[1::3], numbered[2::3], numbered[3::3], strict=True)
         opening = [Passage(numbered[0].strip())] if numbered[0].strip() else []
-        return opening + [Passage(text.strip(), title=source) for source, text in pairs if text.strip()]
+        found = ((source, f"{metadata or ''}{text}".strip()) for metadata, source, text in sources if text.strip())
+        return opening + [Passage(text, title=source) for source, text in found]
     if _METADATA.match(context):
         key = re.escape(context[: context.index(":") + 1])
         starts = [found.start() for found in re.finditer(f"^{key} ", context, re.MULTILINE)]
@@ -52,11 +54,12 @@ def _unquoted(context: str) -> str:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    held = ""
+    held: list[str] = []
     for paragraph in re.split(r"\n[ \t]*\n", text):
-        held = f"{held}\n\n{paragraph}".strip()
-        if len(paragraph.strip()) >= _SHORT:
-            yield held
-            held = ""
+        if paragraph.strip():
+            held.append(paragraph.rstrip())
+        if len(paragraph.strip()) >= _HEADING or paragraph.rstrip().endswith((".", "!", "?")):
+            yield "\n\n".join(held).strip()
+            held = []
     if held:
-        yield held
+        yield "\n\n".join(held).strip()

@@ -60,7 +60,7 @@ class Sampling:
 class Decoder:
     """Generates an answer on top of a cache, as text deltas.
 
-    Iterate it once. After that ``token_ids`` and ``stop_reason`` say what happened.
+    Iterate it once. After that ``token_ids``, ``stop_reason`` and ``cancelled`` say what happened.
 
     Args:
         model: The model that filled the cache.
@@ -88,7 +88,8 @@ class Decoder:
         self._sampling = sampling
         self._eos = eos_token_ids | frozenset(sampling.stop_token_ids)
         self._detokenise = detokenise
-        self._cancelled = cancelled
+        self._asked_to_end = cancelled
+        self.cancelled = False
         self.token_ids: list[int] = []
         self.stop_reason: StopReason = "length"
 
@@ -116,7 +117,8 @@ class Decoder:
         pick = _sampler(self._sampling, self._model)
         step = self._prompt
         for _ in range(self._sampling.max_new_tokens):
-            if self._cancelled():
+            if self._asked_to_end():
+                self.cancelled = True
                 return
             token = pick(self._logits(step))
             self.token_ids.append(token)

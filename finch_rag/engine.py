@@ -23,7 +23,7 @@ from .reading import Reading
 from .report import citations
 from .rope import KeyRotation
 from .stream import AnswerStream, AsyncAnswerStream, Cancellation
-from .templates import take_apart
+from .templates import APART, take_apart
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +163,7 @@ class Finch:
             passages: See `ask`.
             options: See `ask`.
         """
-        return self._stream(question, as_passages(passages), options, "apart")
+        return self._stream(question, as_passages(passages), options, APART)
 
     def chat(
         self, messages: str | Iterable[Message], passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]
@@ -195,6 +195,7 @@ class Finch:
             passages: See `chat`.
             options: See `chat`.
         """
+        check_reading(options.get("budget"), options.get("chunk_size"), self.selection, InputError)
         request = take_apart(messages, as_passages(passages), lambda texts: self._are_short(texts, options))
         return self._stream(request.question, request.passages, {**request.options, **options}, request.parse_mode)
 
@@ -323,7 +324,7 @@ class Finch:
     ) -> AnswerStream:
         sampling, cancellation = sampling_of(options, self.max_new_tokens), Cancellation()
         reading = Reading(self, question, passages, sampling.max_new_tokens, options, cancellation.check)
-        return self._answer(reading.run, reading.answer_prompt, sampling, cancellation, parse_mode)
+        return self._answer(reading.run, reading.answer_prompt, sampling, cancellation, passages, parse_mode)
 
     def _answer(
         self,
@@ -331,10 +332,13 @@ class Finch:
         prompt: Sequence[int],
         sampling: Sampling,
         cancellation: Cancellation,
-        parse_mode: str = "apart",
+        passages: Sequence[Passage] = (),
+        parse_mode: str = APART,
     ) -> AnswerStream:
         def decoder(cache: CompressedCache) -> Decoder:
             decode = self.prompts.decode
             return Decoder(self.model, cache, prompt, sampling, self._eos, decode, cancellation.__bool__)
 
-        return AnswerStream(open_cache, decoder, len(prompt), sampling.max_new_tokens, cancellation, parse_mode)
+        return AnswerStream(
+            open_cache, decoder, len(prompt), sampling.max_new_tokens, cancellation, passages, parse_mode
+        )

@@ -157,6 +157,14 @@ IN_SYSTEM_MESSAGE = (
         'Answer "don\'t know" if not present in the document.{rest}',
     ),
     Template(
+        "llama-index/condense-plus-context-refine",
+        "The following is a friendly conversation between a user and an AI assistant.{_}"
+        "Here are the relevant documents for the context:{context}"
+        "\nExisting Answer:\n{answer}"
+        "\nInstruction: Refine the existing answer using the provided context to assist the user.\n"
+        "If the context isn't helpful, just repeat the existing answer and nothing more.{rest}",
+    ),
+    Template(
         "langchain/stuff-chat",
         "Use the following pieces of context to answer the user's question.{_}\n----------------\n{context}",
     ),
@@ -171,17 +179,24 @@ IN_SYSTEM_MESSAGE = (
     ),
 )
 # LlamaIndex puts it before its own prompts for chat models; it says no more than Finch's own.
-DEFAULT_SYSTEM_PROMPT = "You are an expert Q&A system that is trusted around the world."
+DEFAULT_SYSTEM_PROMPT = (
+    "You are an expert Q&A system that is trusted around the world.\n"
+    "Always answer the query using the provided context information, and not prior knowledge.\n"
+    "Some rules to follow:\n1. Never directly reference the given context in your answer.\n"
+    "2. Avoid statements like 'Based on the context, ...' or 'The context information ...' or anything along "
+    "those lines."
+)
 
 
 def first_match(templates: Iterable[Template], text: str) -> Match | None:
-    """The match of the first template that matches a text.
+    """The match whose context begins first, and ends last: a context may hold another template's prompt.
 
     Args:
         templates: Known prompts.
         text: A prompt or a message.
     """
-    return next(filter(None, (template.match(text) for template in templates)), None)
+    matches = filter(None, (template.match(text) for template in templates))
+    return min(matches, key=lambda m: (len(m.before) + len(m.head), -len(m.fields["context"])), default=None)
 
 
 def last_match(matches: Iterator[re.Match[str]]) -> re.Match[str] | None:

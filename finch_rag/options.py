@@ -48,7 +48,7 @@ class ReadingOptions(TypedDict, total=False):
     reread: bool
     instructions: str | None
     system_prompt: str | None
-    history: Sequence[Mapping[str, str]]
+    history: Sequence[Mapping[str, object]]
     render: Render | None
     max_context_tokens: int | None
     on_progress: Progress
@@ -72,8 +72,10 @@ def sampling_of(options: Mapping[str, Any], max_new_tokens: int) -> Sampling:
     chosen = {name: options[name] for name in SamplingOptions.__annotations__ if name in options}
     stop = chosen.pop("stop", None) or ()
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    stop_ids = tuple(chosen.pop("stop_token_ids", None) or ())
-    sampling = Sampling(**{"max_new_tokens": max_new_tokens, **chosen}, stop=stops, stop_token_ids=stop_ids)
+    stop_ids = chosen.pop("stop_token_ids", None) or ()
+    if isinstance(stop_ids, (str, int)) or not all(isinstance(token, int) for token in stop_ids):
+        raise InputError(f"stop_token_ids is {stop_ids!r}: pass a list of token ids")
+    sampling = Sampling(**{"max_new_tokens": max_new_tokens, **chosen}, stop=stops, stop_token_ids=tuple(stop_ids))
     sampling.check()
     return sampling
 
@@ -109,6 +111,8 @@ def check_length(context_tokens: int, max_context_tokens: int | None) -> None:
         context_tokens: Tokens of all passages.
         max_context_tokens: The most that are allowed; None for no limit.
     """
+    if max_context_tokens is not None and not isinstance(max_context_tokens, int):
+        raise InputError(f"max_context_tokens is {max_context_tokens!r}: pass a whole number of tokens, or None")
     if max_context_tokens is not None and context_tokens > max_context_tokens:
         raise InputError(
             f"the passages have {context_tokens} tokens, more than max_context_tokens={max_context_tokens}: pass fewer "

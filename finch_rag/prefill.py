@@ -81,6 +81,8 @@ def prefill(
     if plan.reread and cache.kept_tokens < len(document):
         whole = whole_passages(cache.kept[0], passage_of)
         if len(whole):  # fragments make sense only with the keys and values of their first reading
+            # The best passage last, next to the question, where models look first (see docs/benchmarks.md).
+            whole = whole[attention[passage_of[whole]].argsort(stable=True)]
             cache.restart_document(whole)
             for piece in document[whole].split(plan.chunk_size):
                 forward(model, piece, cache)

@@ -121,7 +121,7 @@ class PromptBuilder:
         passages: Sequence[Passage],
         instructions: str | None = None,
         system_prompt: str | None = None,
-        history: Sequence[Mapping[str, str]] = (),
+        history: Sequence[Mapping[str, object]] = (),
         render: Render | None = None,
     ) -> Prompt:
         """Token ids for a question over passages.
@@ -149,6 +149,8 @@ class PromptBuilder:
         label, question = "Question: " if passages or instructions else "", question.strip()
         system = [Message(role=SYSTEM, content=system_prompt)] if system_prompt else []
         messages = [*system, *check_history(history), Message(role=USER, content="")]
+        for message in messages:
+            _check_unicode(message["content"], f"a {message['role']} message")
         head, tail = self._frame(messages, bool(label), render)
         opening = f"{instructions}\n\n" if instructions else ""
         prefix = head + self.encode([opening])[0]

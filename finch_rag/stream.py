@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from .report import Answer, citations, report
 if TYPE_CHECKING:
     from .cache import CompressedCache
     from .decode import Decoder
+    from .prompt import Passage
 
 
 class Cancelled(Exception):  # noqa: N818 - not an error: it ends a reading whose answer nobody wants any more
@@ -53,7 +54,11 @@ class AnswerStream(Iterator[str]):
         prompt_tokens: Tokens that the decoder reads before the answer.
         max_new_tokens: The most tokens of the answer.
         cancellation: What ``open_cache`` and ``decoder`` ask at each step.
+        passages: What is read.
         parse_mode: How the call's prompt was taken apart, for the report.
+
+    Attributes:
+        passages: What is read; a citation's ``index`` is a place in it.
     """
 
     def __init__(
@@ -63,44 +68,13 @@ class AnswerStream(Iterator[str]):
         prompt_tokens: int,
         max_new_tokens: int,
         cancellation: Cancellation,
+        passages: Sequence[Passage],
         parse_mode: str,
     ) -> None:
-        self._answer: Answer | None = None
+        self.passages = passages
         self._cancellation = cancellation
-        self._parse_mode = parse_mode
-        self._deltas = self._run(open_cache, decoder, prompt_tokens, max_new_tokens)
-
-    def _run(
-        self,
-        open_cache: Callable[[], CompressedCache],
-        decoder: Callable[[CompressedCache], Decoder],
-        prompt_tokens: int,
-        max_new_tokens: int,
-    ) -> Generator[str, None, None]:
-        try:
-            cache = open_cache()
-        except Cancelled:
-            return
-        cited = citations(cache, kept_only=True)
-        read = replace(report(cache, prompt_tokens), parse_mode=self._parse_mode)
-        started = time.perf_counter()
-        seconds = 0.0
-        cache = cache.fork(prompt_tokens + max_new_tokens)  # frees the room that reading needed
-        running = decoder(cache)
-        text = ""
-        for delta in running:
-            text += delta
-            seconds += time.perf_counter() - started  # not the reader's own time between two deltas
-            yield delta
-            started = time.perf_counter()
-        if self._cancellation:
-            return
-        seconds += time.perf_counter() - started
-        self._answer = Answer(
-            text,
-            cited,
-            replace(read, decode_seconds=seconds, new_tokens=len(running.token_ids), stop_reason=running.stop_reason),
-        )
+        self._answers: list[Answer] = []  # the generator holds this list and not the stream, so no cycle keeps a cache
+        self._deltas = _answer(open_cache, decoder, prompt_tokens, max_new_tokens, parse_mode, self._answers)
 
     def __next__(self) -> str:
         return next(self._deltas)
@@ -118,9 +92,9 @@ class AnswerStream(Iterator[str]):
         Raises:
             InputError: If the stream has not come to its end.
         """
-        if self._answer is None:
+        if not self._answers:
             raise InputError("the stream has no answer yet: iterate it to its end first")
-        return self._answer
+        return self._answers[0]
 
     def cancel(self) -> None:
         """Ends the stream after the chunk or token under way; from any thread, also while another one reads it."""
@@ -139,6 +113,38 @@ class AnswerStream(Iterator[str]):
         self.close()
 
 
+def _answer(
+    open_cache: Callable[[], CompressedCache],
+    decoder: Callable[[CompressedCache], Decoder],
+    prompt_tokens: int,
+    max_new_tokens: int,
+    parse_mode: str,
+    answers: list[Answer],
+) -> Generator[str, None, None]:
+    """The deltas of an answer; at the end the answer is put into ``answers``."""
+    try:
+        cache = open_cache()
+    except Cancelled:
+        return
+    cited = citations(cache, kept_only=True)
+    read = replace(report(cache, prompt_tokens), parse_mode=parse_mode)
+    started = time.perf_counter()
+    seconds = 0.0
+    cache = cache.fork(prompt_tokens + max_new_tokens)  # frees the room that reading needed
+    running = decoder(cache)
+    text = ""
+    for delta in running:
+        text += delta
+        seconds += time.perf_counter() - started  # not the reader's own time between two deltas
+        yield delta
+        started = time.perf_counter()
+    if running.cancelled:
+        return
+    seconds += time.perf_counter() - started
+    new, reason = len(running.token_ids), running.stop_reason
+    answers.append(Answer(text, cited, replace(read, decode_seconds=seconds, new_tokens=new, stop_reason=reason)))
+
+
 class AsyncAnswerStream(AsyncIterator[str]):
     """An `AnswerStream` for an event loop: each piece is made in a thread, so the loop is never blocked.
 
@@ -152,6 +158,7 @@ class AsyncAnswerStream(AsyncIterator[str]):
         self._open = open_stream
         self._stream: AnswerStream | None = None
         self._cancelled = False
+        self._lock = threading.Lock()  # a cancelled task's step may still be under way when the next one begins
 
     async def __anext__(self) -> str:
         step = asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, self._step)
@@ -166,11 +173,12 @@ class AsyncAnswerStream(AsyncIterator[str]):
         return delta
 
     def _step(self) -> str | None:
-        if self._stream is None:
-            self._stream = self._open()
-            if self._cancelled:  # while it was opened
-                self._stream.cancel()
-        return next(self._stream, None)
+        with self._lock:
+            if self._stream is None:
+                self._stream = self._open()
+                if self._cancelled:  # while it was opened
+                    self._stream.cancel()
+            return next(self._stream, None)
 
     async def read(self) -> Answer:
         """Runs to the end and returns the answer."""
@@ -184,6 +192,11 @@ class AsyncAnswerStream(AsyncIterator[str]):
         if self._stream is None:
             raise InputError("the stream has no answer yet: iterate it to its end first")
         return self._stream.answer
+
+    @property
+    def passages(self) -> Sequence[Passage]:
+        """See `AnswerStream`; empty before the first delta."""
+        return self._stream.passages if self._stream is not None else ()
 
     def cancel(self) -> None:
         """See `AnswerStream.cancel`."""

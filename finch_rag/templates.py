@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,12 +77,15 @@ def take_apart(
 
 
 def _checked(messages: Iterable[Message]) -> list[Message]:
+    if not isinstance(messages, Iterable):
+        raise InputError(f"messages is {type(messages).__name__}: pass a prompt, or a list of messages")
     conversation = list(messages)
     for index, message in enumerate(conversation):
-        if message["role"] not in (SYSTEM, USER, ASSISTANT):
-            raise InputError(f"message {index} has the role {message['role']!r}: use system, user or assistant")
-        if not isinstance(message["content"], str):
-            raise InputError(f"message {index} is {type(message['content']).__name__}, not text: pass a str as content")
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        if role not in (SYSTEM, USER, ASSISTANT):
+            raise InputError(f"message {index} has the role {role!r}: use system, user or assistant")
+        if not isinstance(content, str):
+            raise InputError(f"message {index} is {type(content).__name__}, not text: pass a str as content")
     if not conversation or conversation[-1]["role"] != USER:
         raise InputError("the last message is not the user's: end the conversation with a question")
     return conversation
@@ -123,10 +126,13 @@ def _from_transcript(prompt: str) -> Request | None:
     return _from_match(match, question, history, match.before[len(_OPENING) :], own)
 
 
+_ANSWER_LABEL = re.compile(r"\n[ \t]*\w[\w ]{0,29}:\Z")  # a last line such as "Answer:" asks nothing
+
+
 def _from_unknown(earlier: Sequence[Message], text: str, are_short: Callable[[Sequence[str]], bool]) -> Request:
     if are_short([text, *(message["content"] for message in earlier)]):
         return Request(text, [], WHOLE, {"instructions": "", **_options(earlier)})
-    context, _, question = text.rstrip().rpartition("\n\n")
+    context, _, question = _ANSWER_LABEL.sub("", text.rstrip()).rpartition("\n\n")
     mode, taken = LAST_PARAGRAPH, "the question, the others for passages"
     longest = max(earlier, key=lambda message: len(message["content"]), default=None)
     if longest is not None and len(longest["content"]) > len(text):
@@ -145,6 +151,6 @@ def _options(earlier: Sequence[Message]) -> dict[str, Any]:
     if history := [message for message in earlier if message["role"] != SYSTEM]:
         options["history"] = history
     texts = [message["content"].strip() for message in earlier if message["role"] == SYSTEM]
-    if own := [text for text in texts if text and not text.startswith(DEFAULT_SYSTEM_PROMPT)]:
-        options["system_prompt"] = "\n\n".join(own)
+    if own := "\n\n".join(filter(None, (text.removeprefix(DEFAULT_SYSTEM_PROMPT).strip() for text in texts))):
+        options["system_prompt"] = own
     return options

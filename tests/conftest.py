@@ -4,12 +4,14 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a network
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from finch_rag.cache import CompressedCache
 from finch_rag.engine import Finch
 
 from .small import chat_tokenizer, plain_tokenizer, small_finch
@@ -46,3 +48,17 @@ def finch() -> Finch:
 def embedded() -> Finch:
     """An engine on the embedded model; tests must not change it."""
     return Finch.from_pretrained("embedded", max_new_tokens=16)
+
+
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[CompressedCache]:
+    """The caches that are alive."""
+    alive: weakref.WeakSet[CompressedCache] = weakref.WeakSet()
+    init = CompressedCache.__init__
+
+    def tracked(cache: CompressedCache, *args: Any) -> None:
+        init(cache, *args)
+        alive.add(cache)
+
+    monkeypatch.setattr(CompressedCache, "__init__", tracked)
+    return alive

@@ -134,6 +134,21 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(stops: tuple[str, ...], 
     assert running.stop_reason == ("eos" if shown.endswith("1874.") else "stop")
 
 
+def test_a_stop_token_ends_the_answer_as_an_end_token_does() -> None:
+    tokens = ids("The bridge was built in 1874.")
+    for place in (0, 3, len(tokens) - 1):
+        running = decoder([*tokens, *EOS], stop_token_ids=(tokens[place], 399))
+        first = tokens.index(tokens[place])
+        assert "".join(running) == BUILDER.decode(tokens[:first]).strip()
+        assert (running.stop_reason, running.token_ids) == ("eos", tokens[: first + 1])
+
+
+def test_the_models_own_end_token_still_ends_the_answer_beside_a_stop_token() -> None:
+    deltas, running = said("The bridge.", stop_token_ids=(399,))
+    assert "".join(deltas) == "The bridge."
+    assert (running.stop_reason, running.token_ids[-1]) == ("eos", *EOS)
+
+
 def test_no_token_is_made_after_a_stop_string() -> None:
     _, running = said("The bridge was built in 1874.", stop=("The",))
     assert len(running.token_ids) <= len(ids("The"))

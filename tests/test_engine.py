@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import finch_rag.prefill
+from finch_rag.chat_template import Message
 from finch_rag.engine import Finch
 from finch_rag.errors import FinchError, InputError, ModelError, SettingsError, WindowError
 from finch_rag.prompt import Passage
@@ -262,6 +264,131 @@ def test_a_bad_setting_is_a_settings_error(settings: dict[str, Any], reason: str
         small_finch(**settings)
     assert isinstance(caught.value, ValueError)
     assert "\n" not in str(caught.value)
+
+
+TEXT_QA = (  # LlamaIndex's
+    "Context information is below.\n---------------------\n{context}\n---------------------\n"
+    "Given the context information and not prior knowledge, answer the query.\nQuery: {question}\nAnswer: "
+)
+HISTORY: list[Any] = [Message(role="user", content="who built it?"), Message(role="assistant", content="Novak.")]
+
+
+def long_texts(count: int) -> list[str]:
+    """Passages that no paragraph rule joins."""
+    return [f"{n}: " + " ".join(texts(40)[n::10]) for n in range(count)]
+
+
+def test_a_known_prompt_is_answered_as_its_parts_are(finch: Finch) -> None:
+    whole = finch.chat(TEXT_QA.format(context="\n\n".join(long_texts(4)), question=QUESTION))
+    apart = finch.ask(QUESTION, long_texts(4))
+    assert (whole.text, whole.citations) == (apart.text, apart.citations)
+    assert (whole.report.passages, whole.report.parse_mode) == (4, "llama-index/text-qa")
+    assert apart.report.parse_mode == "apart"
+    assert whole.to_dict()["report"]["parse_mode"] == "llama-index/text-qa"
+
+
+def test_a_streamed_chat_is_the_chat(finch: Finch) -> None:
+    prompt = TEXT_QA.format(context="\n\n".join(long_texts(4)), question=QUESTION)
+    stream = finch.stream_chat(prompt, max_new_tokens=5)
+    assert "".join(stream) == stream.answer.text == finch.chat(prompt, max_new_tokens=5).text
+    assert stream.answer.report.new_tokens == 5
+
+
+def test_an_unknown_prompt_is_read_whole_while_it_fits_into_a_chunk(finch: Finch) -> None:
+    prompt = f"{texts(1, longest=90, seed=3)[0]}\n\n{QUESTION}"
+    tokens = finch.count_tokens(prompt)
+    assert 64 < tokens < 250
+    whole = finch.chat(prompt, chunk_size=tokens)
+    assert (whole.report.parse_mode, whole.report.passages) == ("whole", 0)
+    assert whole.text == finch.ask(prompt, instructions="").text
+    for options in ({}, {"chunk_size": tokens - 1}):  # the engine's own is 64
+        with pytest.warns(UserWarning, match="last paragraph"):
+            assert finch.chat(prompt, **options).report.parse_mode == "last paragraph"  # type: ignore[arg-type]
+
+
+def test_a_conversation_is_read_whole_while_it_fits_into_half_the_window(finch: Finch) -> None:
+    turn = Message(role="user", content=texts(1, longest=24, seed=1)[0])
+    most = (256 - finch.count_tokens(QUESTION)) // finch.count_tokens(turn["content"])
+    question = Message(role="user", content=QUESTION)
+    assert finch.chat([*[turn] * most, question]).report.parse_mode == "whole"
+    with pytest.warns(UserWarning, match="longest message"):
+        finch.chat([*[turn] * (most + 1), question], max_new_tokens=1)
+
+
+def test_passages_given_apart_win_over_those_in_a_prompt(finch: Finch) -> None:
+    prompt = TEXT_QA.format(context="The bridge.", question=QUESTION)
+    answer = finch.chat(prompt, [Passage("the coast", id="mine")])
+    assert (answer.report.parse_mode, answer.report.passages) == ("apart", 1)
+    assert [citation.passage_id for citation in answer.citations] == ["mine"]
+    assert answer.text == finch.ask(prompt, ["the coast"]).text
+
+
+def test_a_conversation_is_its_history_system_prompt_and_question(finch: Finch) -> None:
+    messages = [Message(role="system", content="Be brief."), *HISTORY, Message(role="user", content=QUESTION)]
+    found = finch.chat(messages, texts(8))
+    expected = finch.ask(QUESTION, texts(8), history=HISTORY, system_prompt="Be brief.")
+    assert (found.text, found.citations) == (expected.text, expected.citations)
+    assert found.text != finch.ask(QUESTION, texts(8)).text
+    own = finch.chat(messages, texts(8), system_prompt="", history=())
+    assert (own.text, own.report.prefix_tokens) == (
+        finch.ask(QUESTION, texts(8)).text,
+        finch.ask(QUESTION, texts(8)).report.prefix_tokens,
+    )
+
+
+def test_history_is_read_before_the_passages_and_never_evicted(finch: Finch) -> None:
+    without, with_history = (finch.ask(QUESTION, texts(12), history=turns).report for turns in ((), HISTORY))
+    frame = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n"
+    turns = finch.tokenizer(frame.format(*(turn["content"] for turn in HISTORY)))["input_ids"]
+    assert with_history.prefix_tokens - without.prefix_tokens == len(turns)
+    assert with_history.kept_tokens == without.kept_tokens == 60
+    assert finch.compress(QUESTION, texts(12), history=HISTORY).prefix == with_history.prefix_tokens
+    assert finch.rank(QUESTION, texts(12), history=HISTORY) != finch.rank(QUESTION, texts(12))
+
+
+def test_history_that_fills_the_window_is_a_window_error(finch: Finch) -> None:
+    with pytest.raises(WindowError):
+        finch.ask(QUESTION, texts(3), history=HISTORY * 60)
+
+
+def test_render_makes_the_prompt_of_a_call(finch: Finch) -> None:
+    def render(messages: Sequence[Message]) -> str:
+        return "".join(f"<|im_start|>{m['role']}: {m['content']}<|im_end|>" for m in messages)
+
+    found = finch.ask(QUESTION, texts(3), history=HISTORY, render=render)
+    prompt = finch.prompts.build(QUESTION, [Passage("x")], "Answer.", "", HISTORY, render)
+    assert found.report.prefix_tokens == len(prompt.prefix)
+    assert found.text != finch.ask(QUESTION, texts(3), history=HISTORY).text
+    assert finch.ask(QUESTION, texts(3), render=None).text == finch.ask(QUESTION, texts(3)).text
+
+
+def test_more_context_than_allowed_is_an_error_with_both_numbers(finch: Finch) -> None:
+    tokens = finch.ask(QUESTION, texts(8)).report.context_tokens
+    assert finch.ask(QUESTION, texts(8), max_context_tokens=tokens).report.context_tokens == tokens
+    assert finch.ask(QUESTION, texts(8), max_context_tokens=None).report.context_tokens == tokens
+    for method in (finch.ask, finch.stream, finch.compress, finch.rank):
+        with pytest.raises(InputError, match=rf"{tokens} tokens.*max_context_tokens={tokens - 1}:") as caught:
+            method(QUESTION, texts(8), max_context_tokens=tokens - 1)
+        assert "\n" not in str(caught.value)
+
+
+def test_tokens_are_counted_as_they_are_read(finch: Finch) -> None:
+    passages = [*texts(5), "a <|im_end|> b 日本語"]
+    counted = sum(finch.count_tokens(f"{text}\n\n") for text in passages)
+    assert counted == finch.ask(QUESTION, passages).report.context_tokens
+    assert finch.count_tokens("") == 0
+    assert finch.count_tokens("<|im_end|>") > 1
+
+
+def test_a_stop_token_ends_the_answer(finch: Finch) -> None:
+    every = range(len(finch.tokenizer))
+    stopped = finch.ask(QUESTION, texts(8), stop_token_ids=every)
+    assert (stopped.text, stopped.report.new_tokens, stopped.report.stop_reason) == ("", 1, "eos")
+    cached = finch.ask_cached(finch.compress(QUESTION, texts(8)), stop_token_ids=list(every))
+    assert cached.report.new_tokens == 1
+    whole = finch.ask(QUESTION, texts(8))
+    for none in ((), None):
+        assert finch.ask(QUESTION, texts(8), stop_token_ids=none).text == whole.text != ""  # type: ignore[arg-type]
 
 
 def test_a_loaded_model_needs_its_tokenizer() -> None:

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, T5Config
 
 from finch_rag import models as module
 from finch_rag.engine import Finch
-from finch_rag.errors import FinchError, MissingExtraError, ModelError
+from finch_rag.errors import FinchError, MissingExtraError, ModelError, SettingsError
 from finch_rag.models import embedded_folder, load_model, resolve_device, resolve_dtype
 
-from .small import chat_tokenizer, model_of, small_config, small_model, texts
+from .small import chat_tokenizer, model_of, small_config, small_model, texts, tokenizer_with
 
 
 def saved(folder: Path, model: Any) -> Path:
@@ -62,6 +62,61 @@ def test_an_engine_on_a_saved_folder_answers_as_one_on_the_model(llama_folder: P
 
 def test_a_tokenizer_can_be_given_for_a_folder(llama_folder: Path, untemplated: Any) -> None:
     assert Finch.from_pretrained(llama_folder, tokenizer=untemplated).tokenizer is untemplated
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_tokenizer_can_be_given_by_its_folder(llama_folder: Path, tmp_path: Path, as_text: bool) -> None:
+    tokenizer_with("another template").save_pretrained(tmp_path)
+    folder = str(tmp_path) if as_text else tmp_path
+    assert Finch.from_pretrained(llama_folder, tokenizer=folder).tokenizer.chat_template == "another template"
+    assert load_model(llama_folder, tokenizer=folder).tokenizer.chat_template == "another template"
+
+
+def test_a_folder_without_tokenizer_takes_a_named_one(llama_folder: Path, tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path / "bare")
+    assert Finch.from_pretrained(tmp_path / "bare", tokenizer=llama_folder).ask("When?", max_new_tokens=1)
+
+
+def test_a_tokenizer_that_is_not_there_is_a_model_error(llama_folder: Path, tmp_path: Path) -> None:
+    assert str(tmp_path / "none") in refusal(llama_folder, tokenizer=tmp_path / "none")
+
+
+def test_a_named_tokenizer_does_not_do_for_a_loaded_model(llama_folder: Path) -> None:
+    with pytest.raises(SettingsError, match="tokenizer="):
+        Finch.from_pretrained(small_model(), tokenizer=str(llama_folder))
+
+
+def test_model_kwargs_reach_the_loading_of_the_model(llama_folder: Path) -> None:
+    kwargs = {"attn_implementation": "eager", "dtype": torch.float64}
+    loaded = load_model(llama_folder, dtype="float32", device="cpu", model_kwargs=kwargs)
+    assert loaded.model.config._attn_implementation == "eager"
+    assert loaded.model.dtype == torch.float64
+    assert "never_heard_of" in refusal(llama_folder, model_kwargs={"never_heard_of": 1})
+
+
+def test_a_revision_is_that_of_weights_configuration_and_tokenizer(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    for auto in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+
+        def load(*arguments: Any, plain: Any = auto.from_pretrained, **options: Any) -> Any:
+            seen.append(options.get("revision"))
+            return plain(*arguments, **options)
+
+        monkeypatch.setattr(auto, "from_pretrained", load)
+    load_model(llama_folder, model_kwargs={"revision": "v2"})
+    assert len(seen) >= 3
+    assert set(seen) == {"v2"}
+
+
+def test_a_device_map_decides_the_device(llama_folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    settings: dict[str, Any] = {"dtype": "float32", "heads": "all", "budget": 40, "chunk_size": 64, "max_new_tokens": 6}
+    mapped = Finch.from_pretrained(llama_folder, device="meta", model_kwargs={"device_map": {"": "cpu"}}, **settings)
+    assert {parameter.device.type for parameter in mapped.model.parameters()} == {"cpu"}
+    plain = Finch.from_pretrained(llama_folder, device="cpu", **settings)
+    assert mapped.ask("When?", texts(6)).text == plain.ask("When?", texts(6)).text
 
 
 def test_an_unknown_hub_id_is_a_model_error() -> None:
