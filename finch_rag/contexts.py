@@ -12,7 +12,6 @@ from .prompt import Passage
 _HEADING = 80  # characters: a shorter paragraph that is no sentence belongs to the next
 _FIELDS = r"(?:[^\s:][^:\n]{0,60}: [^\n]*\n){1,50}\n"  # a node's metadata; bounded, as it is tried at many places
 _METADATA = re.compile(_FIELDS)
-_SOURCE = re.compile(rf"^({_FIELDS})?(Source \d+):\n", re.MULTILINE)
 
 
 def split_context(context: str) -> list[Passage]:
@@ -25,14 +24,16 @@ def split_context(context: str) -> list[Passage]:
         context: The passages, joined.
     """
     context = _unquoted(context)
-    numbered = _SOURCE.split(context)
+    key = re.escape(context[: context.index(":") + 1]) if _METADATA.match(context) else None
+    # Only what begins as the first passage's metadata is metadata; a source's last line may look like it.
+    header = f"(?={key} ){_FIELDS}" if key else "(?!)"
+    numbered = re.split(rf"^({header})?(Source \d+):\n", context, flags=re.MULTILINE)
     if len(numbered) > 1:
         sources = zip(numbered[1::3], numbered[2::3], numbered[3::3], strict=True)
         opening = [Passage(numbered[0].strip())] if numbered[0].strip() else []
         found = ((source, f"{metadata or ''}{text}".strip()) for metadata, source, text in sources if text.strip())
         return opening + [Passage(text, title=source) for source, text in found]
-    if _METADATA.match(context):
-        key = re.escape(context[: context.index(":") + 1])
+    if key:
         starts = [found.start() for found in re.finditer(f"^{key} ", context, re.MULTILINE)]
         starts = [start for start in starts if _METADATA.match(context, start)]
         if len(starts) > 1:

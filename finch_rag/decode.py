@@ -45,6 +45,9 @@ class Sampling:
 
     def check(self, error: type[FinchError] = InputError) -> None:
         """Raises ``error`` if a value is out of its range."""
+        for name in ("max_new_tokens", "temperature"):
+            if not isinstance(value := getattr(self, name), (int, float)):
+                raise error(f"{name} is {value!r}: pass a number")
         if self.max_new_tokens < 1:
             raise error(f"max_new_tokens is {self.max_new_tokens}: the least is 1")
         if self.temperature < 0:

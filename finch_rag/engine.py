@@ -196,8 +196,10 @@ class Finch:
             options: See `chat`.
         """
         check_reading(options.get("budget"), options.get("chunk_size"), self.selection, InputError)
-        request = take_apart(messages, as_passages(passages), lambda texts: self._are_short(texts, options))
-        return self._stream(request.question, request.passages, {**request.options, **options}, request.parse_mode)
+        own = options.pop("instructions", self.instructions)
+        request = take_apart(messages, as_passages(passages), lambda texts: self._are_short(texts, options), own)
+        merged = {"instructions": own, **request.options, **options}
+        return self._stream(request.question, request.passages, merged, request.parse_mode)
 
     def astream(
         self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]

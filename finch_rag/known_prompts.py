@@ -187,6 +187,9 @@ DEFAULT_SYSTEM_PROMPT = (
     "those lines."
 )
 
+# Prompts that have no context, however long: they turn a conversation's last message into a question of its own.
+CONDENSE = ("Given the following conversation", "Given a chat history and the latest user question")
+
 
 def first_match(templates: Iterable[Template], text: str) -> Match | None:
     """The match whose context begins first, and ends last: a context may hold another template's prompt.

@@ -22,7 +22,15 @@ from typing import Any
 from .chat_template import ASSISTANT, SYSTEM, USER, Message
 from .contexts import split_context
 from .errors import InputError
-from .known_prompts import DEFAULT_SYSTEM_PROMPT, IN_ONE_MESSAGE, IN_SYSTEM_MESSAGE, Match, first_match, last_match
+from .known_prompts import (
+    CONDENSE,
+    DEFAULT_SYSTEM_PROMPT,
+    IN_ONE_MESSAGE,
+    IN_SYSTEM_MESSAGE,
+    Match,
+    first_match,
+    last_match,
+)
 from .prompt import INSTRUCTIONS, Passage
 
 APART = "apart"
@@ -50,7 +58,10 @@ class Request:
 
 
 def take_apart(
-    messages: str | Iterable[Message], passages: Sequence[Passage], are_short: Callable[[Sequence[str]], bool]
+    messages: str | Iterable[Message],
+    passages: Sequence[Passage],
+    are_short: Callable[[Sequence[str]], bool],
+    instructions: str | None = None,
 ) -> Request:
     """Finds question and passages in a conversation, or in a flat prompt.
 
@@ -58,6 +69,7 @@ def take_apart(
         messages: A prompt, or messages of which the last is the user's.
         passages: Given apart; then the messages are not searched.
         are_short: Whether texts are short enough to be read whole.
+        instructions: The caller's own; they stand before those of the prompt. None for Finch's.
 
     Raises:
         InputError: If the messages cannot be used.
@@ -68,12 +80,14 @@ def take_apart(
     if passages:
         return Request(question, list(passages), APART, _options(earlier))
     if match := first_match(IN_ONE_MESSAGE, question):
-        return _from_match(match, match.fields["question"], earlier, match.before)
+        return _from_match(match, match.fields["question"], instructions, earlier, match.before)
     for place, message in enumerate(earlier):
         if message["role"] == SYSTEM and (match := first_match(IN_SYSTEM_MESSAGE, message["content"])):
             others = [*earlier[:place], *earlier[place + 1 :]]
-            return _from_match(match, question, others, match.before, match.fields.get("rest", ""))
-    return (None if earlier else _from_transcript(question)) or _from_unknown(earlier, question, are_short)
+            return _from_match(match, question, instructions, others, match.before, match.fields.get("rest", ""))
+    only_system = all(message["role"] == SYSTEM for message in earlier)
+    found = _from_transcript(earlier, question, instructions) if only_system else None
+    return found or _from_unknown(earlier, question, are_short)
 
 
 def _checked(messages: Iterable[Message]) -> list[Message]:
@@ -91,14 +105,18 @@ def _checked(messages: Iterable[Message]) -> list[Message]:
     return conversation
 
 
-def _from_match(match: Match, question: str, earlier: Sequence[Message], *own: str) -> Request:
+def _from_match(
+    match: Match, question: str, instructions: str | None, earlier: Sequence[Message], *own: str
+) -> Request:
     """A known prompt's request; ``own`` are the user's words around the template's."""
     options = _options([*earlier, *(Message(role=SYSTEM, content=text) for text in own)])
     if match.template.keeps_words:
-        options["instructions"] = match.head.rstrip("-\n ")
+        words = match.head.rstrip("-\n ")
+        options["instructions"] = f"{instructions}\n\n{words}" if instructions else words
     elif answer := match.fields.get("answer"):
+        base = INSTRUCTIONS if instructions is None else instructions
         options["instructions"] = (
-            f"{INSTRUCTIONS}\n\nAn earlier answer, from other passages, is: {answer}\n"
+            f"{base}\n\nAn earlier answer, from other passages, is: {answer}\n"
             "Give a better one if the passages below allow it, else repeat it."
         )
     return Request(question, split_context(match.fields["context"]), match.template.name, options)
@@ -110,7 +128,7 @@ _TURN_LABEL = re.compile(r"\n(user|human|assistant|ai): ", re.IGNORECASE)
 _END_LABEL = re.compile(r"\n(?:assistant|ai): *\Z", re.IGNORECASE)
 
 
-def _from_transcript(prompt: str) -> Request | None:
+def _from_transcript(earlier: Sequence[Message], prompt: str, instructions: str | None) -> Request | None:
     """A conversation written out as "system: ...", "user: ...", as frameworks do for models that cannot chat."""
     label = last_match(_USER_LABEL.finditer(prompt))
     if label is None or prompt[: len(_OPENING)].lower() != _OPENING:
@@ -123,14 +141,14 @@ def _from_transcript(prompt: str) -> Request | None:
     roles = (USER if role.lower() in ("user", "human") else ASSISTANT for role in turns[::2])
     history = [Message(role=role, content=text.strip()) for role, text in zip(roles, turns[1::2], strict=True)]
     question = _END_LABEL.sub("", prompt[label.end() :])
-    return _from_match(match, question, history, match.before[len(_OPENING) :], own)
+    return _from_match(match, question, instructions, [*earlier, *history], match.before[len(_OPENING) :], own)
 
 
 _ANSWER_LABEL = re.compile(r"\n[ \t]*\w[\w ]{0,29}:\Z")  # a last line such as "Answer:" asks nothing
 
 
 def _from_unknown(earlier: Sequence[Message], text: str, are_short: Callable[[Sequence[str]], bool]) -> Request:
-    if are_short([text, *(message["content"] for message in earlier)]):
+    if text.lstrip().startswith(CONDENSE) or are_short([text, *(message["content"] for message in earlier)]):
         return Request(text, [], WHOLE, {"instructions": "", **_options(earlier)})
     context, _, question = _ANSWER_LABEL.sub("", text.rstrip()).rpartition("\n\n")
     mode, taken = LAST_PARAGRAPH, "the question, the others for passages"

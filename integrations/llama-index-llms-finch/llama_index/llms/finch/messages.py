@@ -1,0 +1,232 @@
+"""LlamaIndex's nodes, blocks and messages <-> Finch's passages and messages, and answers -> responses."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from typing import Any, TypeVar
+
+from llama_index.core.base.llms.types import (
+    AudioBlock,
+    ChatMessage,
+    ChatResponse,
+    CitableBlock,
+    CitationBlock,
+    CompletionResponse,
+    DocumentBlock,
+    ImageBlock,
+    MessageRole,
+    TextBlock,
+    VideoBlock,
+)
+from llama_index.core.schema import MetadataMode, NodeWithScore
+
+from finch_rag import Answer, InputError, Passage
+from finch_rag.chat_template import Message
+from finch_rag.stream import AnswerStream, AsyncAnswerStream
+
+Response = TypeVar("Response", ChatResponse, CompletionResponse)
+
+_ROLES = {MessageRole.DEVELOPER: "system", MessageRole.CHATBOT: "assistant", MessageRole.MODEL: "assistant"}
+_UNTITLED = "input_document"  # LlamaIndex's title of a document that was given none
+_TITLES = ("title", "file_name", "source")  # keys of metadata, the first that a node has names it
+
+
+class PassagesMessage(ChatMessage):
+    """A user's message that brings passages: one citable block each, and the question.
+
+    Args:
+        question: The question.
+        passages: Texts, finch-rag's `Passage` objects or LlamaIndex's nodes with scores.
+        data: Fields of `ChatMessage`.
+
+    Raises:
+        InputError: If a node has no text.
+    """
+
+    def __init__(
+        self, question: str | None = None, passages: Iterable[str | Passage | NodeWithScore] = (), **data: Any
+    ) -> None:
+        if question is not None:
+            blocks = [citable_block(passage, place) for place, passage in enumerate(passages)]
+            data["blocks"] = [*blocks, TextBlock(text=question)]
+        super().__init__(**data)
+
+
+def citable_block(item: str | Passage | NodeWithScore, place: int) -> CitableBlock:
+    """A passage as LlamaIndex's citable block, whose ``source`` is the passage's id, or its place.
+
+    Args:
+        item: A text, a passage or a node.
+        place: Its place among the passages.
+    """
+    passage = passage_of(item, place) if isinstance(item, NodeWithScore) else item
+    if isinstance(passage, str):
+        passage = Passage(passage)
+    source = str(place) if passage.id is None else passage.id
+    return CitableBlock(title=passage.title or "", source=source, content=[TextBlock(text=passage.text)])
+
+
+def passage_of(item: NodeWithScore, place: int) -> Passage:
+    """A node as a passage: its id, its title from its metadata, and the text that it shows to LLMs.
+
+    Args:
+        item: A node.
+        place: Its place among the nodes.
+
+    Raises:
+        InputError: If the node has no text.
+    """
+    node = item.node
+    title = next((str(node.metadata[key]) for key in _TITLES if node.metadata.get(key)), None)
+    if not node.get_content(MetadataMode.NONE).strip():
+        raise InputError(f"node {node.node_id} (place {place}) has no text: leave it out, or give it text")
+    shown = node
+    for key in _TITLES:
+        if title is not None and str(node.metadata.get(key)) == title:  # the title is read once, before the text
+            hidden = [*node.excluded_llm_metadata_keys, key]
+            shown = node.model_copy(update={"excluded_llm_metadata_keys": hidden})
+            break
+    return Passage(shown.get_content(MetadataMode.LLM), id=node.node_id, title=title)
+
+
+def split_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[Passage]]:
+    """The texts of messages, and the passages that their blocks bring.
+
+    Args:
+        messages: A conversation.
+
+    Raises:
+        InputError: If a block is neither text nor a document of text.
+    """
+    texts: list[Message] = []
+    passages: list[Passage] = []
+    for message in messages:
+        passages += [passage for block in message.blocks if (passage := _block_passage(block)) is not None]
+        role = _ROLES.get(message.role, message.role.value)
+        texts.append(Message(role=role, content=message.content or ""))
+    return texts, passages
+
+
+def _block_passage(block: Any) -> Passage | None:
+    """The passage of a citable block or a document; None for blocks that are no passages."""
+    if isinstance(block, CitableBlock):
+        text = "\n".join(part.text if isinstance(part, TextBlock) else _document_text(part) for part in block.content)
+        return Passage(text, id=block.source or None, title=block.title or None)
+    if isinstance(block, DocumentBlock):
+        return Passage(_document_text(block), title=None if block.title == _UNTITLED else block.title)
+    if isinstance(block, (AudioBlock, ImageBlock, VideoBlock)):
+        raise InputError(f"{type(block).__name__} in a message: Finch reads text, pass TextBlock or CitableBlock")
+    return None  # text, or what only other models know
+
+
+def _document_text(block: Any) -> str:
+    if not isinstance(block, DocumentBlock):
+        raise InputError(f"{type(block).__name__} in a passage: Finch reads text, pass its text as a TextBlock")
+    try:
+        return bytes(block.resolve_document().read()).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"the document {block.title!r} is not UTF-8 text: extract its text first") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"the document {block.title!r} cannot be read: {error}") from error
+
+
+def completion_response(answer: Answer, passages: Sequence[Passage], delta: str | None = None) -> CompletionResponse:
+    """An answer as the response of a completion, with report and citations in ``raw`` and ``additional_kwargs``.
+
+    Args:
+        answer: The answer.
+        passages: What was read.
+        delta: The last piece of a streamed answer.
+    """
+    return CompletionResponse(text=answer.text, delta=delta, raw=_raw(answer), additional_kwargs=_additional(answer))
+
+
+def chat_response(answer: Answer, passages: Sequence[Passage], delta: str | None = None) -> ChatResponse:
+    """An answer as the response of a chat: its text, and a citation block for each passage that was kept.
+
+    Args:
+        answer: The answer.
+        passages: What was read.
+        delta: The last piece of a streamed answer.
+    """
+    blocks = [_citation_block(citation, passages[citation.index]) for citation in answer.citations]
+    message = ChatMessage(role=MessageRole.ASSISTANT, blocks=[TextBlock(text=answer.text), *blocks])
+    return ChatResponse(message=message, delta=delta, raw=_raw(answer), additional_kwargs=_additional(answer))
+
+
+def chat_piece(text: str, delta: str) -> ChatResponse:
+    """A chat's response so far."""
+    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=delta)
+
+
+def completion_piece(text: str, delta: str) -> CompletionResponse:
+    """A completion's response so far."""
+    return CompletionResponse(text=text, delta=delta)
+
+
+def pieces(
+    stream: AnswerStream,
+    piece: Callable[[str, str], Response],
+    last: Callable[[Answer, Sequence[Passage], str], Response],
+) -> Generator[Response, None, None]:
+    """A stream's answer as responses; the last one adds no text, but report and citations.
+
+    Args:
+        stream: Of the answer; closed at the end, or when nobody wants the rest.
+        piece: Text so far and delta -> response.
+        last: Answer, passages and delta -> response.
+    """
+    text = ""
+    with stream:
+        for delta in stream:
+            text += delta
+            yield piece(text, delta)
+    yield last(stream.answer, stream.passages, "")
+
+
+async def apieces(
+    stream: AsyncAnswerStream,
+    piece: Callable[[str, str], Response],
+    last: Callable[[Answer, Sequence[Passage], str], Response],
+) -> AsyncGenerator[Response, None]:
+    """Like `pieces`, for an event loop.
+
+    Args:
+        stream: See `pieces`.
+        piece: See `pieces`.
+        last: See `pieces`.
+    """
+    text = ""
+    try:
+        async for delta in stream:
+            text += delta
+            yield piece(text, delta)
+    finally:
+        stream.cancel()
+    yield last(stream.answer, stream.passages, "")
+
+
+def _citation_block(citation: Any, passage: Passage) -> CitationBlock:
+    return CitationBlock(
+        cited_content=TextBlock(text=passage.text),
+        source=str(citation.index) if citation.passage_id is None else citation.passage_id,
+        title=citation.title or "",
+        additional_location_info={
+            "index": citation.index,
+            "kept_tokens": citation.kept_tokens,
+            "passage_tokens": citation.passage_tokens,
+        },
+    )
+
+
+def _raw(answer: Answer) -> dict[str, Any]:
+    report = answer.report
+    read = report.prefix_tokens + report.context_tokens + report.question_tokens
+    # LlamaIndex's token counter looks for "usage".
+    usage = {"prompt_tokens": read, "completion_tokens": report.new_tokens, "total_tokens": read + report.new_tokens}
+    return {**answer.to_dict(), "usage": usage}
+
+
+def _additional(answer: Answer) -> dict[str, Any]:
+    found = answer.to_dict()
+    return {"citations": found["citations"], "report": found["report"]}

@@ -1,0 +1,186 @@
+"""FinchSynthesizer: nodes go to the model apart, and citations come back with their ids."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator, Sequence
+from typing import Any
+
+import llama_index.core.instrumentation as instrument
+from llama_index.core.base.llms.types import ChatResponse
+from llama_index.core.base.response.schema import (
+    RESPONSE_TYPE,
+    AsyncStreamingResponse,
+    Response,
+    StreamingResponse,
+)
+from llama_index.core.callbacks.base import CallbackManager
+from llama_index.core.callbacks.schema import CBEventType, EventPayload
+from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent, SynthesizeStartEvent
+from llama_index.core.prompts.mixin import PromptDictType
+from llama_index.core.response_synthesizers.base import BaseSynthesizer
+from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType
+from llama_index.core.settings import Settings
+from llama_index.core.types import RESPONSE_TEXT_TYPE
+
+from finch_rag import InputError, SettingsError
+
+from .base import FinchLLM
+from .messages import PassagesMessage
+
+dispatcher = instrument.get_dispatcher(__name__)
+
+
+class FinchSynthesizer(BaseSynthesizer):
+    """Answers from all nodes in one call; ``response.metadata["finch"]`` has citations by node id, and the report.
+
+    Args:
+        llm: A `FinchLLM`; ``Settings.llm`` when None.
+        streaming: Whether the response streams.
+        callback_manager: Of the LLM and of this.
+
+    Raises:
+        SettingsError: If the LLM is another one.
+    """
+
+    def __init__(
+        self, llm: FinchLLM | None = None, streaming: bool = False, callback_manager: CallbackManager | None = None
+    ) -> None:
+        chosen = llm if llm is not None else Settings.llm
+        if not isinstance(chosen, FinchLLM):
+            raise SettingsError(
+                f"FinchSynthesizer needs a FinchLLM, not {type(chosen).__name__}: pass llm=FinchLLM(...)"
+            )
+        super().__init__(llm=chosen, streaming=streaming, callback_manager=callback_manager)
+        self._finch = chosen
+
+    def _get_prompts(self) -> PromptDictType:
+        return {}
+
+    def _update_prompts(self, prompts_dict: PromptDictType) -> None:
+        """Finch builds its own prompt: see ``instructions`` and ``system_prompt`` of `FinchLLM`."""
+
+    def synthesize(
+        self,
+        query: QueryType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """Answers a query from nodes.
+
+        Args:
+            query: The query.
+            nodes: What to read.
+            additional_source_nodes: Added to the response's source nodes.
+            response_kwargs: Options of the call, see `FinchLLM.complete`.
+
+        Raises:
+            InputError: If there are no nodes, one has no text, or the query is empty.
+        """
+        question = _question(query, nodes)
+        dispatcher.event(SynthesizeStartEvent(query=query))
+        sources, metadata = self._sources(nodes, additional_source_nodes)
+        message = PassagesMessage(question, nodes)
+        with self._callback_manager.event(CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: question}) as event:
+            response: RESPONSE_TYPE
+            if self._streaming:
+                texts = _texts(self._finch.stream_chat([message], **response_kwargs), metadata)
+                response = StreamingResponse(texts, source_nodes=sources, metadata=metadata)
+            else:
+                answered = self._finch.chat([message], **response_kwargs)
+                metadata["finch"] = answered.additional_kwargs
+                response = Response(answered.message.content, source_nodes=sources, metadata=metadata)
+            event.on_end(payload={EventPayload.RESPONSE: response})
+        dispatcher.event(SynthesizeEndEvent(query=query, response=response))
+        return response
+
+    async def asynthesize(
+        self,
+        query: QueryType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """Like `synthesize`, for an event loop.
+
+        Args:
+            query: See `synthesize`.
+            nodes: See `synthesize`.
+            additional_source_nodes: See `synthesize`.
+            response_kwargs: See `synthesize`.
+        """
+        question = _question(query, nodes)
+        dispatcher.event(SynthesizeStartEvent(query=query))
+        sources, metadata = self._sources(nodes, additional_source_nodes)
+        message = PassagesMessage(question, nodes)
+        with self._callback_manager.event(CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: question}) as event:
+            response: RESPONSE_TYPE
+            if self._streaming:
+                texts = _atexts(await self._finch.astream_chat([message], **response_kwargs), metadata)
+                response = AsyncStreamingResponse(texts, source_nodes=sources, metadata=metadata)
+            else:
+                answered = await self._finch.achat([message], **response_kwargs)
+                metadata["finch"] = answered.additional_kwargs
+                response = Response(answered.message.content, source_nodes=sources, metadata=metadata)
+            event.on_end(payload={EventPayload.RESPONSE: response})
+        dispatcher.event(SynthesizeEndEvent(query=query, response=response))
+        return response
+
+    def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
+        """Answers from texts without ids.
+
+        Args:
+            query_str: The question.
+            text_chunks: What to read.
+            response_kwargs: See `synthesize`.
+        """
+        message = PassagesMessage(query_str, text_chunks)
+        if self._streaming:
+            return _texts(self._finch.stream_chat([message], **response_kwargs), {})
+        return self._finch.chat([message], **response_kwargs).message.content or ""
+
+    async def aget_response(
+        self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
+    ) -> RESPONSE_TEXT_TYPE:
+        """Like `get_response`, for an event loop.
+
+        Args:
+            query_str: See `get_response`.
+            text_chunks: See `get_response`.
+            response_kwargs: See `get_response`.
+        """
+        message = PassagesMessage(query_str, text_chunks)
+        if self._streaming:
+            return _atexts(await self._finch.astream_chat([message], **response_kwargs), {})
+        return (await self._finch.achat([message], **response_kwargs)).message.content or ""
+
+    def _sources(
+        self, nodes: Sequence[NodeWithScore], additional: Sequence[NodeWithScore] | None
+    ) -> tuple[list[NodeWithScore], dict[str, Any]]:
+        """Source nodes of a response and its metadata, as LlamaIndex fills them."""
+        sources = [*nodes, *(additional or ())]
+        return sources, dict(self._get_metadata_for_response([source.node for source in sources]) or {})
+
+
+def _question(query: QueryType, nodes: Sequence[NodeWithScore]) -> str:
+    question = query.query_str if isinstance(query, QueryBundle) else query
+    if not nodes:
+        raise InputError(f"there are no nodes to answer {question!r} from: the retriever found nothing")
+    return question
+
+
+def _texts(responses: Generator[ChatResponse, None, None], metadata: dict[str, Any]) -> Generator[str, None, None]:
+    """The deltas of a stream; at its end ``metadata`` gets citations and report."""
+    for response in responses:
+        if response.additional_kwargs:
+            metadata["finch"] = response.additional_kwargs
+        if response.delta:
+            yield response.delta
+
+
+async def _atexts(responses: AsyncGenerator[ChatResponse, None], metadata: dict[str, Any]) -> AsyncGenerator[str, None]:
+    async for response in responses:
+        if response.additional_kwargs:
+            metadata["finch"] = response.additional_kwargs
+        if response.delta:
+            yield response.delta

@@ -1,0 +1,7 @@
+from __future__ import annotations
+
+from li_fixtures import prompts, requests
+
+from tests.conftest import caches, embedded, private_cache
+
+__all__ = ["caches", "embedded", "private_cache", "prompts", "requests"]
