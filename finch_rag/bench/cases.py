@@ -1,0 +1,196 @@
+"""What a quality benchmark asks: questions, each with its retrieved passages in a given order."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..corpus import Question, load_questions, read_corpus
+from ..errors import CorpusError, InputError, MissingExtraError
+from ..prompt import Passage
+from ..retrieval import Retriever
+
+RetrieverName = Literal["bm25", "dense"]
+Search = Callable[[str, int], list[int]]  # question, how many -> places of passages, best first
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A question with what was retrieved for it.
+
+    Attributes:
+        question: The question.
+        passages: In the order to read them.
+        ranks: Rank of each of them by the retriever, from 0.
+    """
+
+    question: Question
+    passages: list[Passage]
+    ranks: list[int]
+
+    @property
+    def has_gold(self) -> bool:
+        """Whether a passage that holds the answer was retrieved."""
+        return any(passage.id in self.question.gold_ids for passage in self.passages)
+
+    @property
+    def ranked(self) -> list[Passage]:
+        """The passages, best first."""
+        return [passage for _, passage in sorted(zip(self.ranks, self.passages, strict=True), key=lambda pair: pair[0])]
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """Passages and questions about them.
+
+    Attributes:
+        name: The folder's.
+        passages: All of them.
+        questions: In the file's order.
+    """
+
+    name: str
+    passages: list[Passage]
+    questions: list[Question]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> DataSet:
+        """Reads ``questions*.jsonl`` and everything else that is a corpus, plain or ``.gz``.
+
+        Args:
+            folder: Where they are.
+
+        Raises:
+            CorpusError: If one of them is missing or cannot be read, or a gold passage is not in the corpus.
+        """
+        root = Path(folder)
+        files = sorted([*root.glob("questions*.jsonl"), *root.glob("questions*.jsonl.gz")])
+        if len(files) != 1:
+            raise CorpusError(f"{root} has {len(files)} files questions*.jsonl(.gz): it needs one")
+        passages, questions = read_corpus(root).passages, load_questions(files[0])
+        known = {passage.id for passage in passages}
+        missing = next((q for q in questions if not known & set(q.gold_ids)), None)
+        if missing is not None:
+            raise CorpusError(f"no gold passage of question {missing.id} is among the {len(passages)} passages")
+        return cls(root.resolve().name, passages, questions)
+
+
+def search_by(name: RetrieverName, passages: Sequence[Passage]) -> Search:
+    """An index of passages.
+
+    Args:
+        name: "bm25", or "dense" for MiniLM embeddings.
+        passages: What to search.
+
+    Raises:
+        MissingExtraError: If the index's package is not installed.
+    """
+    if name == "dense":
+        index = Retriever.build(passages)
+        return lambda question, top_k: [place for place, _ in index.search(question, top_k)]
+    try:
+        import bm25s
+    except ImportError as error:
+        raise MissingExtraError.of("bm25s", "bench") from error
+
+    bm25 = bm25s.BM25()
+    texts = [f"{passage.title or ''} {passage.text}" for passage in passages]
+    bm25.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
+
+    def search(question: str, top_k: int) -> list[int]:
+        tokens = bm25s.tokenize([question], show_progress=False)
+        places, _ = bm25.retrieve(tokens, k=top_k, show_progress=False)
+        return [int(place) for place in places[0]]
+
+    return search
+
+
+def make_cases(
+    data: DataSet, retriever: RetrieverName, top_k: int, order: str = "rank", limit: int | None = None, seed: int = 0
+) -> list[Case]:
+    """Draws questions and retrieves their passages.
+
+    Args:
+        data: Passages and questions.
+        retriever: What ranks the passages.
+        top_k: How many passages a question gets; all where there are fewer.
+        order: "rank" (best first), "random", or "gold-at:I": the answer's passage at place I, the others, which are
+            the best ranked that are not gold, in rank order.
+        limit: How many questions; all when None.
+        seed: Of the draw, and of the random order.
+
+    Raises:
+        InputError: If an argument cannot work.
+    """
+    check = _places(order, min(top_k, len(data.passages)))
+    rng = random.Random(seed)
+    questions = list(data.questions)
+    rng.shuffle(questions)
+    search = search_by(retriever, data.passages)
+    cases = []
+    for question in questions[:limit]:
+        found = search(question.question, min(top_k, len(data.passages)))
+        if check is not None:
+            found = _with_gold_at(check, found, data.passages, question)
+        ranks = list(range(len(found)))
+        if order == "random":
+            rng.shuffle(ranks)
+        cases.append(Case(question, [data.passages[found[rank]] for rank in ranks], ranks))
+    return cases
+
+
+def _places(order: str, top_k: int) -> int | None:
+    """The place of the gold passage in "gold-at:I", None for other orders."""
+    if order in ("rank", "random"):
+        return None
+    name, _, place = order.partition(":")
+    if name != "gold-at" or not place.isdecimal() or int(place) >= top_k:
+        raise InputError(f"order is {order!r}: use rank, random, or gold-at:I with I from 0 to {top_k - 1}")
+    return int(place)
+
+
+def _with_gold_at(place: int, found: list[int], passages: Sequence[Passage], question: Question) -> list[int]:
+    gold = next(index for index, passage in enumerate(passages) if passage.id in question.gold_ids)
+    others = [index for index in found if passages[index].id not in question.gold_ids]
+    return [*others[:place], gold, *others[place:]][: len(found)]
+
+
+def write_cases(cases: Iterable[Case], file: Path) -> None:
+    """Stores cases, for a later run or for a peer in an environment of its own.
+
+    Args:
+        cases: What to store.
+        file: Gzipped JSON lines.
+    """
+    with gzip.open(file, "wt", encoding="utf-8") as lines:
+        for case in cases:
+            q = case.question
+            record = {
+                "id": q.id,
+                "question": q.question,
+                "answers": q.answers,
+                "gold_ids": q.gold_ids,
+                "ranks": case.ranks,
+                "passages": [{"id": p.id, "title": p.title, "text": p.text} for p in case.passages],
+            }
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_cases(file: Path) -> Iterator[Case]:
+    """Reads what `write_cases` stored.
+
+    Args:
+        file: Gzipped JSON lines.
+    """
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            answers, gold = tuple(record["answers"]), tuple(record["gold_ids"])
+            question = Question(record["id"], record["question"], answers, gold)
+            passages = [Passage(p["text"], id=p["id"], title=p["title"]) for p in record["passages"]]
+            yield Case(question, passages, record["ranks"])

@@ -1,0 +1,230 @@
+"""Ways to answer a question from many passages, all with the same model, prompt and decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from ..engine import Finch
+from ..errors import InputError
+from ..prompt import INSTRUCTIONS, Passage
+from ..report import Answer
+from .cases import Case
+
+
+class DoesNotFitError(Exception):
+    """A case is too long for the method; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a method made of a case.
+
+    Attributes:
+        prediction: The answer.
+        kept_ids: Passages of which something was in the cache when the answer was made.
+        kv_tokens: Document tokens in the cache then; the most of any call where there were several.
+        prefill_seconds: Reading.
+        decode_seconds: Question and answer.
+        calls: Calls of the model.
+        peak_mib: Peak of the accelerator's memory beyond what was in use before; None on a CPU.
+    """
+
+    prediction: str
+    kept_ids: list[str | None]
+    kv_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    calls: int = 1
+    peak_mib: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """Answers cases.
+
+    Attributes:
+        finch: The engine, for all methods.
+        budget: Document tokens in the cache.
+        max_new_tokens: The most tokens of an answer.
+    """
+
+    finch: Finch
+    budget: int
+    max_new_tokens: int
+
+    def ask(self, case: Case, passages: Sequence[Passage], **options: Any) -> Outcome:
+        """One call of the engine."""
+        chosen = {"budget": self.budget, "max_new_tokens": self.max_new_tokens, **options}
+        return _outcome([self.finch.ask(case.question.question, passages, **chosen)])
+
+    def ask_plain(self, case: Case, passages: Sequence[Passage]) -> Outcome:
+        """One call that evicts nothing: the plain model."""
+        tokens = sum(self.lengths(passages))
+        if (room := self.room(case)) < tokens:
+            raise DoesNotFitError(f"{tokens} tokens of passages, and the window has room for {room}")
+        return self.ask(case, passages, budget=max(tokens, 1), reread=False)
+
+    def lengths(self, passages: Sequence[Passage]) -> list[int]:
+        """Tokens of each passage as Finch reads it."""
+        return [len(tokens) for tokens in self.finch.prompts.build("?", passages).passages] if passages else []
+
+    def room(self, case: Case) -> int:
+        """Tokens of passages that the window holds beside the rest of the prompt and the answer."""
+        prompt = self.finch.prompts.build(case.question.question, case.passages[:1])
+        fixed = len(prompt.prefix) + 2 * len(prompt.question) + len(prompt.tail) + self.max_new_tokens
+        return self.finch.window - fixed - 1
+
+    def first_that_fit(self, passages: Sequence[Passage], tokens: int) -> list[Passage]:
+        """The first passages that fit whole into so many tokens; at least one."""
+        ends = accumulate(self.lengths(passages))
+        return list(passages[: max(1, sum(end <= tokens for end in ends))])
+
+    def packs(self, passages: Sequence[Passage], tokens: int) -> list[list[Passage]]:
+        """Passages in packs of at most so many tokens, each with one passage at least."""
+        packs: list[list[Passage]] = []
+        filled = 0
+        for passage, length in zip(passages, self.lengths(passages), strict=True):
+            if not packs or filled + length > tokens:
+                packs.append([])
+                filled = 0
+            packs[-1].append(passage)
+            filled += length
+        return packs
+
+
+Method = Callable[[Contestant, Case], Outcome]
+
+
+def finch(contestant: Contestant, case: Case) -> Outcome:
+    """Finch as it is."""
+    return contestant.ask(case, case.passages)
+
+
+def finch_scan(contestant: Contestant, case: Case) -> Outcome:
+    """Finch without reading the kept passages again."""
+    return contestant.ask(case, case.passages, reread=False)
+
+
+def finch_paper(contestant: Contestant, case: Case) -> Outcome:
+    """Tokens by the sum of all heads, layer by layer, as in the paper."""
+    return contestant.ask(case, case.passages, selection="token")
+
+
+def full(contestant: Contestant, case: Case) -> Outcome:
+    """Everything, no compression."""
+    return contestant.ask_plain(case, case.passages)
+
+
+def truncate(contestant: Contestant, case: Case) -> Outcome:
+    """What fits into the window, in the order given."""
+    return contestant.ask_plain(case, contestant.first_that_fit(case.passages, contestant.room(case)))
+
+
+def top_k(contestant: Contestant, case: Case) -> Outcome:
+    """The retriever's best passages that fit into the budget."""
+    return contestant.ask_plain(case, contestant.first_that_fit(case.ranked, contestant.budget))
+
+
+def gold(contestant: Contestant, case: Case) -> Outcome:
+    """The passages that hold the answer, alone: what the reader can do."""
+    passages = [passage for passage in case.passages if passage.id in case.question.gold_ids]
+    if not passages:
+        raise DoesNotFitError("the answer's passage was not retrieved")
+    return contestant.ask_plain(case, passages)
+
+
+def refine(contestant: Contestant, case: Case) -> Outcome:
+    """An answer from the first pack of passages, refined with each further one, as LlamaIndex does it."""
+    answers: list[Answer] = []
+    for pack in contestant.packs(case.passages, contestant.budget):
+        instructions = None
+        if answers:
+            instructions = (
+                f"{INSTRUCTIONS}\n\nAn earlier answer, from other passages, is: {answers[-1].text}\n"
+                "Give a better one if the passages below allow it, else repeat it."
+            )
+        answers.append(_small_call(contestant, case, pack, instructions))
+    return _outcome(answers)
+
+
+def map_reduce(contestant: Contestant, case: Case) -> Outcome:
+    """An answer from each pack of passages, then one from the answers, as LlamaIndex's tree_summarize does it."""
+    answers: list[Answer] = []
+    level = list(case.passages)
+    while True:
+        packs = contestant.packs(level, contestant.budget)
+        made = [_small_call(contestant, case, pack, None) for pack in packs]
+        answers += made
+        if len(made) == 1:
+            return _outcome(answers)
+        level = [Passage(answer.text or "no answer") for answer in made]
+
+
+def _small_call(contestant: Contestant, case: Case, pack: list[Passage], instructions: str | None) -> Answer:
+    options: dict[str, Any] = {} if instructions is None else {"instructions": instructions}
+    budget = max(contestant.budget, sum(contestant.lengths(pack)))
+    return contestant.finch.ask(
+        case.question.question,
+        pack,
+        budget=budget,
+        reread=False,
+        max_new_tokens=contestant.max_new_tokens,
+        **options,
+    )
+
+
+METHODS: dict[str, Method] = {
+    "finch": finch,
+    "finch-scan": finch_scan,
+    "finch-paper": finch_paper,
+    "full": full,
+    "truncate": truncate,
+    "top-k": top_k,
+    "refine": refine,
+    "map-reduce": map_reduce,
+    "gold": gold,
+}
+WITHOUT_BUDGET = ("full", "truncate", "gold")  # the budget makes no difference to them
+
+
+def run(method: str, contestant: Contestant, case: Case) -> Outcome:
+    """Answers one case by one method.
+
+    Args:
+        method: Of `METHODS`.
+        contestant: The model with its budget.
+        case: The case.
+
+    Raises:
+        DoesNotFitError: If the case is too long for the method.
+        InputError: If there is no such method.
+    """
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is unknown: use {', '.join(METHODS)}")
+    device = next(contestant.finch.model.parameters()).device
+    if device.type != "cuda":
+        return METHODS[method](contestant, case)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    outcome = METHODS[method](contestant, case)
+    peak = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    return Outcome(**{name: getattr(outcome, name) for name in Outcome.__slots__ if name != "peak_mib"}, peak_mib=peak)
+
+
+def _outcome(answers: Sequence[Answer]) -> Outcome:
+    reports = [answer.report for answer in answers]
+    last = answers[-1]
+    return Outcome(
+        prediction=last.text,
+        kept_ids=[citation.passage_id for citation in last.citations],
+        kv_tokens=max(report.kept_tokens for report in reports),
+        prefill_seconds=sum(report.prefill_seconds for report in reports),
+        decode_seconds=sum(report.decode_seconds for report in reports),
+        calls=len(answers),
+    )

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finch_rag.bench import quality
+from finch_rag.bench.cases import Case, DataSet, make_cases, read_cases, write_cases
+from finch_rag.bench.methods import METHODS, Contestant, DoesNotFitError, run
+from finch_rag.bench.statistics import bootstrap
+from finch_rag.engine import Finch
+from finch_rag.errors import CorpusError, InputError
+
+from .small import chat_tokenizer, small_finch, small_model, texts
+
+COUNT = 12
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A data set of which each passage answers the question that names its number."""
+    root = tmp_path / "data"
+    root.mkdir()
+    passages = [{"id": f"p{n}", "title": None, "text": f"{text} token{n}"} for n, text in enumerate(texts(COUNT))]
+    questions = [
+        {"id": f"q{n}", "question": f"token{n}?", "answers": [f"token{n}"], "gold_ids": [f"p{n}"]} for n in range(COUNT)
+    ]
+    for name, records in (("passages", passages), ("questions.dev", questions)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return root
+
+
+@pytest.fixture
+def data(folder: Path) -> DataSet:
+    return DataSet.read(folder)
+
+
+def cases(data: DataSet, **changes: Any) -> list[Case]:
+    return make_cases(data, **{"retriever": "bm25", "top_k": 6, **changes})
+
+
+def test_bm25_ranks_the_passage_that_names_the_word_first(data: DataSet) -> None:
+    for case in cases(data):
+        assert case.passages[0].id in case.question.gold_ids
+        assert case.ranks == list(range(6))
+        assert case.has_gold
+
+
+def test_a_draw_is_repeatable_and_another_seed_is_another_draw(data: DataSet) -> None:
+    drawn = [[case.question.id for case in cases(data, limit=4, seed=seed)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(drawn[0]) == 4
+
+
+def test_a_random_order_keeps_the_ranks(data: DataSet) -> None:
+    shuffled, ranked = cases(data, order="random"), cases(data)
+    assert [case.passages for case in shuffled] != [case.passages for case in ranked]
+    assert [case.ranked for case in shuffled] == [case.ranked for case in ranked]
+
+
+@pytest.mark.parametrize("place", [0, 3, 5])
+def test_gold_stands_where_it_is_put_among_the_best_others(data: DataSet, place: int) -> None:
+    for case in cases(data, order=f"gold-at:{place}"):
+        assert [passage.id in case.question.gold_ids for passage in case.passages] == [n == place for n in range(6)]
+
+
+@pytest.mark.parametrize("order", ["gold-at:6", "gold-at:-1", "gold-at:x", "best"])
+def test_an_unknown_order_is_refused(data: DataSet, order: str) -> None:
+    with pytest.raises(InputError, match=r"gold-at:I with I from 0 to 5"):
+        cases(data, order=order)
+
+
+def test_cases_survive_storage(data: DataSet, tmp_path: Path) -> None:
+    made = cases(data, order="random")
+    write_cases(made, tmp_path / "cases.jsonl.gz")
+    assert list(read_cases(tmp_path / "cases.jsonl.gz")) == made
+
+
+def test_gold_that_is_not_in_the_corpus_is_refused(folder: Path) -> None:
+    line = {"id": "q", "question": "Who?", "answers": ["x"], "gold_ids": ["nowhere"]}
+    (folder / "questions.dev.jsonl").write_text(json.dumps(line))
+    with pytest.raises(CorpusError, match="no gold passage of question q is among the 12"):
+        DataSet.read(folder)
+
+
+def test_every_method_answers_within_its_budget(data: DataSet) -> None:
+    finch = Finch(small_model(max_position_embeddings=2048), chat_tokenizer(), heads=[(0, 1)], chunk_size=128)
+    contestant = Contestant(finch, 60, 4)
+    [case] = cases(data, limit=1, top_k=COUNT)
+    outcomes = {method: run(method, contestant, case) for method in METHODS}
+    total = sum(contestant.lengths(case.passages))
+    assert outcomes["full"].kv_tokens == outcomes["truncate"].kv_tokens == total
+    assert all(outcomes[name].kv_tokens <= 60 for name in ("finch", "finch-scan", "finch-paper", "top-k"))
+    assert outcomes["finch-paper"].kv_tokens == 60
+    assert outcomes["gold"].kept_ids == list(case.question.gold_ids)
+    packs = contestant.packs(case.passages, 60)
+    assert [passage for pack in packs for passage in pack] == case.passages
+    assert all(len(pack) == 1 or sum(contestant.lengths(pack)) <= 60 for pack in packs)
+    assert outcomes["refine"].calls == len(packs) > 2
+    assert outcomes["map-reduce"].calls > len(packs)
+
+
+def test_full_is_the_plain_model(data: DataSet) -> None:
+    finch = small_finch(budget=200)
+    [case] = cases(data, limit=1, top_k=3)
+    plain = finch.ask(case.question.question, case.passages, budget=200, max_new_tokens=6)
+    assert run("full", Contestant(finch, 10, 6), case).prediction == plain.text
+
+
+def test_what_does_not_fit_says_so(data: DataSet) -> None:
+    [case] = cases(data, limit=1, top_k=COUNT)
+    with pytest.raises(DoesNotFitError, match="tokens of passages, and the window has room for"):
+        run("full", Contestant(small_finch(), 60, 4), case)
+
+
+def test_a_bootstrap_interval_holds_the_mean_and_narrows_with_more_values() -> None:
+    few, many = bootstrap([0.0, 1.0] * 10), bootstrap([0.0, 1.0] * 1000)
+    assert few.mean == many.mean == 0.5
+    assert few.low < many.low < 0.5 < many.high < few.high
+    assert many.high - many.low == pytest.approx(2 * 1.96 * 0.5 / 2000**0.5, rel=0.1)
+
+
+@pytest.fixture
+def run_main(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    asked: list[str] = []
+    engine = small_finch()
+    ask = engine.ask
+
+    def counted(question: str, passages: Any, **options: Any) -> Any:
+        asked.append(question)
+        return ask(question, passages, **options)
+
+    monkeypatch.setattr(engine, "ask", counted)
+    monkeypatch.setattr(Finch, "from_pretrained", lambda model: engine)
+
+    def main(**changes: Any) -> tuple[dict[str, Any], int]:
+        asked.clear()
+        settings: dict[str, Any] = {"top_k": 3, "limit": 4, "budgets": (60,), "max_new_tokens": 4, **changes}
+        return quality.main(folder, tmp_path / "out", **settings), len(asked)
+
+    return main
+
+
+def test_a_run_goes_on_where_it_stopped(run_main: Any, tmp_path: Path) -> None:
+    first, calls = run_main()
+    assert calls == 4 * 3
+    file = tmp_path / "out" / "results-0.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]) + '{"id": "q1", "lab')
+    again, calls = run_main()
+    assert calls == 4 * 3 - 5
+    for name, row in first["methods"].items():
+        assert again["methods"][name]["f1"] == row["f1"]
+    assert run_main()[1] == 0
+
+
+def test_shards_share_the_work(run_main: Any) -> None:
+    assert run_main(shard=(0, 2))[1] == 2 * 3
+    summary, calls = run_main(shard=(1, 2))
+    assert calls == 2 * 3
+    assert {row["n"] for row in summary["methods"].values()} == {4}
+
+
+def test_results_of_other_settings_are_not_mixed(run_main: Any) -> None:
+    run_main()
+    with pytest.raises(InputError, match=r"another top_k \(3 there\): choose another --out"):
+        run_main(top_k=4)
+
+
+def test_the_last_line_is_json_and_differences_are_paired(run_main: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    summary, _ = run_main(budgets=(30, 60))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(json.dumps(summary))
+    assert set(summary["methods"]) == {"finch@30", "finch@60", "full", "top-k@30", "top-k@60"}
+    assert "f1_difference" in summary["methods"]["finch@60"]
+    assert "f1_difference" not in summary["methods"]["full"]
+
+
+def test_grades_come_from_the_predictions(data: DataSet) -> None:
+    made = cases(data, limit=2)
+    settings = quality.Settings("m", "data", "bm25", 6, "rank", 2, 0, 4)
+    figures = {"kv_tokens": 1, "prefill_seconds": 0.0, "decode_seconds": 0.0, "calls": 1}
+    right = [
+        {"id": case.question.id, "label": "finch@1", "prediction": case.question.answers[0], **figures} for case in made
+    ]
+    right[0]["kept_ids"] = list(made[0].question.gold_ids)
+    wrong = [{**record, "label": "full", "prediction": "no idea", "kept_ids": []} for record in right]
+    rows = quality.summarise(made, [*right, *wrong], settings)["methods"]
+    assert rows["finch@1"]["accuracy"]["mean"] == rows["finch@1"]["accuracy_difference"]["mean"] == 1.0
+    assert rows["full"]["f1"]["mean"] == 0.0
+    assert rows["finch@1"]["gold_kept"] == 0.5
+
+
+@pytest.mark.parametrize("wrong", [{"methods": ("guess",)}, {"methods": ()}, {"budgets": (0,)}, {"top_k": 0}])
+def test_arguments_that_cannot_work_are_refused(run_main: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        run_main(**wrong)
