@@ -1,0 +1,222 @@
+"""LangChain's documents, messages and content blocks <-> finch-rag's passages, messages and answers."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.content import Citation, ContentBlock, TextContentBlock, create_citation
+
+from finch_rag import InputError, Passage
+from finch_rag.chat_template import ASSISTANT, SYSTEM, USER, Message
+
+if TYPE_CHECKING:
+    from finch_rag.report import Answer, CompressionReport
+
+_ROLES = {"system": SYSTEM, "human": USER, "user": USER, "ai": ASSISTANT, "assistant": ASSISTANT}
+
+
+def passages_of(documents: Iterable[Document | Passage | str]) -> list[Passage]:
+    """Documents as passages: text and id as they are, the metadata's "title" as the title.
+
+    Args:
+        documents: A list of documents, passages or texts.
+
+    Raises:
+        InputError: If it is empty or no list, or an item has no text; the message has its index.
+    """
+    if isinstance(documents, (str, Document, Passage)) or not isinstance(documents, Sequence):
+        raise InputError(f"documents is {type(documents).__name__}: pass a list of documents")
+    if not documents:
+        raise InputError(
+            "there are no documents: the retriever found nothing; without documents= the model answers alone"
+        )
+    return [_passage(document, index) for index, document in enumerate(documents)]
+
+
+def _passage(document: Document | Passage | str, index: int) -> Passage:
+    if isinstance(document, Document):
+        title = document.metadata.get("title")
+        titled = title if isinstance(title, str) and title.strip() else None
+        document = Passage(document.page_content, document.id, titled, document.metadata)
+    passage = Passage(document) if isinstance(document, str) else document
+    if not isinstance(passage, Passage):
+        raise InputError(f"document {index} is {type(document).__name__}: pass a Document, a Passage or a str")
+    if not passage.text.strip():
+        raise InputError(f"document {index} has no text: leave it out, or give it text")
+    return passage
+
+
+def conversation_of(messages: Iterable[BaseMessage]) -> tuple[list[Message], list[Passage]]:
+    """Messages as finch-rag takes them, and the passages in their ``text-plain`` blocks, in order.
+
+    Neighbours with the same role become one message, because many chat templates refuse them; the last message stays
+    by itself, because it is the question.
+
+    Args:
+        messages: System, human and AI messages.
+
+    Raises:
+        InputError: If one of them is of another kind or holds what the model cannot read; the message has its index.
+    """
+    conversation: list[Message] = []
+    passages: list[Passage] = []
+    for index, message in enumerate(messages):
+        role = _role(message, index)
+        text, found = _content(message, index)
+        passages += found
+        conversation.append(Message(role=role, content=text))
+    if all(turn["role"] == SYSTEM for turn in conversation):
+        # A prompt template of one system message asks its question there.
+        conversation = [Message(role=USER, content=turn["content"]) for turn in conversation]
+    merged: list[Message] = []
+    for turn in conversation[:-1]:
+        if not turn["content"].strip():
+            continue  # it only held passages
+        if merged and merged[-1]["role"] == turn["role"]:
+            turn = Message(role=turn["role"], content=f"{merged.pop()['content']}\n\n{turn['content']}")
+        merged.append(turn)
+    return [*merged, *conversation[-1:]], passages
+
+
+def _role(message: BaseMessage, index: int) -> str:
+    if isinstance(message, AIMessage) and message.tool_calls:
+        raise InputError(
+            f"message {index} calls a tool, which Finch cannot read: put what the tool found into documents"
+        )
+    if isinstance(message, (SystemMessage, HumanMessage, AIMessage)):
+        return _ROLES[message.type.removesuffix("MessageChunk").lower()]
+    if isinstance(message, ChatMessage) and message.role.lower() in _ROLES:
+        return _ROLES[message.role.lower()]
+    raise InputError(
+        f"message {index} is a {message.type} message, which Finch cannot read: use system, human and ai messages, and "
+        "put what a tool found into documents"
+    )
+
+
+def _content(message: BaseMessage, index: int) -> tuple[str, list[Passage]]:
+    """A message's text and its passages."""
+    texts: list[str] = []
+    passages: list[Passage] = []
+    for block in message.content_blocks:
+        if block["type"] == "text":
+            texts.append(block["text"])
+        elif block["type"] == "text-plain":
+            passages.append(_block_passage(block, f"message {index}, passage {len(passages)}"))
+        elif block["type"] != "reasoning":  # an earlier answer's way to it is no part of the conversation
+            raise InputError(
+                f"message {index} holds a block of type {block['type']!r}, which Finch cannot read: use text, and "
+                "text-plain for passages"
+            )
+    return "\n".join(texts), passages
+
+
+def _block_passage(block: Mapping[str, Any], what: str) -> Passage:
+    text = block.get("text")
+    if text is None and "base64" in block:
+        try:
+            text = base64.b64decode(block["base64"], validate=True).decode()
+        except (binascii.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{what} is not base64 of UTF-8 text: pass its text") from error
+    if text is None:
+        raise InputError(f"{what} has no text: Finch fetches no url and no file_id, pass the text")
+    if not text.strip():
+        raise InputError(f"{what} has no text: leave it out, or give it text")
+    extras = block.get("extras") or {}
+    title = block.get("title") or extras.get("title")
+    known = {name: block[name] for name in ("url", "file_id") if name in block}
+    context = block.get("context")
+    return Passage(f"{context}\n{text}" if context else text, block.get("id"), title, {**extras, **known})
+
+
+def citations_of(answer: Answer, passages: Sequence[Passage]) -> list[dict[str, Any]]:
+    """An answer's citations as plain values, ready for JSON.
+
+    To what the engine says of each, this adds the part of the answer that it stands behind (all of it), where the
+    passage comes from, and its text if it was kept whole.
+
+    Args:
+        answer: The answer.
+        passages: What was read.
+    """
+    found = []
+    for citation in answer.citations:
+        passage = passages[citation.index]
+        entry = {**citation.to_dict(), "start_index": 0, "end_index": len(answer.text)}
+        if citation.title is None and isinstance(title := passage.metadata.get("title"), str):
+            entry["title"] = title  # a document prompt has formatted it
+        source = passage.metadata.get("url") or passage.metadata.get("source")
+        if isinstance(source, str):
+            entry["source"] = source
+        if citation.kept_tokens == citation.passage_tokens:
+            entry["cited_text"] = passage.text
+        found.append(entry)
+    return found
+
+
+def usage_of(report: CompressionReport) -> UsageMetadata:
+    """A report's tokens: all that was read, and of it the passages' tokens that were kept to answer from.
+
+    Args:
+        report: Of an answer.
+    """
+    read = report.prefix_tokens + report.context_tokens + report.question_tokens
+    return UsageMetadata(
+        input_tokens=read,
+        output_tokens=report.new_tokens,
+        total_tokens=read + report.new_tokens,
+        input_token_details=cast(InputTokenDetails, {"kept": report.kept_tokens}),
+    )
+
+
+def finish_reason_of(report: CompressionReport) -> str:
+    """Why an answer ended, in the words that LangChain's users look for.
+
+    Args:
+        report: Of an answer.
+    """
+    return "length" if report.stop_reason == "length" else "stop"
+
+
+def content_blocks_of(message: AIMessage) -> list[ContentBlock]:
+    """An answer's content as a standard text block with citations.
+
+    LangChain calls it for ``content_blocks``, and for ``content`` with ``output_version="v1"``. So ``content`` stays a
+    plain str, which string parsers, templates and most programs expect, and citations stand where the standard has
+    them.
+
+    Args:
+        message: An answer of `ChatFinch`, or a piece of one.
+
+    Raises:
+        NotImplementedError: If its content has been replaced by a list; LangChain then reads that.
+    """
+    if not isinstance(message.content, str):
+        raise NotImplementedError
+    citations = message.response_metadata.get("citations") or []
+    if not message.content and not citations:
+        return []
+    block = TextContentBlock(type="text", text=message.content)
+    if citations:
+        block["annotations"] = [_annotation(citation) for citation in citations]
+    return [block]
+
+
+def _annotation(citation: Mapping[str, Any]) -> Citation:
+    source = citation.get("source")
+    names = ("passage_id", "index", "share", "kept_tokens", "passage_tokens", "source")
+    annotation = create_citation(
+        url=source if source is not None and "://" in source else None,
+        title=citation["title"],
+        start_index=citation["start_index"],
+        end_index=citation["end_index"],
+        cited_text=citation.get("cited_text"),
+        **{name: citation.get(name) for name in names},
+    )
+    del annotation["id"]  # made anew at each call, so that the same message would never equal itself
+    return annotation

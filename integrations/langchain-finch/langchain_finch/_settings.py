@@ -1,0 +1,273 @@
+"""What both models share: their settings, the options of a call, the engine, what identifies a call in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from finch_rag import FinchError, InputError, SettingsError
+from finch_rag.decode import Sampling
+from finch_rag.engine import Finch
+from finch_rag.options import check_reading
+from finch_rag.selection import Selection
+from finch_rag.sharing import shared_engine
+
+from ._convert import passages_of
+
+if TYPE_CHECKING:
+    from finch_rag.prompt import Passage
+
+PROVIDER = "finch"
+
+_OTHER_NAMES = {"max_new_tokens": "max_tokens"}  # finch-rag's name -> LangChain's
+_LOADING = ("tokenizer", "dtype", "device", "heads", "trust_remote_code", "model_kwargs")
+_HOW = ("stream",)  # options of a call that say how LangChain runs it, not what it asks
+# Standard parameters of LangChain that concern a server, which a local model has none of.
+_OF_SERVERS = ("api_key", "base_url", "max_retries", "timeout")
+
+
+class EngineSource:
+    """Where copies of a model get their engine from: one that was given, or one that is loaded at the first use.
+
+    LangChain makes a new instance for each call of a model with configurable fields. Such copies share this, so that
+    what one of them loads stays loaded.
+
+    Args:
+        given: An engine to use in any case.
+    """
+
+    def __init__(self, given: Finch | None = None) -> None:
+        self.given = given
+        self._loaded: dict[str, Finch] = {}
+
+    def engine(self, model: str, loading: Mapping[str, Any]) -> Finch:
+        """The engine of a model.
+
+        Args:
+            model: See `FinchSettings`.
+            loading: Keyword arguments of `Finch.from_pretrained`.
+
+        Raises:
+            ModelError: If the model cannot be loaded, or Finch cannot run it.
+        """
+        if self.given is not None:
+            return self.given
+        key = repr((model, sorted(loading.items())))
+        if key not in self._loaded:
+            self._loaded[key] = shared_engine(model, **loading)
+        return self._loaded[key]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EngineSource) and self.given is other.given
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineSource:
+        return self
+
+    def __reduce__(self) -> tuple[type[EngineSource], tuple[Finch | None]]:
+        return EngineSource, (self.given,)  # what was loaded is loaded anew where it is unpickled
+
+
+class CallSettings(BaseModel):
+    """Settings that a call may replace; None stands for the engine's own."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    budget: int | None = Field(default=None, description="Document tokens kept per layer.")
+    chunk_size: int | None = Field(default=None, description="Document tokens read per step.")
+    selection: Selection | None = Field(default=None, description='What is kept: "passage" (whole ones) or "token".')
+    reread: bool | None = Field(default=None, description="Whether kept passages are read once more at the end.")
+    instructions: str | None = Field(default=None, description="Read before the passages.")
+    system_prompt: str | None = Field(default=None, description="System message where the messages have none.")
+    max_tokens: int | None = Field(default=None, description="The most tokens of an answer; also max_new_tokens.")
+    max_context_tokens: int | None = Field(default=None, description="Refuse passages with more tokens than this.")
+    temperature: float | None = Field(default=None, description="0 or None takes the likeliest token.")
+    top_p: float | None = Field(default=None, description="Sample from tokens whose probabilities sum to this.")
+    top_k: int | None = Field(default=None, description="Sample from this many of the likeliest tokens.")
+    seed: int | None = Field(default=None, description="Makes sampling repeatable.")
+    stop: list[str] | None = Field(default=None, description="Texts that end an answer; they are never shown.")
+
+
+class _Call(CallSettings):
+    """All that a call may say."""
+
+    stop_token_ids: list[int] | None = None
+    on_progress: Callable[[str, int, int], None] | None = None
+
+
+class FinchSettings(CallSettings):
+    """Settings of a model; those of loading decide which engine it shares, the others only how calls are made."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True)
+
+    model: str = Field(
+        default="", description='A hub id, a folder, a GGUF file or "embedded"; only a name where engine is given.'
+    )
+    tokenizer: str | None = Field(default=None, description="Hub id or folder of the tokenizer, if not the model's.")
+    dtype: str = Field(default="auto", description='"auto", "float32", "bfloat16" or "float16".')
+    device: str = Field(default="auto", description='"auto", "cpu", "cuda" or "cuda:N".')
+    heads: str | list[tuple[int, int]] = Field(default="auto", description='"auto", "all" or (layer, head) pairs.')
+    trust_remote_code: bool = Field(default=False, description="Whether code that comes with the model may run.")
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, description="For transformers' from_pretrained.")
+    # An alias, so that type checkers know the keyword; `engine` itself is what it leads to.
+    engine_source: Finch | EngineSource = Field(
+        default_factory=EngineSource, alias="engine", exclude=True, repr=False, description="A finch_rag.Finch to use."
+    )
+
+    def __init__(self, **settings: Any) -> None:
+        # Checked here and not in a validator, out of which pydantic would make an error of several lines.
+        given = _renamed({name: value for name, value in settings.items() if name not in _OF_SERVERS}, SettingsError)
+        source = given.pop("engine", given.pop("engine_source", None))
+        if source is not None:
+            if not isinstance(source, (Finch, EngineSource)):
+                raise SettingsError(f"engine is {type(source).__name__}: pass a finch_rag.Finch, or a name as model")
+            given["engine_source"] = source if isinstance(source, EngineSource) else EngineSource(source)
+            given = {"model": getattr(source, "name", None), **given}
+        if not given.get("model"):
+            raise SettingsError(
+                'there is no model: pass model= (a hub id, a folder, a .gguf file, "embedded") or engine='
+            )
+        if isinstance(given["model"], Path):
+            given["model"] = str(given["model"])
+        if isinstance(given.get("stop"), str):
+            given["stop"] = [given["stop"]]
+        if unknown := set(given) - set(type(self).model_fields):
+            own = [name for name in FinchSettings.model_fields if name != "engine_source"]
+            raise SettingsError(f"unknown setting {', '.join(sorted(unknown))}: use {', '.join(own)}, engine")
+        with _one_line(SettingsError):
+            super().__init__(**given)
+        check_reading(self.budget, self.chunk_size, self.selection or "passage", SettingsError)
+        options = self._own_options()
+        sampling = {
+            name: options[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k") if name in options
+        }
+        Sampling(**sampling, stop=tuple(self.stop or ())).check(SettingsError)
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """Whether LangChain may serialise it: by its settings, without the engine."""
+        return True
+
+    @property
+    def engine(self) -> Finch:
+        """The engine, loaded at the first use; models with the same settings of loading share it.
+
+        Raises:
+            ModelError: If the model cannot be loaded, or Finch cannot run it.
+        """
+        return self._source.engine(self.model, self._differing(_LOADING))
+
+    @property
+    def _source(self) -> EngineSource:
+        source = self.engine_source
+        return source if isinstance(source, EngineSource) else EngineSource(source)
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The same as ``max_tokens``, by finch-rag's name."""
+        return self.max_tokens
+
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        """All that an answer depends on, for caches and traces."""
+        identity = {"model": self.model, **self._differing(_LOADING), **self._differing(CallSettings.model_fields)}
+        if (engine := self._source.given) is not None:  # its settings hold where the model has none
+            names = ("budget", "chunk_size", "selection", "reread", "max_new_tokens", "instructions", "system_prompt")
+            own = {name: getattr(engine, name) for name in names}
+            identity["engine"] = {"fingerprint": engine.fingerprint, "heads": engine._heads, **own}
+        return identity
+
+    def _differing(self, names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that are not at their defaults."""
+        fields = type(self).model_fields
+        defaults = {name: fields[name].get_default(call_default_factory=True) for name in names}
+        return {name: value for name, default in defaults.items() if (value := getattr(self, name)) != default}
+
+    def _own_options(self) -> dict[str, Any]:
+        """The settings as options of the engine's calls."""
+        return _options({name: getattr(self, name) for name in CallSettings.model_fields})
+
+    def _request(self, stop: Sequence[str] | None, kwargs: Mapping[str, Any]) -> tuple[list[Passage], dict[str, Any]]:
+        """Passages and options of a call.
+
+        Args:
+            stop: Of the call; the model's own when None.
+            kwargs: The call's keyword arguments.
+
+        Raises:
+            InputError: If one of them does not exist or cannot be used.
+        """
+        given = _renamed({name: value for name, value in kwargs.items() if name not in _HOW}, InputError)
+        documents = given.pop("documents", None)
+        if stop is not None:
+            given["stop"] = [stop] if isinstance(stop, str) else stop
+        known = list(_Call.model_fields)
+        if unknown := set(given) - set(known):
+            raise InputError(f"unknown option {', '.join(sorted(unknown))}: use documents, {', '.join(known)}")
+        with _one_line(InputError):
+            call = _Call(**given)
+        options = _options({name: getattr(call, name) for name in call.model_fields_set})
+        return passages_of(documents) if documents is not None else [], {**self._own_options(), **options}
+
+    def _stop_of(self, stop: list[str] | None) -> list[str] | None:
+        """A call's stop texts, the model's own where it has none."""
+        return self.stop if stop is None else stop
+
+    def _call_params(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a call's keyword arguments add to `_identifying_params`; documents are there by a digest."""
+        params = _renamed(
+            {name: value for name, value in kwargs.items() if name not in (*_HOW, "on_progress")}, InputError
+        )
+        if (documents := params.get("documents")) is not None:
+            params["documents"] = _digest(passages_of(documents))
+        return params
+
+
+def tracing_names(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's keyword arguments by the names that LangChain's traces know; bad ones raise later.
+
+    Args:
+        kwargs: The keyword arguments.
+    """
+    return {_OTHER_NAMES.get(name, name): value for name, value in kwargs.items()}
+
+
+def _renamed(given: Mapping[str, Any], error: type[FinchError]) -> dict[str, Any]:
+    """The same by LangChain's names."""
+    renamed = dict(given)
+    for name, standard in _OTHER_NAMES.items():
+        if name in renamed:
+            if standard in renamed:
+                raise error(f"{name} and {standard} are the same setting: pass one of them")
+            renamed[standard] = renamed.pop(name)
+    return renamed
+
+
+def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as finch-rag's options; None leaves one to the engine."""
+    core = {standard: name for name, standard in _OTHER_NAMES.items()}
+    return {core.get(name, name): value for name, value in settings.items() if value is not None}
+
+
+def _digest(passages: Sequence[Passage]) -> str:
+    """Stands for what an answer shows of its passages; of the metadata that is what citations have."""
+    cited = ("title", "url", "source")
+    shown = [(p.text, p.id, p.title, *(p.metadata.get(name) for name in cited)) for p in passages]
+    return f"{len(passages)} documents, sha256 {hashlib.sha256(repr(shown).encode()).hexdigest()}"
+
+
+@contextmanager
+def _one_line(error: type[FinchError]) -> Iterator[None]:
+    """Says in one line what pydantic says in several."""
+    try:
+        yield
+    except ValidationError as invalid:
+        first = invalid.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise error(f"{name} is {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}") from invalid

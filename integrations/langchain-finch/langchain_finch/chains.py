@@ -1,0 +1,214 @@
+"""The documents chain: documents reach the model apart, whatever the prompt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.messages import BaseMessage, HumanMessage, convert_to_messages
+from langchain_core.output_parsers import BaseTransformOutputParser, StrOutputParser
+from langchain_core.outputs import ChatGeneration, Generation
+from langchain_core.prompts import BasePromptTemplate, format_document
+from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.configurable import RunnableConfigurableFields
+from langchain_core.runnables.utils import AddableDict
+
+from finch_rag import InputError, Passage, SettingsError
+from finch_rag.templates import take_apart
+
+from ._convert import conversation_of, passages_of
+from .chat_models import ChatFinch
+from .llms import FinchLLM
+
+_MARK = "FinchContextGoesHere"
+# What LangChain wraps around a model (bind, with_config, with_retry; configurable_fields), and where the model is.
+_WRAPPERS: tuple[tuple[Any, str], ...] = ((RunnableBindingBase, "bound"), (RunnableConfigurableFields, "default"))
+
+
+def create_finch_documents_chain(
+    llm: FinchLLM | ChatFinch | Runnable[Any, Any],
+    prompt: BasePromptTemplate[Any] | None = None,
+    *,
+    document_prompt: BasePromptTemplate[str] | None = None,
+    document_variable_name: str = "context",
+    with_citations: bool = False,
+) -> Runnable[dict[str, Any], Any]:
+    """A chain that answers a question from documents in one call, for `create_retrieval_chain` and LCEL.
+
+    Its input is a dictionary with the documents, "input" (or "question"), and "chat_history" (messages) where there
+    is one. The documents are kept or evicted whole, and cited by their ids, because they are never joined to one text.
+
+    Args:
+        llm: A `FinchLLM` or `ChatFinch`, also with options bound to it.
+        prompt: Makes the messages of the input; the question alone when None. Where it has the documents' variable,
+            the documents are still read apart: words of the same message before it become the instructions, words
+            behind it the question, and prompts that finch-rag knows are taken apart exactly.
+        document_prompt: Formats each document's text; its own text, below its title if it has one, when None.
+        document_variable_name: The documents' key in the input.
+        with_citations: Return a dictionary with "text", "citations" and "report" in place of the text.
+
+    Returns:
+        A runnable; its stream has the text in pieces, then, in one more, citations and report where asked for.
+
+    Raises:
+        SettingsError: If the LLM is another one.
+        InputError: When it runs: if there are no documents, one has no text, or there is no question.
+
+    Example:
+        >>> chain = create_retrieval_chain(retriever, create_finch_documents_chain(ChatFinch(model="embedded")))
+        >>> chain.invoke({"input": "Who signed it?"})["answer"]
+    """
+    chat = _as_chat(llm)
+    parser: BaseTransformOutputParser[Any] = _CitedAnswer() if with_citations else StrOutputParser()
+
+    def ask(inputs: Mapping[str, Any]) -> Runnable[Any, Any]:
+        if not isinstance(inputs, Mapping):
+            raise InputError(
+                f"the input is {type(inputs).__name__}: pass a dictionary with {document_variable_name} and input"
+            )
+        documents = _documents(inputs, document_variable_name, document_prompt)
+        request = _default_request(inputs) if prompt is None else _request(prompt, inputs, document_variable_name)
+        # The messages are known, so the input, which LangChain hands on, is not looked at again.
+        return _constant(request.messages) | chat.bind(documents=documents, **request.options) | parser
+
+    return RunnableLambda(ask, name="finch_documents_chain")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a prompt asks, without its documents."""
+
+    messages: list[BaseMessage]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class _CitedAnswer(BaseTransformOutputParser[AddableDict]):
+    """An answer's message, or a piece of one, as text, citations and report."""
+
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> AddableDict:
+        """The parts that a message has.
+
+        Args:
+            result: One message.
+            partial: Not used.
+        """
+        generation = result[0]
+        answer = AddableDict(text=generation.text)
+        if isinstance(generation, ChatGeneration):
+            found = generation.message.response_metadata
+            answer.update({name: found[name] for name in ("citations", "report") if name in found})
+        return answer
+
+    def parse(self, text: str) -> AddableDict:
+        """An answer without message.
+
+        Args:
+            text: The answer.
+        """
+        return AddableDict(text=text)
+
+
+def _constant(messages: list[BaseMessage]) -> Runnable[Any, list[BaseMessage]]:
+    return RunnableLambda(lambda _: messages, name="messages")
+
+
+def _as_chat(llm: Any) -> Runnable[Any, Any]:
+    """The chat model of an LLM, with the same settings and engine, and with whatever is bound to it.
+
+    A completion model cannot take a conversation and documents apart from it.
+    """
+    if isinstance(llm, ChatFinch):
+        return llm
+    if isinstance(llm, FinchLLM):
+        given = {*llm.model_fields_set, "engine_source"} & set(ChatFinch.model_fields)
+        return ChatFinch(**{name: getattr(llm, name) for name in given})
+    for wrapper, inner in _WRAPPERS:
+        if isinstance(llm, wrapper):
+            wrapped: Runnable[Any, Any] = llm.model_copy(update={inner: _as_chat(getattr(llm, inner))})
+            return wrapped
+    raise SettingsError(
+        f"the documents chain needs a FinchLLM or a ChatFinch, not {type(llm).__name__}; other models have "
+        "create_stuff_documents_chain"
+    )
+
+
+def _documents(inputs: Mapping[str, Any], name: str, document_prompt: BasePromptTemplate[str] | None) -> list[Passage]:
+    documents = inputs.get(name)
+    if documents is None:
+        raise InputError(f"the input has no {name!r}: pass a list of documents under it, or set document_variable_name")
+    passages = passages_of(documents)
+    if document_prompt is None:
+        return passages
+    formatted = []
+    for document, passage in zip(documents, passages, strict=True):
+        if not isinstance(document, Document):
+            document = Document(passage.text, metadata=dict(passage.metadata))
+        # A document prompt says itself where a title goes.
+        formatted.append(Passage(format_document(document, document_prompt), passage.id, None, passage.metadata))
+    return formatted
+
+
+def _default_request(inputs: Mapping[str, Any]) -> _Request:
+    question = _question(inputs)
+    if not isinstance(question, str):
+        raise InputError(f"the input's question is {type(question).__name__}: pass a text under 'input'")
+    return _Request([*_history(inputs), HumanMessage(question)])
+
+
+def _question(inputs: Mapping[str, Any]) -> Any:
+    return inputs.get("input", inputs.get("question", ""))
+
+
+def _history(inputs: Mapping[str, Any]) -> list[BaseMessage]:
+    history = inputs.get("chat_history") or []
+    if not isinstance(history, Sequence) or isinstance(history, str):
+        raise InputError(f"chat_history is {type(history).__name__}: pass a list of messages")
+    return convert_to_messages(history)
+
+
+def _request(prompt: BasePromptTemplate[Any], inputs: Mapping[str, Any], document_variable_name: str) -> _Request:
+    """What a prompt's messages ask, with the documents' place found and taken out."""
+    question = _question(inputs)
+    values = {"input": question, "question": question, "chat_history": [], **inputs, document_variable_name: _MARK}
+    if missing := set(prompt.input_variables) - set(values):
+        raise InputError(
+            f"the prompt needs {', '.join(sorted(missing))}, and the input has {', '.join(sorted(inputs))}"
+        )
+    messages = prompt.format_prompt(**values).to_messages()
+    place = next((index for index, message in enumerate(messages) if _MARK in message.text), None)
+    if place is None:
+        return _Request(messages)
+    return _of_known_prompt(messages) or _of_own_prompt(messages, place)
+
+
+def _of_known_prompt(messages: Sequence[BaseMessage]) -> _Request | None:
+    conversation, _ = conversation_of(messages)
+    request = take_apart(conversation, [], lambda texts: True)
+    if [passage.text for passage in request.passages] != [_MARK]:
+        return None
+    options = dict(request.options)
+    history = [(message["role"], message["content"]) for message in options.pop("history", [])]
+    return _Request([*convert_to_messages(history), HumanMessage(request.question)], options)
+
+
+_OPENED = re.compile(r"\s*(?:<\w+>|-{3,}|^context:)?\s*\Z", re.IGNORECASE | re.MULTILINE)
+_CLOSED = re.compile(r"\A\s*(?:</\w+>|-{3,})?\s*(?:(?:question|query):)?\s*", re.IGNORECASE)
+_ANSWER_LABEL = re.compile(r"\s*(?:helpful )?answer:\s*\Z", re.IGNORECASE)
+
+
+def _of_own_prompt(messages: Sequence[BaseMessage], place: int) -> _Request:
+    """A user's own prompt: what stands around the documents, without the labels and marks that set them off."""
+    *earlier, last = messages
+    before, _, after = messages[place].text.partition(_MARK)
+    before, after = _OPENED.sub("", before), _ANSWER_LABEL.sub("", _CLOSED.sub("", after))
+    if messages[place] is last:
+        if not after:  # the question comes first
+            return _Request([*earlier, HumanMessage(_ANSWER_LABEL.sub("", _CLOSED.sub("", before)))])
+        return _Request([*earlier, HumanMessage(after)], {"instructions": before} if before else {})
+    rest = "\n\n".join(filter(None, (before, after)))
+    kept = [type(messages[place])(content=rest)] if rest else []
+    return _Request([*messages[:place], *kept, *messages[place + 1 :]])

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from langchain_core.documents import Document
+from langchain_finch import ChatFinch, FinchLLM
+from lc_support import SETTINGS, texts_as_documents
+
+from finch_rag import Finch
+from tests.small import chat_tokenizer, small_model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small model with random weights, saved as a user's would be."""
+    path = tmp_path_factory.mktemp("models") / "small"
+    small_model(max_position_embeddings=4096).save_pretrained(path)
+    chat_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def chat(folder: str) -> ChatFinch:
+    return ChatFinch(model=folder, **SETTINGS)
+
+
+@pytest.fixture
+def llm(folder: str) -> FinchLLM:
+    return FinchLLM(model=folder, **SETTINGS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared(folder: str) -> Finch:
+    """The small model's engine, held so that it is loaded once for all tests."""
+    return ChatFinch(model=folder, **SETTINGS).engine
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[Document]:
+    """Documents that do not fit the budget of `SETTINGS` together; tests must not change them."""
+    return texts_as_documents(12)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> str:
+    return str(tmp_path / "cache.db")
