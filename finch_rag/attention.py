@@ -29,6 +29,10 @@ ATTENTION_NAME = "finch"
 _CPU_BLOCK_ROWS = 256
 
 
+class SeenEnough(Exception):  # noqa: N818 - no error
+    """Raised by an observer that needs no further layer; it ends the forward pass, see `finch_rag.prefill.forward`."""
+
+
 class Observer(Protocol):
     """Sees what every attention layer computes with."""
 
@@ -40,6 +44,9 @@ class Observer(Protocol):
             query: Rotated queries, shape [1, heads, rows, head_dim].
             key: Rotated keys of the whole cache, shape [1, kv_heads, columns, head_dim].
             scaling: Factor on the products, 1/sqrt(head_dim) for most models.
+
+        Raises:
+            SeenEnough: If the layers above, and this one's output, are not needed.
         """
 
 

@@ -170,8 +170,8 @@ class CompressedCache(Cache):
 
     Attributes:
         prefix: Tokens at the start that are never evicted.
-        kept: Document positions of the kept tokens, ascending: shape [layers, kept] where each layer chose its own,
-            [1, kept] where all keep the same.
+        kept: Document positions of the kept tokens in the cache's order: shape [layers, kept] where each layer chose
+            its own, [1, kept] where all keep the same.
         document: The passages that were read, for citations.
     """
 
@@ -242,17 +242,6 @@ class CompressedCache(Cache):
         """Drops every layer's tokens from ``length`` on."""
         for layer in self.layers:
             layer.crop_to(length)
-
-    def restart_document(self, kept: torch.Tensor) -> None:
-        """Drops the kept tokens' keys and values, for others to be read in their place.
-
-        Args:
-            kept: Document positions of the tokens that will be read next, ascending, shape [tokens].
-        """
-        self.kept = kept[None]
-        for layer in self.layers:
-            layer.crop_to(self.prefix)
-            layer.reference_keys = layer.reference_positions = None
 
     def fork(self, room: int) -> CompressedCache:
         """A copy to decode on, so that this cache can be asked again.

@@ -16,6 +16,10 @@ _ACCELERATOR_CHUNK_SIZE = 4096  # shorter chunks starve the matrix units
 _LARGEST_DEFAULT_BUDGET = 2048
 _SMALLEST_DEFAULT_BUDGET = 256
 
+# A passage with less than this part of the best one's attention is not read again: a question with one clear source is
+# answered from that source alone, one that needs several gets them. Measured in docs/benchmarks.md.
+CUTOFF = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
@@ -28,6 +32,7 @@ class PrefillPlan:
         heads: Retrieval heads that rank passages; None takes all heads of all layers.
         reread: Read the passages that were kept whole once more at the end, and them alone; needs layers that keep the
             same.
+        cutoff: Leave out of the second reading what got less than this part of the best passage's attention.
     """
 
     budget: int
@@ -35,6 +40,20 @@ class PrefillPlan:
     selection: Selection
     heads: RetrievalHeads | None
     reread: bool = False
+    cutoff: float = CUTOFF
+
+    def layers_to_scan(self, passage_tokens: Sequence[int], layers: int) -> int:
+        """Layers that the first reading needs.
+
+        Where a second reading is certain to follow, the first one only chooses, and ends at the last retrieval head.
+        That is so where something will be evicted and every passage fits, so that at least one is kept whole.
+
+        Args:
+            passage_tokens: Tokens of each passage.
+            layers: Layers of the model.
+        """
+        chooses_only = self.reread and max(passage_tokens, default=0) <= self.budget < sum(passage_tokens)
+        return max(self.heads) + 1 if self.heads and chooses_only else layers
 
 
 @dataclass(frozen=True, slots=True)

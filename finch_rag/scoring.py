@@ -10,8 +10,26 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from .attention import SeenEnough
 
-class QuestionObserver:
+
+class Until:
+    """An observer that ends the forward pass at a layer.
+
+    Args:
+        last: Index of the last layer that is needed.
+    """
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """See `finch_rag.attention.Observer`."""
+        if layer == self.last:
+            raise SeenEnough
+
+
+class QuestionObserver(Until):
     """Collects, layer by layer, the attention that the question pays to the evictable tokens.
 
     A layer's attention weights live only while its scores are summed.
@@ -21,6 +39,7 @@ class QuestionObserver:
         rows: Which of them are the question's own; labels and template tokens say little about relevance.
         columns: The cache columns to score, those of kept and chunk tokens.
         heads: Heads to sum by layer; layers that are not in it are skipped. None sums all heads of all layers.
+        last: The layer at which the forward pass ends; -1 runs all.
     """
 
     def __init__(
@@ -29,7 +48,9 @@ class QuestionObserver:
         rows: slice,
         columns: slice,
         heads: Mapping[int, Sequence[int]] | None = None,
+        last: int = -1,
     ) -> None:
+        super().__init__(last)
         self.forwarded = forwarded
         self.rows = rows
         self.columns = columns
@@ -38,11 +59,11 @@ class QuestionObserver:
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """See `finch_rag.attention.Observer`."""
-        if self.heads is not None and layer not in self.heads:
-            return
-        heads = None if self.heads is None else self.heads[layer]
-        weights = question_attention(query, key, scaling, self.forwarded, self.rows, heads)
-        self.scores[layer] = weights[..., self.columns].sum(dim=(0, 1))
+        if self.heads is None or layer in self.heads:
+            heads = None if self.heads is None else self.heads[layer]
+            weights = question_attention(query, key, scaling, self.forwarded, self.rows, heads)
+            self.scores[layer] = weights[..., self.columns].sum(dim=(0, 1))
+        super().__call__(layer, query, key, scaling)
 
     def by_layer(self) -> torch.Tensor:
         """Scores of each observed layer, shape [layers, columns], float32."""

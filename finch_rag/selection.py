@@ -57,16 +57,26 @@ def select_passages(scores: torch.Tensor, passage_of: torch.Tensor, budget: int)
     return keep.nonzero().squeeze(-1)
 
 
-def whole_passages(kept: torch.Tensor, passage_of: torch.Tensor) -> torch.Tensor:
-    """The kept tokens of passages that were kept whole.
+def select_to_reread(
+    kept: torch.Tensor, passage_of: torch.Tensor, attention: torch.Tensor, cutoff: float
+) -> torch.Tensor:
+    """The tokens of passages that were kept whole and are worth a second reading, the best passage last.
+
+    The best one comes last because models look first at what is next to the question (see docs/benchmarks.md).
 
     Args:
         kept: Document positions of the kept tokens, ascending, shape [kept].
         passage_of: Passage index of each document position, shape [document].
+        attention: Attention of each passage, shape [passages].
+        cutoff: Leave out passages with less than this part of the best one's attention.
 
     Returns:
-        Document positions, ascending, shape [tokens of whole passages].
+        Document positions, shape [tokens of these passages]; empty where no passage was kept whole.
     """
-    lengths = passage_of.bincount()
-    whole = passage_of[kept].bincount(minlength=lengths.shape[0]) == lengths
-    return kept[whole[passage_of[kept]]]
+    lengths = passage_of.bincount(minlength=attention.shape[0])
+    whole = passage_of[kept].bincount(minlength=attention.shape[0]) == lengths
+    if not whole.any():
+        return kept[:0]
+    wanted = whole & (attention >= cutoff * attention[whole].max())
+    positions = kept[wanted[passage_of[kept]]]
+    return positions[attention[passage_of[positions]].argsort(stable=True)]

@@ -127,6 +127,69 @@ def test_reread_tokens_have_the_keys_and_values_of_a_text_without_the_evicted(ch
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+class LayerRuns:
+    """Counts how often the layers' outputs are computed."""
+
+    def __init__(self, model: Any) -> None:
+        self.counts = [0] * len(model.model.layers)
+        for number, layer in enumerate(model.model.layers):
+            layer.mlp.register_forward_hook(lambda *_, number=number: self._note(number))
+
+    def _note(self, number: int) -> None:
+        self.counts[number] += 1
+
+
+def test_a_first_reading_that_only_chooses_ends_at_the_last_head() -> None:
+    prompt = small_prompt(texts(10))
+    heads = {0: [1], 1: [0, 2]}
+    reader = Reader(num_hidden_layers=4)
+    everything, expected = reader.read(prompt, 70, 64, "passage", heads)
+    plan = PrefillPlan(70, 64, "passage", heads, reread=True, cutoff=0.0)
+    runs = LayerRuns(reader.model)
+    cache, attention = prefill(reader.model, prompt, plan, reader.rotation)
+    torch.testing.assert_close(attention, expected)
+    assert set(cache.kept[0].tolist()) < set(everything.kept[0].tolist())  # all but a fragment
+    assert cache.length == len(prompt.prefix) + cache.kept_tokens
+    reread = -(-cache.length // 64)
+    assert runs.counts[2:] == [reread] * 2
+    assert runs.counts[1] == reread  # its queries and keys are enough
+    assert runs.counts[0] > reread + 5
+
+
+@pytest.mark.parametrize("change", [{"reread": False}, {"budget": 20}, {"budget": 1000}, {"heads": None}])
+def test_otherwise_the_first_reading_runs_all_layers(change: dict[str, Any]) -> None:
+    passages = [[5] * 30, [6] * 25, [7] * 28]
+    settings: dict[str, Any] = {
+        "budget": 60,
+        "chunk_size": 64,
+        "selection": "passage",
+        "heads": {0: [1], 2: [3]},
+        "reread": True,
+    }
+    lengths = [len(passage) for passage in passages]
+    assert PrefillPlan(**settings).layers_to_scan(lengths, 9) == 3
+    assert PrefillPlan(**{**settings, **change}).layers_to_scan(lengths, 9) == 9
+
+
+def test_passages_far_below_the_best_are_left_out_of_the_second_reading() -> None:
+    prompt = small_prompt(texts(10))
+    reader = Reader()
+    kept, attention = prefill(
+        reader.model, prompt, PrefillPlan(200, 64, "passage", HEADS, reread=True, cutoff=0.0), reader.rotation
+    )
+    lengths = torch.tensor([len(passage) for passage in prompt.passages])
+    passage_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    of_each = attention[passage_of[kept.kept[0]].unique_consecutive()]
+    cutoff = float(of_each[1] / of_each[-1]) + 1e-6  # the two worst are below it, the last one is the best
+    fewer, _ = prefill(
+        reader.model, prompt, PrefillPlan(200, 64, "passage", HEADS, reread=True, cutoff=cutoff), reader.rotation
+    )
+    assert (
+        passage_of[fewer.kept[0]].unique_consecutive().tolist()
+        == (passage_of[kept.kept[0]].unique_consecutive().tolist()[2:])
+    )
+
+
 def test_fragments_of_one_large_passage_are_not_read_again() -> None:
     prompt = small_prompt([" ".join(texts(10))])
     reader = Reader()

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finch_rag.selection import SELECTIONS, select_passages, select_tokens, whole_passages
+from finch_rag.selection import SELECTIONS, select_passages, select_to_reread, select_tokens
 
 
 @st.composite
@@ -62,8 +62,23 @@ def test_the_names_of_the_selections() -> None:
     assert SELECTIONS == ("passage", "token")
 
 
-def test_whole_passages_leaves_out_fragments() -> None:
+def reread(kept: list[int], attention: list[float], cutoff: float = 0.0) -> list[int]:
     passage_of = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3])
-    kept = torch.tensor([0, 1, 2, 4, 5, 7])  # passages 0 and 2 whole, parts of 1 and 3
-    assert whole_passages(kept, passage_of).tolist() == [0, 1, 5]
-    assert whole_passages(torch.tensor([2, 7]), passage_of).tolist() == []
+    return select_to_reread(torch.tensor(kept), passage_of, torch.tensor(attention), cutoff).tolist()
+
+
+def test_fragments_are_not_read_again() -> None:
+    assert reread([0, 1, 2, 4, 5], [0.1, 0.9, 0.2, 0.0]) == [0, 1, 5]
+    assert reread([2, 7], [0.1, 0.9, 0.2, 0.0]) == []
+
+
+def test_the_best_passage_is_read_last() -> None:
+    assert reread([0, 1, 5, 6, 7], [0.3, 0.0, 0.1, 0.2]) == [5, 6, 7, 0, 1]
+
+
+def test_passages_far_below_the_best_whole_one_are_not_read_again() -> None:
+    assert reread([0, 1, 5, 6, 7], [0.4, 0.9, 0.1, 0.09], cutoff=0.25) == [5, 0, 1]
+
+
+def test_passages_without_tokens_are_no_obstacle() -> None:
+    assert reread([0, 1], [0.4, 0.3, 0.2, 0.1, 0.0]) == [0, 1]
