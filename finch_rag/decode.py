@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .cache import CompressedCache
+    from .step_graph import StepGraphs
 
 StopReason = Literal["eos", "stop", "length"]
 
@@ -72,6 +74,7 @@ class Decoder:
         sampling: How tokens are chosen.
         eos_token_ids: Tokens that end the answer.
         detokenise: Token ids -> text.
+        graphs: Recorded steps of the model; plain forward passes when None.
         cancelled: Asked before each token; the generation ends where it says yes.
     """
 
@@ -83,9 +86,11 @@ class Decoder:
         sampling: Sampling,
         eos_token_ids: frozenset[int],
         detokenise: Callable[[Sequence[int]], str],
+        graphs: StepGraphs | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         self._model = model
+        self._graphs = graphs
         self._cache = cache
         self._prompt = list(prompt)
         self._sampling = sampling
@@ -118,18 +123,28 @@ class Decoder:
     def _tokens(self) -> Iterator[int]:
         """Generated tokens, one forward pass each; the pass for a token runs when the next one is asked for."""
         pick = _sampler(self._sampling, self._model)
-        step = self._prompt
-        for _ in range(self._sampling.max_new_tokens):
-            if self._asked_to_end():
-                self.cancelled = True
-                return
-            token = pick(self._logits(step))
-            self.token_ids.append(token)
-            yield token
-            step = [token]
+        with closing(self._logits()) as passes:
+            for number in range(self._sampling.max_new_tokens):
+                if self._asked_to_end():
+                    self.cancelled = True
+                    return
+                logits = next(passes)
+                token = self._checked(pick(logits), logits, number)
+                self.token_ids.append(token)
+                yield token
+
+    def _logits(self) -> Generator[torch.Tensor, None, None]:
+        """Logits after the prompt, then after each generated token; float32, shape [1, vocabulary]."""
+        yield self._forward(self._prompt)
+        graphs = self._graphs
+        left = self._sampling.max_new_tokens - 1
+        with nullcontext() if graphs is None else graphs.lend(self._cache, left) as step:
+            while True:
+                token = self.token_ids[-1]
+                yield self._forward([token]) if step is None else step(token)
 
     @torch.inference_mode()
-    def _logits(self, token_ids: list[int]) -> torch.Tensor:
+    def _forward(self, token_ids: list[int]) -> torch.Tensor:
         """Appends tokens to the cache; logits after the last of them, float32, shape [1, vocabulary]."""
         device = input_embedding(self._model).device
         with memory_guard(device, f"{len(token_ids)} tokens on a cache of {self._cache.length}"):
@@ -140,18 +155,23 @@ class Decoder:
                 logits_to_keep=1,
             )
         logits: torch.Tensor = output.logits[:, -1].float()
-        if bool(logits.isnan().any()):
-            raise NumericsError(
-                f"the model's logits are NaN at position {self._cache.length - 1}: load it with dtype float32 or "
-                "bfloat16, and check its weights"
-            )
         return logits
 
+    def _checked(self, token: torch.Tensor, logits: torch.Tensor, number: int) -> int:
+        """The token's id, in one transfer with the check of the logits that it was chosen by."""
+        chosen, has_nan = torch.stack((token.view(()), logits.isnan().any().long())).tolist()
+        if has_nan:
+            raise NumericsError(
+                f"the model's logits are NaN at token {number} of the answer: load it with dtype float32 or "
+                "bfloat16, and check its weights"
+            )
+        return int(chosen)
 
-def _sampler(sampling: Sampling, model: PreTrainedModel) -> Callable[[torch.Tensor], int]:
-    """Logits of shape [1, vocabulary] -> a token."""
+
+def _sampler(sampling: Sampling, model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Logits of shape [1, vocabulary] -> a token's id, one element, on their device."""
     if sampling.temperature == 0:
-        return lambda logits: int(logits.argmax(dim=-1))
+        return lambda logits: logits.argmax(dim=-1)
     warpers: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
         TemperatureLogitsWarper(float(sampling.temperature))
     ]
@@ -161,8 +181,9 @@ def _sampler(sampling: Sampling, model: PreTrainedModel) -> Callable[[torch.Tens
         warpers.append(TopPLogitsWarper(sampling.top_p))
     generator: torch.Generator | None = None
 
-    def pick(logits: torch.Tensor) -> int:
+    def pick(logits: torch.Tensor) -> torch.Tensor:
         nonlocal generator
+        logits = logits.nan_to_num(nan=0.0)  # reported with the token; sampling from NaN would break the device
         if generator is None:
             generator = torch.Generator(logits.device)
             if sampling.seed is not None:
@@ -171,7 +192,7 @@ def _sampler(sampling: Sampling, model: PreTrainedModel) -> Callable[[torch.Tens
                 generator.seed()
         for warper in warpers:
             logits = warper(torch.empty(1, 0, dtype=torch.long), logits)
-        return int(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))
+        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
     return pick
 

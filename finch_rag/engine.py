@@ -22,6 +22,7 @@ from .prompt import Passage, PromptBuilder, as_passages
 from .reading import Reading
 from .report import citations
 from .rope import KeyRotation
+from .step_graph import StepGraphs
 from .stream import AnswerStream, AsyncAnswerStream, Cancellation
 from .templates import APART, take_apart
 
@@ -96,6 +97,7 @@ class Finch:
         self.rotation = KeyRotation.of(model, self.window)
         use_finch_attention(model)
         self.prompts = PromptBuilder(tokenizer)
+        self._step_graphs = StepGraphs(model)
         self._heads: Heads = heads if isinstance(heads, str) else list(heads)
         self._lock = threading.Lock()
 
@@ -289,6 +291,11 @@ class Finch:
         options["reread"] = False  # nothing will be answered from the cache
         return citations(Reading(self, question, as_passages(passages), self.max_new_tokens, options).run())
 
+    @property
+    def heads(self) -> Heads:
+        """The heads as they were asked for; `retrieval_heads` says which ones they are."""
+        return self._heads
+
     def retrieval_heads(self) -> RetrievalHeads | None:
         """The heads that rank passages, by layer; None when all are summed. Found on the first call if need be."""
         with self._lock:
@@ -339,7 +346,9 @@ class Finch:
     ) -> AnswerStream:
         def decoder(cache: CompressedCache) -> Decoder:
             decode = self.prompts.decode
-            return Decoder(self.model, cache, prompt, sampling, self._eos, decode, cancellation.__bool__)
+            return Decoder(
+                self.model, cache, prompt, sampling, self._eos, decode, self._step_graphs, cancellation.__bool__
+            )
 
         return AnswerStream(
             open_cache, decoder, len(prompt), sampling.max_new_tokens, cancellation, passages, parse_mode

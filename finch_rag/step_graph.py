@@ -1,0 +1,215 @@
+"""A decoding step as one CUDA graph.
+
+A step of one token launches some hundred small kernels, and launching them takes the CPU several times as long as
+running them takes the GPU. Their shapes never change, so the launches are recorded once and replayed. What does change
+lives in tensors: the token, its position, and keys and values in buffers of fixed size, of which a mask hides what is
+not filled yet.
+
+A recorded step is kept and used again by every answer that fits into its buffers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from .attention import input_embedding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .cache import CompressedCache
+
+_SIZE_STEP = 512  # buffers come in multiples of this, so that most answers meet a step of their size
+_LARGEST = 16_384  # beyond, the second copy of keys and values costs more than it saves
+_KEPT = 2  # recorded steps that an engine keeps
+_WARM_UPS = 2  # steps before the recording, in which libraries allocate what they need
+
+_log = logging.getLogger(__name__)
+
+
+class FixedLayer(CacheLayerMixin):
+    """One layer's keys and values; a step writes at a position that a tensor holds.
+
+    Args:
+        keys: Buffer, shape [1, kv_heads, capacity, head_dim].
+        values: Buffer of the same shape, up to its head_dim.
+        position: Where the next token goes, shape [1].
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self._position = position
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing is left to do."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes one token's states, shape [1, kv_heads, 1, head_dim]; returns the whole buffers."""
+        keys, values = self.keys, self.values
+        if keys is None or values is None:
+            raise RuntimeError("a layer of fixed size lost its buffers")
+        return keys.index_copy_(2, self._position, key_states), values.index_copy_(2, self._position, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All columns: the mask hides those that are not filled."""
+        return self.get_max_length(), 0
+
+    def get_seq_length(self) -> int:
+        """Not known outside the device."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """The capacity."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+
+class FixedStep:
+    """Decodes token by token in buffers of fixed size.
+
+    Args:
+        model: A model on one device that runs Finch's attention.
+        like: A cache of the model, for the shapes.
+        capacity: Tokens that the buffers hold.
+    """
+
+    def __init__(self, model: PreTrainedModel, like: CompressedCache, capacity: int) -> None:
+        device = input_embedding(model).device
+        self.capacity = capacity
+        self._model = model
+        self._position = torch.zeros(1, dtype=torch.long, device=device)
+        self._token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self._columns = torch.arange(capacity, device=device)
+        self._layers = []
+        for layer in like.layers:
+            if layer.keys is None or layer.values is None:
+                raise RuntimeError("the cache is empty")
+            # Zeros, because a masked column's weight of 0 does not hide a NaN in its value.
+            buffers = [b.new_zeros(*b.shape[:2], capacity, b.shape[3]) for b in (layer.keys, layer.values)]
+            self._layers.append(FixedLayer(buffers[0], buffers[1], self._position))
+        self._cache = Cache(layers=list(self._layers))
+        self._logits: torch.Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            self._record(device)
+
+    @torch.inference_mode()
+    def load(self, cache: CompressedCache) -> None:
+        """Goes on from a cache, which is copied.
+
+        Args:
+            cache: At most ``capacity`` tokens.
+        """
+        for mine, its in zip(self._layers, cache.layers, strict=True):
+            for buffer, states in ((mine.keys, its.keys), (mine.values, its.values)):
+                if buffer is not None and states is not None:
+                    buffer[:, :, : cache.length].copy_(states[:, :, : cache.length])
+        self._position.fill_(cache.length)
+
+    @torch.inference_mode()
+    def __call__(self, token: int) -> torch.Tensor:
+        """Appends a token; logits after it, float32, shape [1, vocabulary], overwritten by the next call.
+
+        Args:
+            token: Its id.
+        """
+        self._token.fill_(token)
+        if self._graph is None:
+            return self._step()
+        self._graph.replay()
+        if self._logits is None:
+            raise RuntimeError("the step was not recorded")
+        return self._logits
+
+    def _step(self) -> torch.Tensor:
+        mask = (self._columns <= self._position)[None, None, None]  # [1, 1, 1, capacity]
+        output = self._model(
+            input_ids=self._token,
+            attention_mask=mask,
+            position_ids=self._position[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._position.add_(1)
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+    @torch.inference_mode()
+    def _record(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(side)
+            self._position.zero_()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may allocate meanwhile, in streams of their own.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._logits = self._step()
+            self._graph = graph
+
+
+class StepGraphs:
+    """Recorded steps of one model, lent to one answer at a time.
+
+    Args:
+        model: Steps are recorded where all of it is on one CUDA device.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        devices = {parameter.device for parameter in model.parameters()}
+        self._usable = len(devices) == 1 and next(iter(devices)).type == "cuda"
+        self._free: list[FixedStep] = []
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def lend(self, cache: CompressedCache, new_tokens: int) -> Iterator[FixedStep | None]:
+        """A step that goes on from a cache; None where plain forward passes have to do.
+
+        Args:
+            cache: What was read so far.
+            new_tokens: The most tokens that will follow.
+        """
+        step = self._take(cache, cache.length + new_tokens)
+        try:
+            yield step
+        finally:
+            if step is not None:
+                with self._lock:
+                    self._free = [step, *self._free][:_KEPT]
+
+    def _take(self, cache: CompressedCache, tokens: int) -> FixedStep | None:
+        capacity = -(-tokens // _SIZE_STEP) * _SIZE_STEP
+        if not self._usable or capacity > _LARGEST:
+            return None
+        with self._lock:
+            step = next((step for step in self._free if step.capacity == capacity), None)
+            if step is not None:
+                self._free.remove(step)
+        try:
+            step = step or FixedStep(self._model, cache, capacity)
+        except RuntimeError as error:  # a layer that asks the device for a value, a library that cannot be recorded
+            self._usable = False
+            _log.warning(
+                "%s cannot be recorded as a CUDA graph, so it decodes slower: %s", type(self._model).__name__, error
+            )
+            return None
+        step.load(cache)
+        return step
