@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,9 +23,11 @@ from .arguments import (
     SelectionName,
     TopKOption,
 )
+from .bench.commands import app as bench_app
 from .corpus import Question, load_questions, read_corpus
 from .display import ProgressBars, out, say, say_json
-from .errors import FinchError, MissingExtraError
+from .errors import FinchError
+from .head_examples import read_examples
 from .metrics import contains_answer
 from .session import EMBEDDED
 
@@ -52,7 +56,6 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False
 )
-bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure Finch on this machine.")
 app.add_typer(bench_app, name="bench")
 
 
@@ -202,22 +205,37 @@ def show_demo(
     )
 
 
-@app.command(epilog="[bold]Example[/]\n\nfinch-rag heads Qwen/Qwen2.5-1.5B-Instruct --n 16")
+@app.command(
+    epilog="[bold]Examples[/]\n\nfinch-rag heads Qwen/Qwen2.5-1.5B-Instruct --n 16\n\n"
+    "finch-rag heads Qwen/Qwen2.5-1.5B-Instruct --examples questions.jsonl"
+)
 def heads(
     model: Annotated[str, typer.Argument(help="A Hugging Face id, a folder, a .gguf file, or embedded.")],
     n: Annotated[int, typer.Option("--n", metavar="N", help="Heads to keep.")] = 8,
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            "--examples",
+            metavar="FILE",
+            help="Your own questions, a JSON object a line: question, passages (texts), gold (index of the right one, "
+            "from 0).  [dim]\\[default: 24 made ones][/]",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find a model's retrieval heads, those that look at the passage with the answer, and store them.
 
-    Finch finds a model's 8 best heads by itself at the first use. Run this to look at them, or to use more or fewer.
+    Finch finds a model's 8 best heads by itself at the first use. Run this to look at them, to use more or fewer, or
+    to find them on your own questions.
     """
     session.check_positive(n=n)
+    own = None if examples is None else read_examples(examples)
     with ProgressBars() as bars:
         finch = session.load_finch(model, bars, heads="all")
-        from .heads import find_heads, save_heads
+        from .heads import EXAMPLES, find_heads, save_heads
 
-        found = find_heads(finch.model, finch.tokenizer, n, on_progress=lambda done, total: bars("heads", done, total))
+        found = find_heads(finch.model, finch.tokenizer, n, own or EXAMPLES, partial(bars, "heads"))
         file = save_heads(finch.model, finch.name, found)
     if as_json:
         listed = [{"layer": head.layer, "head": head.head, "score": head.score} for head in found]
@@ -228,34 +246,6 @@ def heads(
         table.add_row(str(head.layer), str(head.head), f"{head.score:.3f}")
     out.print(table)
     say(f"stored in {file}")
-
-
-@bench_app.command("speed")
-def bench_speed(
-    model: ModelOption = EMBEDDED,
-    tokens: Annotated[str, typer.Option(metavar="N,N,...", help="Context lengths in tokens.")] = "8192,32768",
-    budget: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of passages kept.")] = 512,
-    chunk_size: ChunkSizeOption = None,
-    repeats: Annotated[int, typer.Option(metavar="N", help="Runs of each; the median counts.")] = 3,
-    methods: Annotated[str, typer.Option(metavar="NAME,...", help="What to time.")] = "full,finch",
-) -> None:
-    """Time prefill and decoding, and measure memory, of the plain model and of Finch."""
-    session.check_positive(budget=budget, chunk_size=chunk_size, repeats=repeats)
-    lengths = [int(part) if part.strip().isdecimal() else 0 for part in tokens.split(",")]
-    if min(lengths) < 1:
-        raise typer.BadParameter(f"--tokens is {tokens!r}: use whole numbers such as 8192,32768")
-    try:
-        from .bench import speed
-    except ModuleNotFoundError as error:
-        raise MissingExtraError.of(error.name or "a package", "bench") from error
-    speed.main(
-        model=model,
-        tokens=lengths,
-        budget=budget,
-        chunk_size=chunk_size,
-        repeats=repeats,
-        methods=[name.strip() for name in methods.split(",")],
-    )
 
 
 def _as_json(question: str, answer: Answer) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -76,13 +76,16 @@ class ProgressBars:
     """Progress on stderr while its ``with`` block runs; nothing at all when stderr is not a terminal.
 
     The bars appear at the first call and are cleared at the end of a stage.
+
+    Args:
+        remaining: Show the time that is left instead of the time that has passed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, remaining: bool = False) -> None:
         columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[steps]}")
         self._bars = Progress(
             *columns,
-            TimeElapsedColumn(),
+            TimeRemainingColumn() if remaining else TimeElapsedColumn(),
             console=err,
             transient=True,
             disable=not err.is_terminal,

@@ -1,14 +1,22 @@
-"""Examples that `finch_rag.heads` makes: passages that look alike, and a question that one of them answers.
+"""Examples for `finch_rag.heads`: passages that look alike, and a question that one of them answers.
 
-A retrieval head is found by what it does, so the examples only need to be like retrieval: every passage of an example
-tells the same kinds of facts about another thing, in other words, and only the right passage holds the answer.
+A retrieval head is found by what it does, so the examples that are made here only need to be like retrieval: every
+passage of an example tells the same kinds of facts about another thing, in other words, and only the right passage
+holds the answer. A user's own can be read from a file.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+_CURE = 'each line is {"question": text, "passages": [text, text, ...], "gold": index of the right one, from 0}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,13 +25,66 @@ class HeadExample:
 
     Attributes:
         question: The question.
-        passages: Passages in the order in which they are read.
+        passages: Passages in the order in which they are read, at least 2.
         gold: Index of the passage that holds the answer.
+
+    Raises:
+        InputError: If one of them cannot be.
     """
 
     question: str
     passages: tuple[str, ...]
     gold: int
+
+    def __post_init__(self) -> None:
+        """Checks what a user may have written."""
+        if not isinstance(self.question, str) or not self.question.strip():
+            raise InputError("the question is empty: ask one")
+        if len(self.passages) < 2:
+            raise InputError(f"there are {len(self.passages)} passages: heads are told apart by 2 or more")
+        for number, passage in enumerate(self.passages):
+            if not isinstance(passage, str) or not passage.strip():
+                raise InputError(f"passage {number} has no text: leave it out, or give it some")
+        if isinstance(self.gold, bool) or not isinstance(self.gold, int) or not 0 <= self.gold < len(self.passages):
+            raise InputError(f"gold is {self.gold!r}: name one of the passages 0 to {len(self.passages) - 1}")
+
+
+def read_examples(path: str | Path) -> list[HeadExample]:
+    """Reads examples, one JSON object a line with ``question``, ``passages`` (texts) and ``gold`` (index, from 0).
+
+    Args:
+        path: The file; empty lines are passed over.
+
+    Raises:
+        InputError: If it is missing or unreadable, has no examples, or a line is none.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"the examples {file} do not exist: pass a file of JSON lines, {_CURE}")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 (byte {error.start}): pass a file of JSON lines") from error
+    examples = [_example(f"{file.name}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not examples:
+        raise InputError(f"{file} has no examples: {_CURE}")
+    return examples
+
+
+def _example(where: str, line: str) -> HeadExample:
+    try:
+        fields: Any = json.loads(line)
+        json.dumps(fields, ensure_ascii=False).encode()  # "\ud800" is JSON, and no text
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({error}): {_CURE}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("passages"), list):
+        raise InputError(f"{where} is no example: {_CURE}")
+    question: Any = fields.get("question")
+    gold: Any = fields.get("gold")
+    try:
+        return HeadExample(question, tuple(fields["passages"]), gold)  # which checks them
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 _FIRST = (

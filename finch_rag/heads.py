@@ -21,7 +21,7 @@ import torch
 
 from .attention import input_embedding, use_finch_attention
 from .cache import CompressedCache
-from .errors import FinchError, InputError, ModelError
+from .errors import FinchError, InputError, ModelError, WindowError
 from .head_examples import HeadExample, make_examples
 from .paths import cache_folder, write_atomically
 from .planning import RetrievalHeads, window_of
@@ -62,7 +62,7 @@ def find_heads(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     n: int = HEADS,
-    examples: int = EXAMPLES,
+    examples: int | Sequence[HeadExample] = EXAMPLES,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[HeadScore]:
     """The ``n`` heads that look most at the passage that holds the answer.
@@ -71,27 +71,32 @@ def find_heads(
         model: A model with rotary positions. It is switched to Finch's attention, which computes the same as SDPA.
         tokenizer: Its tokenizer.
         n: Heads to return, at least 1.
-        examples: Examples to average over.
+        examples: Examples to average over: one's own, or how many to make.
         on_progress: Called with the examples done and in all.
 
     Returns:
         Heads by falling score.
 
     Raises:
-        InputError: If ``n`` is not between 1 and the number of heads that the model has.
-        ModelError: If the model's window has no room for an example.
+        InputError: If ``n`` is not between 1 and the number of heads that the model has, or there is no example.
+        WindowError: If the model's window has no room for one of one's own examples.
+        ModelError: If it has none for an example that is made.
     """
     layers, per_layer = model.config.num_hidden_layers, model.config.num_attention_heads
     if not 1 <= n <= layers * per_layer:
         raise InputError(f"n is {n}: the model has {layers * per_layer} heads, ask for 1 to {layers * per_layer}")
     use_finch_attention(model)
     builder = PromptBuilder(tokenizer)
-    made = _examples_that_fit(builder, examples, window_of(model.config))
+    window = window_of(model.config)
+    if isinstance(examples, int):
+        examples = _examples_that_fit(builder, examples, window)
+    else:
+        _check_fit(builder, examples, window)
     scores = torch.zeros(layers, per_layer)
-    for number, example in enumerate(made, 1):
+    for number, example in enumerate(examples, 1):
         attention = _attention_by_passage(model, builder, example)  # [layers, heads, passages]
-        scores += (attention[..., example.gold] - attention.mean(dim=-1)) / len(made)
-        on_progress(number, len(made))
+        scores += (attention[..., example.gold] - attention.mean(dim=-1)) / len(examples)
+        on_progress(number, len(examples))
     best = scores.flatten().topk(n)
     return [
         HeadScore(index // per_layer, index % per_layer, value)
@@ -238,6 +243,17 @@ def _examples_that_fit(builder: PromptBuilder, count: int, window: int) -> list[
         f"the model's window of {window} tokens has no room for two example passages, so its retrieval heads cannot "
         'be found; use heads="all" or name them'
     )
+
+
+def _check_fit(builder: PromptBuilder, examples: Sequence[HeadExample], window: int) -> None:
+    if not examples:
+        raise InputError("there are no examples: pass at least one")
+    for number, example in enumerate(examples, 1):
+        if (tokens := _tokens(builder, example)) > window:
+            raise WindowError(
+                f"example {number} ({example.question!r}) has {tokens} tokens, and the model's window is {window}: "
+                "give it fewer or shorter passages"
+            )
 
 
 def _tokens(builder: PromptBuilder, example: HeadExample) -> int:

@@ -1,15 +1,23 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from finch_rag.bench import quality
+from finch_rag.bench import memory, methods, quality
 from finch_rag.bench.cases import Case, DataSet, make_cases, read_cases, write_cases
+from finch_rag.bench.memory import in_use, peak_memory
 from finch_rag.bench.methods import METHODS, Contestant, DoesNotFitError, run
 from finch_rag.bench.statistics import bootstrap
+from finch_rag.bench.summary import summarise
 from finch_rag.engine import Finch
 from finch_rag.errors import CorpusError, InputError
 
@@ -133,7 +141,7 @@ def run_main(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
         return ask(question, passages, **options)
 
     monkeypatch.setattr(engine, "ask", counted)
-    monkeypatch.setattr(Finch, "from_pretrained", lambda model: engine)
+    monkeypatch.setattr(Finch, "from_pretrained", lambda model, **settings: engine)
 
     def main(**changes: Any) -> tuple[dict[str, Any], int]:
         asked.clear()
@@ -176,22 +184,117 @@ def test_the_last_line_is_json_and_differences_are_paired(run_main: Any, capsys:
     assert "f1_difference" not in summary["methods"]["full"]
 
 
+def test_differences_are_against_methods_with_the_same_budget(data: DataSet) -> None:
+    made = cases(data, limit=4)
+    figures = {"kv_tokens": 1, "prefill_seconds": 0.0, "decode_seconds": 0.0, "calls": 1}
+    right = {"finch@10": 4, "finch@20": 2, "top-k@10": 1, "top-k@20": 2, "peer@10": 0, "full": 3, "finch@99": 4}
+    records = [
+        {"id": case.question.id, "label": name, "prediction": case.question.answers[0] if n < count else "", **figures}
+        for name, count in right.items()
+        for n, case in enumerate(made)
+    ]
+    records[0] = {"id": made[0].question.id, "label": "finch@10", "skipped": "too long"}  # so 3 pairs are left ...
+    records.remove({"id": made[2].question.id, "label": "full", "prediction": made[2].question.answers[0], **figures})
+    # ... and 2 with full, which was never asked the third
+    rows = summarise(made, records)["methods"]
+    means = {name: {k: v["mean"] for k, v in row.items() if "accuracy_" in k} for name, row in rows.items()}
+    assert means["full"] == {}
+    assert means["finch@10"] == {"accuracy_difference": 0.5, "accuracy_difference_top_k": 1.0}
+    assert means["finch@20"] == {"accuracy_difference": 0.0, "accuracy_difference_top_k": 0.0}
+    assert means["finch@99"] == {"accuracy_difference": pytest.approx(1 / 3)}
+    assert means["top-k@10"]["accuracy_difference_finch"] == -1.0
+    assert means["peer@10"]["accuracy_difference_top_k"] == -0.25
+    assert means["peer@10"]["accuracy_difference_finch"] == -1.0
+
+
 def test_grades_come_from_the_predictions(data: DataSet) -> None:
     made = cases(data, limit=2)
-    settings = quality.Settings("m", "data", "bm25", 6, "rank", 2, 0, 4)
     figures = {"kv_tokens": 1, "prefill_seconds": 0.0, "decode_seconds": 0.0, "calls": 1}
     right = [
         {"id": case.question.id, "label": "finch@1", "prediction": case.question.answers[0], **figures} for case in made
     ]
     right[0]["kept_ids"] = list(made[0].question.gold_ids)
     wrong = [{**record, "label": "full", "prediction": "no idea", "kept_ids": []} for record in right]
-    rows = quality.summarise(made, [*right, *wrong], settings)["methods"]
+    rows = summarise(made, [*right, *wrong])["methods"]
     assert rows["finch@1"]["accuracy"]["mean"] == rows["finch@1"]["accuracy_difference"]["mean"] == 1.0
     assert rows["full"]["f1"]["mean"] == 0.0
     assert rows["finch@1"]["gold_kept"] == 0.5
 
 
-@pytest.mark.parametrize("wrong", [{"methods": ("guess",)}, {"methods": ()}, {"budgets": (0,)}, {"top_k": 0}])
-def test_arguments_that_cannot_work_are_refused(run_main: Any, wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"methods": ("guess", "full")}, "method guess is unknown: use finch"),
+        ({"methods": ()}, "no method to run: use finch"),
+        ({"budgets": (60, 0)}, "budget is 0"),
+        ({"budgets": ()}, "no budget"),
+        ({"top_k": 0}, "top-k is 0"),
+        ({"limit": 0}, "limit is 0"),
+        ({"max_new_tokens": 0}, "max-new-tokens is 0"),
+        ({"shard": (2, 2)}, "shard 3 of 2 does not exist: use 1/2 to 2/2"),
+        ({"plot": Path("figure.txt")}, "the plot figure.txt .* ends in .png"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(
+    run_main: Any, tmp_path: Path, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
         run_main(**wrong)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "content"), [("settings.json", b"{"), ("cases.jsonl.gz", b"no gzip")])
+def test_a_broken_results_folder_is_named(run_main: Any, tmp_path: Path, name: str, content: bytes) -> None:
+    run_main()
+    (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(InputError, match=r"out is no results folder .* choose another --out"):
+        run_main()
+
+
+def test_a_budget_that_the_window_cannot_hold_is_skipped_not_fatal(
+    run_main: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary, _ = run_main(budgets=(60, 5000), methods=("finch",))
+    assert summary["methods"]["finch@60"]["n"] == 4
+    assert "budget 5000 is too large" in summary["methods"]["finch@5000"]["skipped"]
+    assert "finch@5000 skipped: budget 5000 is too large" in capsys.readouterr().out
+
+
+def test_memory_is_measured_beyond_what_was_there_before() -> None:
+    device = torch.device("cpu")
+    before = in_use(device)
+    with peak_memory(device, before) as peak:
+        kept = torch.ones(64, 2**18)  # 64 MiB
+        time.sleep(0.05)
+        del kept
+    assert 60 < peak[0] < 100
+    with peak_memory(device, in_use(device)) as later:
+        time.sleep(0.05)
+    assert later[0] < 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the C library of Linux")
+def test_the_allocator_gives_back_what_is_free_before_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def resident() -> int:
+        order.append("count")
+        return 7
+
+    library = SimpleNamespace(malloc_trim=lambda pad: order.append("trim"))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    monkeypatch.setattr(memory, "_resident", resident)
+    assert in_use(torch.device("cpu")) == 7
+    assert order == ["trim", "count"]
+    del library.malloc_trim  # as in musl
+    assert in_use(torch.device("cpu")) == 7
+
+
+def test_each_answer_has_its_peak_of_memory(run_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def planted(device: torch.device, before: int) -> Iterator[list[float]]:
+        yield [12.5]
+
+    monkeypatch.setattr(methods, "peak_memory", planted)
+    summary, _ = run_main()
+    assert {row["peak_mib"] for row in summary["methods"].values()} == {12.5}

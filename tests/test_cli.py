@@ -157,6 +157,23 @@ def test_heads_are_found_and_stored(model_folder: str) -> None:
     assert f"stored in {shown['file']}" in table.replace("\n", "")
 
 
+@pytest.mark.usefixtures("hashed")
+def test_heads_are_found_on_ones_own_examples(model_folder: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    passages = ["The mill burnt down in 1931.", "The harbour was built by Clara Novak.", "Hugo Kessler lit the lamp."]
+    for gold in (1, 2):
+        file.write_text(json.dumps({"question": "Who built the harbour?", "passages": passages, "gold": gold}))
+        scores = [
+            only_json(run("heads", model_folder, "--n", 3, *own, "--json"))["heads"]
+            for own in ((), ("--examples", file))
+        ]
+        assert scores[0] != scores[1]
+    file.write_text(json.dumps({"question": "Who?", "passages": passages, "gold": 3}))
+    error = one_error(run("heads", "no/such-model", "--examples", file))
+    assert "mine.jsonl, line 1: gold is 3: name one of the passages 0 to 2" in error
+    assert "nowhere.jsonl do not exist" in one_error(run("heads", "no/such-model", "--examples", "nowhere.jsonl"))
+
+
 def test_bench_speed_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
     speed = ModuleType("finch_rag.bench.speed")
@@ -296,7 +313,13 @@ def test_version_and_help_load_no_model_library() -> None:
     assert not modules & {"torch", "transformers", "faiss"}
 
 
-@pytest.mark.parametrize("command", [(), ("ask",), ("rank",), ("demo",), ("heads",), ("bench",), ("bench", "speed")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *((), ("ask",), ("rank",), ("demo",), ("heads",)),
+        *(("bench",), ("bench", "speed"), ("bench", "quality"), ("bench", "positions")),
+    ],
+)
 def test_every_command_has_help(command: tuple[str, ...]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0

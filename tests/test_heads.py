@@ -12,7 +12,7 @@ import torch
 from finch_rag import heads as module
 from finch_rag.attention import use_finch_attention
 from finch_rag.engine import Finch
-from finch_rag.errors import InputError, ModelError, SettingsError
+from finch_rag.errors import InputError, ModelError, SettingsError, WindowError
 from finch_rag.head_examples import HeadExample, make_examples
 from finch_rag.heads import (
     HeadScore,
@@ -118,6 +118,39 @@ def test_more_heads_than_there_are_cannot_be_found(n: int) -> None:
 def test_a_window_too_small_for_an_example_is_a_model_error() -> None:
     with pytest.raises(ModelError, match=r"window of 128.*heads=\"all\""):
         find_heads(small_model(max_position_embeddings=128), chat_tokenizer())
+
+
+def test_ones_own_examples_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [HeadExample("Who?", ("a", "b", "c"), 2), HeadExample("When?", ("d", "e"), 0)]
+    read: list[HeadExample] = []
+    seen: list[tuple[int, int]] = []
+
+    def planted(model: Any, builder: Any, example: HeadExample) -> torch.Tensor:
+        read.append(example)
+        attention = torch.zeros(2, 4, len(example.passages))
+        attention[1, 2, example.gold] = 0.6
+        return attention
+
+    monkeypatch.setattr(module, "_attention_by_passage", planted)
+    found = find_heads(small_model(), chat_tokenizer(), 1, own, lambda done, total: seen.append((done, total)))
+    assert read == own
+    assert seen == [(1, 2), (2, 2)]
+    expected = (0.6 - 0.6 / 3 + 0.6 - 0.6 / 2) / 2
+    assert [(head.layer, head.head) for head in found] == [(1, 2)]
+    assert found[0].score == pytest.approx(expected)
+
+
+def test_an_own_example_that_does_not_fit_the_window_is_named() -> None:
+    own = [HeadExample("Who?", ("a", "b"), 0), HeadExample("When was it?", ("word " * 600, "b"), 0)]
+    with pytest.raises(
+        WindowError, match=r"example 2 \('When was it\?'\) has \d{4} tokens.*window is 512: give it fewer"
+    ):
+        find_heads(small_model(), chat_tokenizer(), 1, own)
+
+
+def test_no_examples_find_no_heads() -> None:
+    with pytest.raises(InputError, match="there are no examples"):
+        find_heads(small_model(), chat_tokenizer(), 1, [])
 
 
 def searched(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[HeadExample]:

@@ -1,1 +1,1 @@
-"""Benchmarks. Nothing outside this folder imports them."""
+"""Benchmarks. Nothing outside this folder imports them but the command line."""

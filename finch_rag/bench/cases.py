@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -167,7 +168,8 @@ def write_cases(cases: Iterable[Case], file: Path) -> None:
         cases: What to store.
         file: Gzipped JSON lines.
     """
-    with gzip.open(file, "wt", encoding="utf-8") as lines:
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")  # shards begin at once, and each must find all cases
+    with gzip.open(unfinished, "wt", encoding="utf-8") as lines:
         for case in cases:
             q = case.question
             record = {
@@ -179,6 +181,7 @@ def write_cases(cases: Iterable[Case], file: Path) -> None:
                 "passages": [{"id": p.id, "title": p.title, "text": p.text} for p in case.passages],
             }
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    unfinished.replace(file)
 
 
 def read_cases(file: Path) -> Iterator[Case]:

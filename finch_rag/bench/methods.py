@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
-
-import torch
 
 from ..engine import Finch
 from ..errors import InputError
 from ..prompt import INSTRUCTIONS, Passage
 from ..report import Answer
 from .cases import Case
+from .memory import in_use, peak_memory
 
 
 class DoesNotFitError(Exception):
@@ -31,7 +30,7 @@ class Outcome:
         prefill_seconds: Reading.
         decode_seconds: Question and answer.
         calls: Calls of the model.
-        peak_mib: Peak of the accelerator's memory beyond what was in use before; None on a CPU.
+        peak_mib: Peak of memory beyond what was in use before, of the accelerator or else of the process.
     """
 
     prediction: str
@@ -40,7 +39,7 @@ class Outcome:
     prefill_seconds: float
     decode_seconds: float
     calls: int = 1
-    peak_mib: float | None = None
+    peak_mib: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,15 +205,10 @@ def run(method: str, contestant: Contestant, case: Case) -> Outcome:
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is unknown: use {', '.join(METHODS)}")
-    device = next(contestant.finch.model.parameters()).device
-    if device.type != "cuda":
-        return METHODS[method](contestant, case)
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    outcome = METHODS[method](contestant, case)
-    peak = (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    return Outcome(**{name: getattr(outcome, name) for name in Outcome.__slots__ if name != "peak_mib"}, peak_mib=peak)
+    device = contestant.finch.model.device
+    with peak_memory(device, in_use(device)) as peak:
+        outcome = METHODS[method](contestant, case)
+    return replace(outcome, peak_mib=peak[0])
 
 
 def _outcome(answers: Sequence[Answer]) -> Outcome:

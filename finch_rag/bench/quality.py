@@ -7,25 +7,22 @@ results that other programs have put there (see `finch_rag.bench.peers`) are cou
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import rich
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-
+from .. import session
+from ..display import ProgressBars, say_json
 from ..engine import Finch
-from ..errors import InputError
-from ..metrics import contains_answer, token_f1
+from ..errors import InputError, WindowError
+from ..paths import write_atomically
+from . import tables
 from .cases import Case, DataSet, RetrieverName, make_cases, read_cases, write_cases
 from .methods import METHODS, WITHOUT_BUDGET, Contestant, DoesNotFitError, run
-from .statistics import Estimate, bootstrap
+from .summary import summarise
 
-BASELINE = "full"
 _CASES = "cases.jsonl.gz"
 _SETTINGS = "settings.json"
 
@@ -69,6 +66,7 @@ def main(
     methods: Sequence[str] = ("finch", "full", "top-k"),
     max_new_tokens: int = 16,
     shard: tuple[int, int] = (0, 1),
+    plot: Path | None = None,
 ) -> dict[str, Any]:
     """Runs what is missing in ``out``, prints a table of all that is there and, as the last line, one JSON object.
 
@@ -85,36 +83,112 @@ def main(
         methods: Of `finch_rag.bench.methods.METHODS`.
         max_new_tokens: The most tokens of an answer.
         shard: (i, n): only each n-th case, from the i-th; for several processes on one accelerator.
+        plot: Where to draw the figures; not at all when None.
 
     Returns:
         What the JSON line holds.
 
     Raises:
         InputError: If an argument cannot work, or ``out`` holds results of other settings.
+        MissingExtraError: If a package is missing that ``retriever`` or ``plot`` needs.
     """
-    if unknown := set(methods) - set(METHODS):
-        raise InputError(f"method {', '.join(sorted(unknown))} is unknown: use {', '.join(METHODS)}")
-    if not methods or not budgets or min(budgets) < 1 or top_k < 1 or max_new_tokens < 1:
-        raise InputError("there must be a method, and budgets, top-k and max-new-tokens of at least 1")
-    settings = Settings(model, Path(data).resolve().name, retriever, top_k, order, limit, seed, max_new_tokens)
+    if plot is not None:
+        from . import plots  # not needed without
+
+        plots.check(plot)
+    check(methods, budgets, top_k=top_k, limit=limit, max_new_tokens=max_new_tokens)
+    settings = Settings(model, data_name(data), retriever, top_k, order, limit, seed, max_new_tokens)
+    with ProgressBars(remaining=True) as bars:
+        load, on_progress = loader(model, bars), partial(bars, "answers")
+        summary = measure(settings, data, out, budgets, methods, load, on_progress, shard)
+    tables.show_quality(summary)
+    if plot is not None:
+        plots.plot_quality(summary, plot)
+    say_json(summary)
+    return summary
+
+
+def check(methods: Sequence[str], budgets: Sequence[int], **least_one: int | None) -> None:
+    """Raises an InputError that names the first argument that cannot work.
+
+    Args:
+        methods: What to run.
+        budgets: With which budgets.
+        least_one: Further numbers by their names.
+    """
+    if not methods or (unknown := [method for method in methods if method not in METHODS]):
+        wrong = f"method {', '.join(unknown)} is unknown" if methods else "there is no method to run"
+        raise InputError(f"{wrong}: use {', '.join(METHODS)}")
+    if not budgets:
+        raise InputError("there is no budget: name at least one")
+    session.check_positive(budget=min(budgets), **least_one)
+
+
+def data_name(data: str | Path) -> str:
+    """What a data set is called in results: the name of its folder."""
+    return Path(data).resolve().name
+
+
+def loader(model: str, bars: ProgressBars) -> Callable[[], Finch]:
+    """Loads the engine when it is first called for.
+
+    Args:
+        model: What `Finch.from_pretrained` takes.
+        bars: Show the loading.
+    """
+
+    def load() -> Finch:
+        finch = session.load_finch(model, bars)
+        finch.retrieval_heads()  # found now, so that no question's seconds and memory hold the search
+        return finch
+
+    return cache(load)
+
+
+def measure(
+    settings: Settings,
+    data: str | Path,
+    out: str | Path,
+    budgets: Sequence[int],
+    methods: Sequence[str],
+    load: Callable[[], Finch],
+    on_progress: Callable[[int, int], None],
+    shard: tuple[int, int] = (0, 1),
+) -> dict[str, Any]:
+    """Runs what is missing in a results folder and sums up all that is there.
+
+    Args:
+        settings: Of the folder.
+        data: Folder of the data set; read if the results folder is new.
+        out: The results folder.
+        budgets: See `main`.
+        methods: See `main`.
+        load: Loads the engine; not called if nothing is missing.
+        on_progress: Called with the answers that there are and all that are asked for.
+        shard: See `main`.
+
+    Raises:
+        InputError: If an argument cannot work, or ``out`` holds results of other settings.
+    """
+    part, parts = shard
+    if not 0 <= part < parts:
+        raise InputError(f"shard {part + 1} of {parts} does not exist: use 1/{parts} to {parts}/{parts}")
     folder = Path(out)
     cases = _cases(settings, Path(data), folder)
-    part, parts = shard
     wanted = [(case, method, budget) for case in cases[part::parts] for method, budget in labels(methods, budgets)]
     done = {(record["id"], record["label"]) for record in read_results(folder)}
     todo = [item for item in wanted if (item[0].question.id, label(*item[1:])) not in done]
     if todo:
-        finch = Finch.from_pretrained(model)
+        finch = load()
         results = folder / f"results-{part}.jsonl"
         cut_off = results.exists() and not results.read_bytes().endswith(b"\n")
         with results.open("a", encoding="utf-8") as file:
             file.write("\n" * cut_off)
-            for case, method, budget in _progress(todo):
+            for number, (case, method, budget) in enumerate(todo, 1):
                 file.write(json.dumps(_record(finch, settings, case, method, budget), ensure_ascii=False) + "\n")
                 file.flush()
-    summary = summarise(cases, list(read_results(folder)), settings)
-    show(summary)
-    return summary
+                on_progress(len(wanted) - len(todo) + number, len(wanted))
+    return {"settings": asdict(settings), **summarise(cases, read_results(folder))}
 
 
 def labels(methods: Sequence[str], budgets: Sequence[int]) -> list[tuple[str, int]]:
@@ -138,98 +212,25 @@ def read_results(folder: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def summarise(cases: Sequence[Case], results: Iterable[Mapping[str, Any]], settings: Settings) -> dict[str, Any]:
-    """Figures of each method, and its paired differences against `BASELINE`.
-
-    Args:
-        cases: The cases that count.
-        results: Of any methods; those of other cases are left out.
-        settings: For the record.
-    """
-    found = {case.question.id: case for case in cases}
-    by_label: dict[str, dict[str, dict[str, Any]]] = {}
-    for record in results:
-        if record["id"] in found:
-            case = found[record["id"]]
-            graded = {
-                **record,
-                "accuracy": float(contains_answer(record.get("prediction", ""), case.question.answers)),
-                "f1": token_f1(record.get("prediction", ""), case.question.answers),
-                "gold_kept": float(any(i in case.question.gold_ids for i in record.get("kept_ids", ()))),
-                "gold_found": case.has_gold,
-            }
-            by_label.setdefault(record["label"], {})[record["id"]] = graded
-    rows = {name: _row(records, by_label.get(BASELINE, {})) for name, records in by_label.items()}
-    retrieved = fmean(case.has_gold for case in cases)
-    return {"settings": asdict(settings), "cases": len(cases), "gold_retrieved": retrieved, "methods": rows}
-
-
-def _row(records: Mapping[str, Mapping[str, Any]], baseline: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    ran = {key: record for key, record in records.items() if "skipped" not in record}
-    if not ran:
-        return {"n": 0, "skipped": next(iter(records.values()))["skipped"]}
-    values = list(ran.values())
-    row: dict[str, Any] = {"n": len(ran), "skipped": len(records) - len(ran)}
-    for metric in ("accuracy", "f1"):
-        row[metric] = asdict(bootstrap([record[metric] for record in values]))
-        both = [key for key in ran if key in baseline and "skipped" not in baseline[key]]
-        if both and baseline is not records:
-            row[f"{metric}_difference"] = asdict(bootstrap([ran[k][metric] - baseline[k][metric] for k in both]))
-    retrieved = [record["gold_kept"] for record in values if record["gold_found"]]
-    row["gold_kept"] = fmean(retrieved) if retrieved else None
-    for name in ("kv_tokens", "prefill_seconds", "decode_seconds", "calls"):
-        row[name] = fmean(record[name] for record in values)
-    peaks = [record["peak_mib"] for record in values if record.get("peak_mib") is not None]
-    row["peak_mib"] = max(peaks) if peaks else None
-    return row
-
-
-def show(summary: Mapping[str, Any]) -> None:
-    """Prints a summary as a table and, as the last line, as JSON."""
-    settings = summary["settings"]
-    table = Table(
-        title=f"{settings['data']}, {settings['retriever']} top {settings['top_k']}, {settings['model']}, "
-        f"n={summary['cases']} (answer's passage retrieved: {summary['gold_retrieved']:.3f})"
-    )
-    names = "method n KV accuracy F1 accuracy-full F1-full gold prefill decode calls peak".split()
-    for name in names:
-        table.add_column(name)
-    order = sorted(summary["methods"].items(), key=lambda item: -item[1].get("f1", {}).get("mean", -1.0))
-    for name, row in order:
-        if not row["n"]:
-            table.add_row(name, "0", str(row["skipped"]))
-            continue
-        table.add_row(
-            name,
-            str(row["n"]),
-            f"{row['kv_tokens']:.0f}",
-            str(Estimate(**row["accuracy"])),
-            str(Estimate(**row["f1"])),
-            *(Estimate(**row[d]).signed if (d := f"{m}_difference") in row else "" for m in ("accuracy", "f1")),
-            "" if row["gold_kept"] is None else f"{row['gold_kept']:.3f}",
-            f"{row['prefill_seconds']:.2f} s",
-            f"{row['decode_seconds']:.2f} s",
-            f"{row['calls']:.1f}",
-            "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f} MiB",
-        )
-    rich.print(table)
-    sys.stdout.write(json.dumps(summary) + "\n")
-
-
 def _cases(settings: Settings, data: Path, folder: Path) -> list[Case]:
     """The cases of a results folder, made at its first use."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / _SETTINGS
     if file.exists():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if changed := [f"{k} ({stored.get(k)} there)" for k, v in asdict(settings).items() if stored.get(k) != v]:
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            changed = [f"{k} ({stored.get(k)} there)" for k, v in asdict(settings).items() if stored.get(k) != v]
+            cases = list(read_cases(folder / _CASES))
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder} is no results folder ({error}): delete it, or choose another --out") from error
+        if changed:
             raise InputError(f"{folder} holds results with another {', '.join(changed)}: choose another --out")
-        return list(read_cases(folder / _CASES))
+        return cases
     cases = make_cases(
         DataSet.read(data), settings.retriever, settings.top_k, settings.order, settings.limit, settings.seed
     )
+    folder.mkdir(parents=True, exist_ok=True)
     write_cases(cases, folder / _CASES)
-    file.write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
+    write_atomically(file, json.dumps(asdict(settings), indent=1) + "\n")
     return cases
 
 
@@ -237,15 +238,6 @@ def _record(finch: Finch, settings: Settings, case: Case, method: str, budget: i
     record = {"id": case.question.id, "label": label(method, budget), "budget": budget}
     try:
         outcome = run(method, Contestant(finch, budget, settings.max_new_tokens), case)
-    except DoesNotFitError as reason:
+    except (DoesNotFitError, WindowError) as reason:
         return {**record, "skipped": str(reason)}
     return {**record, **asdict(outcome)}
-
-
-def _progress(todo: list[tuple[Case, str, int]]) -> Iterator[tuple[Case, str, int]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=rich.console.Console(stderr=True)) as bars:
-        task = bars.add_task("questions x methods", total=len(todo))
-        for item in todo:
-            yield item
-            bars.advance(task)

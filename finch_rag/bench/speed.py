@@ -10,16 +10,13 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +29,7 @@ from ..models import resolve_device
 from ..planning import PrefillPlan, default_chunk_size
 from ..prefill import prefill
 from ..prompt import Passage, Prompt
+from .memory import in_use, peak_memory
 
 METHODS = ("full", "finch")
 QUESTION = "Which of the people in these passages was the last director of a museum that stands in a mountain town?"
@@ -181,13 +179,13 @@ def _serve(case: Case, pipe: Connection) -> None:
                 pipe.send(f"the model's window is {finch.window:,}")
                 return
         prompt = _prompt(finch, case.tokens)
-        loaded = _memory(finch.model.device)
+        loaded = in_use(finch.model.device)
         _run(finch, case, _prompt(finch, min(case.tokens, _WARM_UP_TOKENS)))
         pipe.send(None)
         while pipe.recv() == "run":
-            with _peak_memory(finch.model.device, loaded) as peak:
+            with peak_memory(finch.model.device, loaded) as peak:
                 seconds, decode_ms = _run(finch, case, prompt)
-            pipe.send((seconds, decode_ms, peak[0] / 2**20))
+            pipe.send((seconds, decode_ms, peak[0]))
     except EOFError:
         return
     except FinchError as error:
@@ -244,37 +242,6 @@ def _run(finch: Finch, case: Case, prompt: Prompt) -> tuple[float, float]:
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes in use: allocated ones on a CUDA device, the process' resident ones on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
-
-
-@contextmanager
-def _peak_memory(device: torch.device, loaded: int) -> Iterator[list[float]]:
-    """Peak of memory beyond ``loaded`` bytes, in the first element of the list once the block has ended."""
-    peak = [0.0]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield peak
-        peak[0] = torch.cuda.max_memory_allocated(device) - loaded
-        return
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            peak[0] = max(peak[0], _memory(device) - loaded)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        watcher.join()
 
 
 def _ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

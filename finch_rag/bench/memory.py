@@ -1,0 +1,63 @@
+"""Peak of memory while something runs."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+_SAMPLED_EVERY = 0.005  # seconds, on a CPU
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes in use: allocated ones on a CUDA device, the process' resident ones on a CPU.
+
+    Args:
+        device: Where the model is.
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)  # glibc keeps what was freed for later, hundreds of MiB that nothing uses
+    return _resident()
+
+
+@contextmanager
+def peak_memory(device: torch.device, before: int) -> Iterator[list[float]]:
+    """Measures the peak of memory beyond ``before`` bytes.
+
+    Args:
+        device: Where the model is.
+        before: What `in_use` said before.
+
+    Yields:
+        A list whose first element is the peak in MiB once the block has ended.
+    """
+    peak = [0.0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak[0] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_SAMPLED_EVERY):
+            peak[0] = max(peak[0], (_resident() - before) / 2**20)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _resident() -> int:
+    return int(psutil.Process().memory_info().rss)
