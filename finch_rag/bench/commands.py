@@ -87,7 +87,7 @@ def bench_speed(
 ) -> None:
     """Time prefill and decoding, and measure memory, of the plain model and of Finch."""
     session.check_positive(budget=budget, chunk_size=chunk_size, repeats=repeats)
-    lengths = _numbers("tokens", tokens)
+    lengths = numbers_in("tokens", tokens)
     with _extra():
         from . import speed
     speed.main(
@@ -96,7 +96,7 @@ def bench_speed(
         budget=budget,
         chunk_size=chunk_size,
         repeats=repeats,
-        methods=_names(methods),
+        methods=names_in(methods),
     )
 
 
@@ -138,7 +138,7 @@ def bench_quality(
 
     Prints a table with 95% intervals and paired differences; the last line is one JSON object.
     """
-    budgets, part = _numbers("budget", budget), _shard(shard)
+    budgets, part = numbers_in("budget", budget), shard_of(shard)
     with _extra():
         from . import quality
     name = "-".join([quality.data_name(data), retriever, str(top_k), order.replace(":", "-")])
@@ -152,7 +152,7 @@ def bench_quality(
         limit=limit,
         seed=seed,
         budgets=budgets,
-        methods=_names(methods),
+        methods=names_in(methods),
         max_new_tokens=max_new_tokens,
         shard=part,
         plot=plot,
@@ -184,7 +184,7 @@ def bench_positions(
 
     Prints a table for each number of passages; the last line is one JSON object.
     """
-    counts, part = _numbers("passages", passages), _shard(shard)
+    counts, part = numbers_in("passages", passages), shard_of(shard)
     with _extra():
         from . import positions, quality
     name = f"{quality.data_name(data)}-{retriever}-positions"
@@ -197,7 +197,7 @@ def bench_positions(
         limit=limit,
         seed=seed,
         budget=budget,
-        methods=_names(methods),
+        methods=names_in(methods),
         max_new_tokens=max_new_tokens,
         shard=part,
         plot=plot,
@@ -213,19 +213,40 @@ def _extra() -> Iterator[None]:
         raise MissingExtraError.of(error.name or "a package", "bench") from error
 
 
-def _numbers(option: str, text: str) -> list[int]:
+def numbers_in(option: str, text: str) -> list[int]:
+    """The whole numbers from 1 that an option's text lists.
+
+    Args:
+        option: Its name, for the message.
+        text: Numbers with commas between them.
+
+    Raises:
+        InputError: If it is anything else.
+    """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
         raise InputError(f"--{option} is {text!r}: use whole numbers from 1, such as 256,512")
     return [int(part) for part in parts]
 
 
-def _names(text: str) -> list[str]:
+def names_in(text: str) -> list[str]:
+    """The names that a text lists.
+
+    Args:
+        text: Names with commas between them.
+    """
     return [name for part in text.split(",") if (name := part.strip())]
 
 
-def _shard(text: str) -> tuple[int, int]:
-    """The part that "2/3" names, counted from 0, and how many there are."""
+def shard_of(text: str) -> tuple[int, int]:
+    """The part that "2/3" names, counted from 0, and how many there are.
+
+    Args:
+        text: I/N.
+
+    Raises:
+        InputError: If it is anything else, or I is not from 1 to N.
+    """
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
         raise InputError(f"--shard is {text!r}: use I/N with I from 1 to N, such as 1/4")
