@@ -14,10 +14,15 @@ from .engine import Finch
 
 _engines: weakref.WeakValueDictionary[str, Finch] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
+_kept: Finch | None = None  # what was asked for last, so that it outlives its users
 
 
 def shared_engine(model: str | Path, **settings: Any) -> Finch:
-    """The engine of a model, loaded at the first call and shared while anybody holds it.
+    """The engine of a model, loaded at the first call and shared by all.
+
+    It stays loaded while anybody holds it. The one that was asked for last stays even when nobody does, so that a
+    program that makes a new model for each request loads it once; it goes when another one is to be loaded, before
+    that takes its memory, or with `release_engine`.
 
     Args:
         model: A hub id, a local folder, a GGUF file or "embedded".
@@ -27,13 +32,25 @@ def shared_engine(model: str | Path, **settings: Any) -> Finch:
         SettingsError: If a setting cannot work.
         ModelError: If the model cannot be loaded, or Finch cannot run it.
     """
+    global _kept
     key = repr((str(model), _plain(settings)))
-    with _lock:  # also while it loads, so that nobody loads it twice
-        engine = _engines.get(key)
-        if engine is None:
-            engine = _engines[key] = Finch.from_pretrained(model, **settings)
-            weakref.finalize(engine, lambda kept: None, settings)  # while they live, nothing else has their ids
-        return engine
+    engine = _engines.get(key)  # without the lock: what is loaded need not wait for what is loading
+    if engine is None:
+        # One at a time, also different models: transformers' loading is not thread-safe, it changes torch's defaults.
+        with _lock:
+            engine = _engines.get(key)
+            if engine is None:
+                _kept = None
+                engine = _engines[key] = Finch.from_pretrained(model, **settings)
+                weakref.finalize(engine, lambda kept: None, settings)  # while they live, nothing else has their ids
+    _kept = engine
+    return engine
+
+
+def release_engine() -> None:
+    """Lets go of the engine that was asked for last; its memory is free once nobody else holds it."""
+    global _kept
+    _kept = None
 
 
 def _plain(value: Any) -> Any:

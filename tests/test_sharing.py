@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from finch_rag.engine import Finch
 from finch_rag.errors import ModelError, SettingsError
-from finch_rag.sharing import shared_engine
+from finch_rag.sharing import release_engine, shared_engine
 
 from .small import CHATML, chat_tokenizer, small_finch, small_model, texts, tokenizer_with
 
@@ -25,6 +26,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_model().save_pretrained(folder)
     chat_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept() -> Iterator[None]:
+    """Tests here share names of models, so that none may leave an engine to the next."""
+    release_engine()
+    yield
+    release_engine()
 
 
 @pytest.fixture
@@ -91,14 +100,70 @@ def test_another_tokenizer_gives_another_engine(loads: list[Any]) -> None:
     assert engines[0] is not engines[1]
 
 
-def test_an_engine_that_nobody_holds_is_freed(loads: list[Any]) -> None:
-    engine = shared_engine("m")
-    alive = weakref.ref(engine)
-    del engine
+def test_an_engine_outlives_its_users_until_it_is_released(loads: list[Any]) -> None:
+    alive = weakref.ref(shared_engine("m"))
+    for _ in range(3):
+        gc.collect()
+        assert shared_engine("m") is alive()
+    assert len(loads) == 1
+    release_engine()
     gc.collect()
     assert alive() is None
     assert shared_engine("m") is not None
     assert len(loads) == 2
+
+
+def test_the_engine_that_is_kept_is_gone_before_another_one_is_loaded(
+    loads: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = weakref.ref(shared_engine("m"))
+    seen: list[Finch | None] = []
+    load = Finch.from_pretrained
+
+    def watched(model: Any, **settings: Any) -> Finch:
+        seen.append(alive())
+        return load(model, **settings)
+
+    monkeypatch.setattr(Finch, "from_pretrained", watched)
+    assert shared_engine("n") is shared_engine("n")
+    assert seen == [None]
+
+
+def test_only_the_engine_that_was_asked_for_last_is_kept(loads: list[Any]) -> None:
+    one, two = shared_engine("m"), shared_engine("n")
+    assert shared_engine("m") is one  # also where it need not be loaded
+    first, second = weakref.ref(one), weakref.ref(two)
+    del one, two
+    gc.collect()
+    assert second() is None
+    assert first() is shared_engine("m")
+
+
+def test_what_is_loaded_does_not_wait_for_what_is_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+    running: list[str] = []
+
+    def load(model: str, **settings: Any) -> Finch:
+        running.append(model)
+        assert len(running) == 1  # transformers cannot load two at once
+        if model == "slow":
+            loading.set()
+            assert go_on.wait(10)
+        running.remove(model)
+        return small_finch()
+
+    monkeypatch.setattr(Finch, "from_pretrained", load)
+    ready = shared_engine("m")
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(shared_engine, "slow")
+        assert loading.wait(10)
+        try:
+            assert pool.submit(shared_engine, "m").result(timeout=10) is ready
+            other = pool.submit(shared_engine, "other")
+            time.sleep(0.05)  # it would begin to load here
+        finally:
+            go_on.set()
+        assert slow.result() is not other.result()
 
 
 def test_threads_that_ask_at_once_load_once(loads: list[Any]) -> None:

@@ -180,7 +180,7 @@ class FinchSettings(CallSettings):
         if (engine := self._source.given) is not None:  # its settings hold where the model has none
             names = ("budget", "chunk_size", "selection", "reread", "max_new_tokens", "instructions", "system_prompt")
             own = {name: getattr(engine, name) for name in names}
-            identity["engine"] = {"fingerprint": engine.fingerprint, "heads": engine._heads, **own}
+            identity["engine"] = {"fingerprint": engine.fingerprint, "heads": engine.heads, **own}
         return identity
 
     def _differing(self, names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

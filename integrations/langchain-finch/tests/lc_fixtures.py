@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from langchain_finch import ChatFinch, FinchLLM
 from lc_support import SETTINGS, texts_as_documents
 
 from finch_rag import Finch
+from finch_rag.sharing import release_engine
 from tests.small import chat_tokenizer, small_model
 
 
@@ -34,6 +36,14 @@ def llm(folder: str) -> FinchLLM:
 def shared(folder: str) -> Finch:
     """The small model's engine, held so that it is loaded once for all tests."""
     return ChatFinch(model=folder, **SETTINGS).engine
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_kept(shared: Finch) -> Iterator[None]:
+    """No test finds what another one has loaded, but for the engine that all share."""
+    release_engine()
+    yield
+    release_engine()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import torch
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
@@ -14,6 +15,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.retrievers import BaseRetriever
 
 import finch_rag.decode
+from finch_rag import FinchError
 from tests.small import chat_tokenizer, texts
 
 QUESTION = "who built the bridge?"
@@ -36,7 +38,7 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
     def sampler(*_: Any) -> Any:
         scripted = iter(tokens)
-        return lambda logits: next(scripted)
+        return lambda logits: torch.tensor([next(scripted)])
 
     monkeypatch.setattr(finch_rag.decode, "_sampler", sampler)
 
@@ -107,6 +109,22 @@ def one_line(error: pytest.ExceptionInfo[Any] | BaseException) -> str:
     assert text
     assert "\n" not in text
     return text
+
+
+async def each_way(asker: Any, asked: Any, error: type[FinchError], said: str, **options: Any) -> None:
+    """Asks in each way that LangChain has; each must raise the same, in one line."""
+    with pytest.raises(error) as invoked:
+        asker.invoke(asked, **options)
+    with pytest.raises(error) as streamed:
+        list(asker.stream(asked, **options))
+    with pytest.raises(error) as awaited:
+        await asker.ainvoke(asked, **options)
+    with pytest.raises(error) as astreamed:
+        [piece async for piece in asker.astream(asked, **options)]
+    with pytest.raises(error) as batched:
+        asker.batch([asked], **options)
+    for raised in (invoked, streamed, awaited, astreamed, batched):
+        assert one_line(raised).startswith(said)
 
 
 def annotated(message: BaseMessage) -> list[dict[str, Any]]:

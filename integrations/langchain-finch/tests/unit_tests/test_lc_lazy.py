@@ -14,6 +14,7 @@ from langchain_finch import ChatFinch, FinchLLM
 from lc_support import QUESTION, SETTINGS, one_line
 
 from finch_rag import Finch, SettingsError
+from finch_rag.sharing import release_engine
 
 BOTH = pytest.mark.parametrize("kind", [ChatFinch, FinchLLM])
 
@@ -53,12 +54,21 @@ def test_settings_of_calls_share_an_engine_and_those_of_loading_do_not(folder: s
     assert len(loads) == 2
 
 
-def test_an_engine_goes_with_its_last_model(folder: str) -> None:
+@BOTH
+def test_models_that_are_made_for_one_call_load_once(kind: Any, folder: str, loads: list[str]) -> None:
+    for budget in (30, 40, 50):
+        assert kind(model=folder, device="cpu", **{**SETTINGS, "budget": budget}).invoke("Hello")
+        gc.collect()
+    assert loads == [folder]
+
+
+def test_an_engine_goes_with_its_last_model_when_it_is_released(folder: str) -> None:
     model = ChatFinch(model=folder, device="cpu", **SETTINGS)
     model.invoke("Hello")
     engine = weakref.ref(model.engine)
     other = FinchLLM(model=folder, device="cpu", **SETTINGS)
     assert other.engine is engine()
+    release_engine()
     del model
     gc.collect()
     assert engine() is not None

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -99,21 +98,6 @@ async def test_async_calls_give_the_same(llm: FinchLLM, documents: list[Document
     assert await bound.ainvoke(QUESTION) == expected
     assert "".join([piece async for piece in bound.astream(QUESTION)]) == expected
     assert await bound.abatch([QUESTION, QUESTION]) == [expected, expected]
-
-
-async def test_the_loop_is_not_blocked(llm: FinchLLM, documents: list[Document]) -> None:
-    beats = 0
-
-    async def heart() -> None:
-        nonlocal beats
-        while True:
-            beats += 1
-            await asyncio.sleep(0)
-
-    beating = asyncio.create_task(heart())
-    await llm.ainvoke(QUESTION, documents=documents)
-    beating.cancel()
-    assert beats > 10
 
 
 def test_each_piece_is_told_with_its_chunk(llm: FinchLLM) -> None:
