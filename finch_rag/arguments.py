@@ -51,7 +51,8 @@ BudgetOption = Annotated[
     typer.Option(
         "--budget",
         metavar="TOKENS",
-        help="Tokens of passages kept for the answer.  [dim]\\[default: a 32nd of the window, 256 to 2,048][/]",
+        help="Tokens of passages kept for the answer.  "
+        "[dim]\\[default: a 32nd of the window, 256 to 2,048; at least the longest passage][/]",
         show_default=False,
     ),
 ]

@@ -45,12 +45,13 @@ class Finch:
             which computes what SDPA computes.
         tokenizer: Its tokenizer; its chat template is used where it has one.
         name: Name in reports; the model's own when None.
-        budget: Document tokens kept per layer; derived from the window when None.
+        budget: Document tokens kept per layer; derived from the window and the longest passage when None.
         chunk_size: Document tokens read per step; derived from device and window when None.
         selection: "passage" keeps whole passages, "token" keeps tokens layer by layer as in the paper.
-        reread: With passage selection, read the passages that were kept whole once more at the end and answer from
-            them alone. Keys and values of the first reading have seen the passages that were evicted since, and
-            fragments lack their sentences; a model mixes both up in its answer.
+        reread: With passage selection, read the best passages that fit whole into the budget once more at the end, and
+            answer from them alone; those that are far below the best one are left out. Keys and values of the first
+            reading have seen the passages that were evicted since, and fragments lack their sentences; a model mixes
+            both up in its answer.
         heads: Heads that rank passages: "auto" (the model's retrieval heads, found at the first use of a model),
             "all", or (layer, head) pairs. Token selection sums all heads.
         max_new_tokens: The most tokens of an answer.

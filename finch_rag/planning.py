@@ -30,8 +30,8 @@ class PrefillPlan:
         chunk_size: Document tokens read per step.
         selection: What is kept: whole passages, or tokens layer by layer.
         heads: Retrieval heads that rank passages; None takes all heads of all layers.
-        reread: Read the passages that were kept whole once more at the end, and them alone; needs layers that keep the
-            same.
+        reread: Read the best passages that fit whole into the budget once more at the end, and them alone; needs layers
+            that keep the same.
         cutoff: Leave out of the second reading what got less than this part of the best passage's attention.
     """
 
@@ -46,7 +46,7 @@ class PrefillPlan:
         """Layers that the first reading needs.
 
         Where a second reading is certain to follow, the first one only chooses, and ends at the last retrieval head.
-        That is so where something will be evicted and every passage fits, so that at least one is kept whole.
+        That is so where something will be evicted and every passage fits, so that the best one can be read again.
 
         Args:
             passage_tokens: Tokens of each passage.
@@ -111,7 +111,12 @@ def window_of(config: Any) -> int:
 
 
 def fit(
-    window: int, fixed: FixedTokens, budget: int | None, chunk_size: int | None, usual_chunk_size: int
+    window: int,
+    fixed: FixedTokens,
+    budget: int | None,
+    chunk_size: int | None,
+    usual_chunk_size: int,
+    longest_passage: int = 0,
 ) -> tuple[int, int]:
     """Budget and chunk size of a call, checked before any forward pass.
 
@@ -119,9 +124,10 @@ def fit(
         window: Positions that the model has.
         fixed: Tokens that are never compressed.
         budget: Asked for; None derives it from the window: a thirty-second of it, between 256 and 2,048 tokens where
-            they fit. Small caches answer better (see docs/benchmarks.md).
+            they fit. Small caches answer better (see docs/benchmarks.md), but any passage up to 2,048 tokens gets room.
         chunk_size: Asked for; None takes what fits of ``usual_chunk_size``.
         usual_chunk_size: What the device reads well in one step.
+        longest_passage: Tokens of the longest passage, where whole ones are kept.
 
     Returns:
         The budget and the chunk size.
@@ -138,6 +144,8 @@ def fit(
         )
     if budget is None:
         wanted = min(_LARGEST_DEFAULT_BUDGET, max(_SMALLEST_DEFAULT_BUDGET, window // 32))
+        if longest_passage <= _LARGEST_DEFAULT_BUDGET:
+            wanted = max(wanted, longest_passage)
         budget = min(wanted, room // 2)
     if budget < 1:
         raise WindowError(f"budget is {budget}: the least is 1 token")

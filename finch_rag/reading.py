@@ -68,7 +68,8 @@ class Reading:
         self.answer_prompt = [*prompt.question, *prompt.tail]
         fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), max_new_tokens)
         default = default_chunk_size(input_embedding(finch.model).device.type)
-        self._budget, self._chunk_size = fit(finch.window, fixed, budget, chunk_size, default)
+        longest = max(map(len, prompt.passages), default=0) if self._selection == "passage" else 0
+        self._budget, self._chunk_size = fit(finch.window, fixed, budget, chunk_size, default, longest)
 
     def run(self) -> CompressedCache:
         """Reads the passages into a cache that remembers them for citations and report."""

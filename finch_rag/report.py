@@ -43,7 +43,7 @@ class CompressionReport:
     Attributes:
         model: Name of the model.
         selection: "passage" or "token"; "none" when there were no passages and the model answered without context.
-        reread: Whether whole kept passages are read once more where something was evicted.
+        reread: Whether the best passages are read once more where something was evicted.
         heads: The retrieval heads as (layer, head) pairs; empty where all heads were summed.
         budget: Document tokens that may be kept per layer.
         chunk_size: Document tokens read per step.

@@ -57,26 +57,26 @@ def select_passages(scores: torch.Tensor, passage_of: torch.Tensor, budget: int)
     return keep.nonzero().squeeze(-1)
 
 
-def select_to_reread(
-    kept: torch.Tensor, passage_of: torch.Tensor, attention: torch.Tensor, cutoff: float
-) -> torch.Tensor:
-    """The tokens of passages that were kept whole and are worth a second reading, the best passage last.
+def select_to_reread(attention: torch.Tensor, passage_of: torch.Tensor, budget: int, cutoff: float) -> torch.Tensor:
+    """The tokens of the best passages that fit whole, the best passage last.
 
     The best one comes last because models look first at what is next to the question (see docs/benchmarks.md).
 
     Args:
-        kept: Document positions of the kept tokens, ascending, shape [kept].
-        passage_of: Passage index of each document position, shape [document].
         attention: Attention of each passage, shape [passages].
+        passage_of: Passage index of each document position, ascending, shape [document].
+        budget: Tokens to take.
         cutoff: Leave out passages with less than this part of the best one's attention.
 
     Returns:
-        Document positions, shape [tokens of these passages]; empty where no passage was kept whole.
+        Document positions, shape [tokens of these passages]; empty where the best passage is larger than the budget.
     """
     lengths = passage_of.bincount(minlength=attention.shape[0])
-    whole = passage_of[kept].bincount(minlength=attention.shape[0]) == lengths
-    if not whole.any():
-        return kept[:0]
-    wanted = whole & (attention >= cutoff * attention[whole].max())
-    positions = kept[wanted[passage_of[kept]]]
-    return positions[attention[passage_of[positions]].argsort(stable=True)]
+    order = attention.argsort(descending=True, stable=True)
+    fits = lengths[order].cumsum(0) <= budget  # a prefix of the order: no worse passage takes the place of a better one
+    chosen = order[fits & (attention[order] >= cutoff * attention[order[:1]])]
+    starts = lengths.cumsum(0) - lengths
+    return torch.cat(
+        [passage_of.new_empty(0)]
+        + [torch.arange(int(starts[p]), int(starts[p] + lengths[p])) for p in chosen.flip(0).tolist()]
+    )

@@ -176,6 +176,16 @@ def test_options_of_a_call_stand_in_for_the_engines(finch: Finch) -> None:
     assert finch.ask(QUESTION, texts(8)).report.budget == base.budget
 
 
+def test_a_long_passage_gets_a_default_budget_that_holds_it() -> None:
+    model = small_model(max_position_embeddings=4096)
+    finch = Finch(model, chat_tokenizer(), heads="all", instructions="Answer.", system_prompt="", max_new_tokens=4)
+    long = " ".join(texts(24))
+    answer = finch.ask(QUESTION, [*texts(20), long, *texts(20)], chunk_size=400)
+    assert answer.report.budget == len(finch.prompts.build(QUESTION, [Passage(long)]).passages[0]) > 256
+    assert all(citation.kept_tokens == citation.passage_tokens for citation in answer.citations)  # read again, whole
+    assert finch.ask(QUESTION, [*texts(20), long], selection="token").report.budget == 256
+
+
 def test_none_stands_for_a_default_in_a_call(finch: Finch) -> None:
     made = finch.ask(QUESTION, texts(8), budget=None, chunk_size=None).report
     assert made.budget > finch.budget  # type: ignore[operator]

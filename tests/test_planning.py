@@ -29,6 +29,15 @@ def test_the_default_budget_is_a_32nd_of_the_window_within_bounds(positions: int
     assert fit(positions, FIXED, None, None, 128)[0] == budget
 
 
+@pytest.mark.parametrize(
+    ("positions", "longest", "budget"),
+    [(8192, 200, 256), (8192, 1030, 1030), (1024, 800, 462), (131072, 2048, 2048), (8192, 2049, 256)],
+)
+def test_the_default_budget_has_room_for_any_passage_of_usual_length(positions: int, longest: int, budget: int) -> None:
+    assert fit(positions, FIXED, None, None, 128, longest)[0] == budget
+    assert fit(positions, FIXED, 77, None, 128, longest)[0] == 77
+
+
 def test_the_default_budget_leaves_room_for_a_chunk_in_a_small_window() -> None:
     budget, chunk_size = fit(200, FIXED, None, None, 1024)
     assert budget == 50

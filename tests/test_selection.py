@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,23 +63,26 @@ def test_the_names_of_the_selections() -> None:
     assert SELECTIONS == ("passage", "token")
 
 
-def reread(kept: list[int], attention: list[float], cutoff: float = 0.0) -> list[int]:
+def reread(attention: list[float], budget: int = 100, cutoff: float = 0.0) -> list[int]:
     passage_of = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3])
-    return select_to_reread(torch.tensor(kept), passage_of, torch.tensor(attention), cutoff).tolist()
-
-
-def test_fragments_are_not_read_again() -> None:
-    assert reread([0, 1, 2, 4, 5], [0.1, 0.9, 0.2, 0.0]) == [0, 1, 5]
-    assert reread([2, 7], [0.1, 0.9, 0.2, 0.0]) == []
+    return select_to_reread(torch.tensor(attention), passage_of, budget, cutoff).tolist()
 
 
 def test_the_best_passage_is_read_last() -> None:
-    assert reread([0, 1, 5, 6, 7], [0.3, 0.0, 0.1, 0.2]) == [5, 6, 7, 0, 1]
+    assert reread([0.3, 0.0, 0.1, 0.2]) == [2, 3, 4, 5, 6, 7, 0, 1]
 
 
-def test_passages_far_below_the_best_whole_one_are_not_read_again() -> None:
-    assert reread([0, 1, 5, 6, 7], [0.4, 0.9, 0.1, 0.09], cutoff=0.25) == [5, 0, 1]
+@pytest.mark.parametrize(
+    ("budget", "expected"), [(8, [5, 6, 7, 0, 1, 2, 3, 4]), (7, [6, 7, 0, 1, 2, 3, 4]), (6, [0, 1, 2, 3, 4]), (2, [])]
+)
+def test_the_best_passages_that_fit_whole_are_read_again(budget: int, expected: list[int]) -> None:
+    assert reread([0.3, 0.4, 0.1, 0.2], budget) == expected
+
+
+def test_passages_far_below_the_best_are_not_read_again() -> None:
+    assert reread([0.4, 0.09, 0.1, 0.09], cutoff=0.25) == [5, 0, 1]
 
 
 def test_passages_without_tokens_are_no_obstacle() -> None:
-    assert reread([0, 1], [0.4, 0.3, 0.2, 0.1, 0.0]) == [0, 1]
+    assert reread([0.4, 0.3, 0.2, 0.1, 0.5], 5) == [2, 3, 4, 0, 1]
+    assert select_to_reread(torch.zeros(0), torch.zeros(0, dtype=torch.long), 5, 0.0).tolist() == []
