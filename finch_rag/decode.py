@@ -15,7 +15,7 @@ from .errors import FinchError, InputError, NumericsError
 from .prefill import memory_guard
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .cache import CompressedCache
     from .step_graph import StepGraphs
@@ -60,6 +60,20 @@ class Sampling:
             raise error(f"top_k is {self.top_k}: the least is 1")
         if not all(self.stop):
             raise error("a stop string is empty: leave it out")
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer, by whichever of a model's files names them.
+
+    Args:
+        model: A model.
+        tokenizer: Its tokenizer.
+    """
+    found: set[int] = set()
+    for source in (model.generation_config, model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update(ids if isinstance(ids, (list, tuple)) else [ids] if ids is not None else [])
+    return frozenset(found)
 
 
 class Decoder:

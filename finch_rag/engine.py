@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from .attention import input_embedding, use_finch_attention
 from .chat_template import Message
-from .decode import Decoder, Sampling
+from .decode import Decoder, Sampling, end_tokens
 from .errors import InputError, ModelError, SettingsError, WindowError
 from .heads import Heads, check_heads, fingerprint, resolve_heads
 from .models import load_model
@@ -316,11 +316,7 @@ class Finch:
 
     @cached_property
     def _eos(self) -> frozenset[int]:
-        found: set[int] = set()
-        for source in (self.model.generation_config, self.model.config, self.tokenizer):
-            ids = getattr(source, "eos_token_id", None)
-            found.update(ids if isinstance(ids, (list, tuple)) else [ids] if ids is not None else [])
-        return frozenset(found)
+        return end_tokens(self.model, self.tokenizer)
 
     def _are_short(self, texts: Sequence[str], options: Mapping[str, Any]) -> bool:
         """Whether each text fits into one chunk and all of them into half the window."""
@@ -346,10 +342,8 @@ class Finch:
         parse_mode: str = APART,
     ) -> AnswerStream:
         def decoder(cache: CompressedCache) -> Decoder:
-            decode = self.prompts.decode
-            return Decoder(
-                self.model, cache, prompt, sampling, self._eos, decode, self._step_graphs, cancellation.__bool__
-            )
+            how = (self._eos, self.prompts.decode, self._step_graphs, cancellation.__bool__)
+            return Decoder(self.model, cache, prompt, sampling, *how)
 
         return AnswerStream(
             open_cache, decoder, len(prompt), sampling.max_new_tokens, cancellation, passages, parse_mode

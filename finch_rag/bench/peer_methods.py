@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from ..decode import end_tokens
 from ..errors import InputError
 from ..models import LoadedModel
 from ..planning import window_of
@@ -97,12 +98,8 @@ class Reader:
         return time.perf_counter()
 
     @cached_property
-    def _eos(self) -> set[int]:
-        found: set[int] = set()
-        for source in (self.loaded.model.generation_config, self.loaded.model.config, self.loaded.tokenizer):
-            ids = getattr(source, "eos_token_id", None)
-            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-        return found
+    def _eos(self) -> frozenset[int]:
+        return end_tokens(self.loaded.model, self.loaded.tokenizer)
 
     def _tensor(self, token_ids: list[int]) -> torch.Tensor:
         return torch.tensor([token_ids], device=self.loaded.model.device)

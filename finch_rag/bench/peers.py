@@ -36,7 +36,7 @@ from .commands import names_in, numbers_in, shard_of
 from .memory import in_use, peak_memory
 from .methods import DoesNotFitError, Outcome
 from .peer_methods import Reader, add_separator, finch_press, longllmlingua, snapkv_press
-from .quality import label, read_results
+from .quality import appending, label, read_results
 from .summary import summarise
 
 Method = Callable[[Reader, Case, int], Outcome]
@@ -89,13 +89,9 @@ def main(
         loaded = load_model(settings["model"], dtype, device)
         separator = add_separator(loaded) if "kvpress-finch" in methods else None
         reader = Reader(loaded, max_new_tokens or int(settings["max_new_tokens"]), separator)
-        results = folder / f"results-peers-{part}.jsonl"
-        cut_off = results.exists() and not results.read_bytes().endswith(b"\n")
-        with results.open("a", encoding="utf-8") as file, ProgressBars(remaining=True) as bars:
-            file.write("\n" * cut_off)
+        with appending(folder / f"results-peers-{part}.jsonl") as store, ProgressBars(remaining=True) as bars:
             for number, item in enumerate(todo, 1):
-                file.write(json.dumps(_record(reader, *item), ensure_ascii=False) + "\n")
-                file.flush()
+                store(_record(reader, *item))
                 bars("answers", len(wanted) - len(todo) + number, len(wanted))
     summary = {"settings": settings, **summarise(cases, read_results(folder))}
     tables.show_quality(summary)

@@ -7,7 +7,8 @@ results that other programs have put there (see `finch_rag.bench.peers`) are cou
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -180,13 +181,9 @@ def measure(
     todo = [item for item in wanted if (item[0].question.id, label(*item[1:])) not in done]
     if todo:
         finch = load()
-        results = folder / f"results-{part}.jsonl"
-        cut_off = results.exists() and not results.read_bytes().endswith(b"\n")
-        with results.open("a", encoding="utf-8") as file:
-            file.write("\n" * cut_off)
+        with appending(folder / f"results-{part}.jsonl") as store:
             for number, (case, method, budget) in enumerate(todo, 1):
-                file.write(json.dumps(_record(finch, settings, case, method, budget), ensure_ascii=False) + "\n")
-                file.flush()
+                store(_record(finch, settings, case, method, budget))
                 on_progress(len(wanted) - len(todo) + number, len(wanted))
     return {"settings": asdict(settings), **summarise(cases, read_results(folder))}
 
@@ -199,6 +196,27 @@ def labels(methods: Sequence[str], budgets: Sequence[int]) -> list[tuple[str, in
 def label(method: str, budget: int) -> str:
     """Name of a method in results: "finch@512"."""
     return method if method in WITHOUT_BUDGET else f"{method}@{budget}"
+
+
+@contextmanager
+def appending(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Stores results one by one, behind a last line that was cut off.
+
+    Args:
+        file: JSON lines.
+
+    Yields:
+        Stores a result; it is in the file when that returns.
+    """
+    cut_off = file.exists() and not file.read_bytes().endswith(b"\n")
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write("\n" * cut_off)
+
+        def store(record: Mapping[str, Any]) -> None:
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+            lines.flush()
+
+        yield store
 
 
 def read_results(folder: Path) -> Iterator[dict[str, Any]]:
