@@ -290,7 +290,7 @@ class Finch:
             One citation a passage, by falling share; ``index`` is its place in ``passages``.
         """
         options["reread"] = False  # nothing will be answered from the cache
-        return citations(Reading(self, question, as_passages(passages), self.max_new_tokens, options).run())
+        return citations(Reading(self, question, as_passages(passages), 0, options).run())
 
     @property
     def heads(self) -> Heads:

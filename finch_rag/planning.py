@@ -64,7 +64,7 @@ class FixedTokens:
         prefix: Before the passages.
         question: Forwarded after each chunk.
         tail: Between question and answer.
-        new: The most that will be generated.
+        new: The most that will be generated; 0 where no answer follows.
     """
 
     prefix: int
@@ -137,10 +137,11 @@ def fit(
     """
     room = window - fixed.total
     if room < 2:
+        answer = f", the answer up to {fixed.new}" if fixed.new else ""
+        cure = "shorten them or lower max_new_tokens" if fixed.new else "shorten them"
         raise WindowError(
-            f"the question takes {fixed.question + fixed.tail} tokens, the instructions {fixed.prefix} and the answer "
-            f"up to {fixed.new}, which leaves no room in the model's window of {window}: shorten them or lower "
-            "max_new_tokens"
+            f"the question takes {fixed.question + fixed.tail} tokens, the instructions {fixed.prefix}{answer}, which "
+            f"leaves no room in the model's window of {window}: {cure}"
         )
     if budget is None:
         wanted = min(_LARGEST_DEFAULT_BUDGET, max(_SMALLEST_DEFAULT_BUDGET, window // 32))

@@ -151,6 +151,11 @@ def test_reading_again_costs_one_more_pass_and_only_where_something_was_evicted(
     ]
 
 
+def test_a_question_too_long_to_rank_by_is_told_without_an_answers_length(finch: Finch) -> None:
+    with pytest.raises(WindowError, match=r"\b512\b: shorten them$"):
+        finch.rank("When? " * 300, texts(3))
+
+
 def test_nothing_to_rank_gives_nothing(finch: Finch) -> None:
     assert finch.rank(QUESTION, []) == []
 

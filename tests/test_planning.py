@@ -93,6 +93,9 @@ def test_a_question_too_long_names_the_numbers_and_a_cure_that_works() -> None:
     with pytest.raises(WindowError, match=r"30.*\b30\b.*\b40\b.*\b100\b.*max_new_tokens"):
         fit(100, FIXED, None, None, 1024)
     assert fit(100, FixedTokens(30, 20, 10, new=30), None, None, 1024) == (5, 45)
+    with pytest.raises(WindowError, match=r"60 tokens.*\b30\b.*\b90\b: shorten them$") as caught:
+        fit(90, FixedTokens(30, 50, 10, new=0), None, None, 1024)
+    assert "answer" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("budget", "chunk_size"), [(0, None), (-3, None), (8, 0), (8, -1)])

@@ -121,6 +121,16 @@ def test_answers_are_the_same_with_and_without(options: dict[str, Any], monkeypa
     assert len(finch._step_graphs._free) == 1  # both answers had the same
 
 
+def test_a_stream_that_is_closed_gives_its_step_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    finch = small_finch(max_new_tokens=12)
+    monkeypatch.setattr(finch._step_graphs, "_usable", True)
+    with finch.stream("When?", texts(8)) as stream:
+        next(stream)
+        next(stream)
+        assert not finch._step_graphs._free
+    assert len(finch._step_graphs._free) == 1
+
+
 @pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
 def test_a_recorded_step_gives_the_same_answer_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     finch = small_finch(max_new_tokens=12)
