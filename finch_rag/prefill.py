@@ -50,7 +50,7 @@ def prefill(
     passage_of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
     cache, attention = _scan(model, prompt, plan, rotation, document, passage_of, on_progress)
     if plan.reread and cache.kept_tokens < len(document):
-        chosen = select_to_reread(attention, passage_of, plan.budget, plan.cutoff)
+        chosen = select_to_reread(cache.kept[0], passage_of, attention, plan.budget, plan.cutoff)
         if len(chosen):  # fragments make sense only with the keys and values of their first reading
             cache = _read_again(model, prompt, plan, document, chosen)
     return cache, attention

@@ -57,22 +57,28 @@ def select_passages(scores: torch.Tensor, passage_of: torch.Tensor, budget: int)
     return keep.nonzero().squeeze(-1)
 
 
-def select_to_reread(attention: torch.Tensor, passage_of: torch.Tensor, budget: int, cutoff: float) -> torch.Tensor:
-    """The tokens of the best passages that fit whole, the best passage last.
+def select_to_reread(
+    kept: torch.Tensor, passage_of: torch.Tensor, attention: torch.Tensor, budget: int, cutoff: float
+) -> torch.Tensor:
+    """The tokens of the best passages that survived and fit whole, the best passage last.
 
-    The best one comes last because models look first at what is next to the question (see docs/benchmarks.md).
+    A passage survived if any of its tokens was kept. Those all competed in the last round; the attention of an evicted
+    one is of an earlier round with fewer rivals, and does not compare. The best one comes last because models look
+    first at what is next to the question (see docs/benchmarks.md).
 
     Args:
-        attention: Attention of each passage, shape [passages].
+        kept: Document positions of the kept tokens, shape [kept].
         passage_of: Passage index of each document position, ascending, shape [document].
+        attention: Attention of each passage, shape [passages].
         budget: Tokens to take.
         cutoff: Leave out passages with less than this part of the best one's attention.
 
     Returns:
         Document positions, shape [tokens of these passages]; empty where the best passage is larger than the budget.
     """
+    survivors = passage_of[kept].unique()
     lengths = passage_of.bincount(minlength=attention.shape[0])
-    order = attention.argsort(descending=True, stable=True)
+    order = survivors[attention[survivors].argsort(descending=True, stable=True)]
     fits = lengths[order].cumsum(0) <= budget  # a prefix of the order: no worse passage takes the place of a better one
     chosen = order[fits & (attention[order] >= cutoff * attention[order[:1]])]
     starts = lengths.cumsum(0) - lengths

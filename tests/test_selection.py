@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given
@@ -63,9 +65,9 @@ def test_the_names_of_the_selections() -> None:
     assert SELECTIONS == ("passage", "token")
 
 
-def reread(attention: list[float], budget: int = 100, cutoff: float = 0.0) -> list[int]:
+def reread(attention: list[float], budget: int = 100, cutoff: float = 0.0, kept: Sequence[int] = range(8)) -> list[int]:
     passage_of = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3])
-    return select_to_reread(torch.tensor(attention), passage_of, budget, cutoff).tolist()
+    return select_to_reread(torch.tensor(list(kept)), passage_of, torch.tensor(attention), budget, cutoff).tolist()
 
 
 def test_the_best_passage_is_read_last() -> None:
@@ -79,10 +81,15 @@ def test_the_best_passages_that_fit_whole_are_read_again(budget: int, expected: 
     assert reread([0.3, 0.4, 0.1, 0.2], budget) == expected
 
 
+def test_a_passage_of_which_a_part_survived_is_read_whole_and_one_that_was_evicted_is_not() -> None:
+    assert reread([0.3, 0.4, 0.9, 0.2], kept=[1, 3, 6]) == [6, 7, 0, 1, 2, 3, 4]
+
+
 def test_passages_far_below_the_best_are_not_read_again() -> None:
     assert reread([0.4, 0.09, 0.1, 0.09], cutoff=0.25) == [5, 0, 1]
 
 
 def test_passages_without_tokens_are_no_obstacle() -> None:
     assert reread([0.4, 0.3, 0.2, 0.1, 0.5], 5) == [2, 3, 4, 0, 1]
-    assert select_to_reread(torch.zeros(0), torch.zeros(0, dtype=torch.long), 5, 0.0).tolist() == []
+    nothing = torch.zeros(0, dtype=torch.long)
+    assert select_to_reread(nothing, nothing, torch.zeros(0), 5, 0.0).tolist() == []
