@@ -60,10 +60,9 @@ def select_passages(scores: torch.Tensor, passage_of: torch.Tensor, budget: int)
 def select_to_reread(
     kept: torch.Tensor, passage_of: torch.Tensor, attention: torch.Tensor, budget: int, cutoff: float
 ) -> torch.Tensor:
-    """The tokens of the best passages that survived and fit whole, the best passage last.
+    """The tokens of the passages that were kept whole, the best passage last.
 
-    A passage survived if any of its tokens was kept. Those all competed in the last round; the attention of an evicted
-    one is of an earlier round with fewer rivals, and does not compare. The best one comes last because models look
+    Where none was, those of which a part was kept, the best that fit whole. The best one comes last because models look
     first at what is next to the question (see docs/benchmarks.md).
 
     Args:
@@ -76,9 +75,11 @@ def select_to_reread(
     Returns:
         Document positions, shape [tokens of these passages]; empty where the best passage is larger than the budget.
     """
-    survivors = passage_of[kept].unique()
     lengths = passage_of.bincount(minlength=attention.shape[0])
-    order = survivors[attention[survivors].argsort(descending=True, stable=True)]
+    counts = passage_of[kept].bincount(minlength=attention.shape[0])
+    whole = (counts == lengths) & (counts > 0)
+    candidates = (whole if whole.any() else counts > 0).nonzero().squeeze(-1)
+    order = candidates[attention[candidates].argsort(descending=True, stable=True)]
     fits = lengths[order].cumsum(0) <= budget  # a prefix of the order: no worse passage takes the place of a better one
     chosen = order[fits & (attention[order] >= cutoff * attention[order[:1]])]
     starts = lengths.cumsum(0) - lengths

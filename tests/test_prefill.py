@@ -119,8 +119,8 @@ def test_reread_tokens_have_the_keys_and_values_of_a_text_without_the_evicted(ch
     reread, attention = prefill(reader.model, prompt, plan, reader.rotation)
     assert attention.tolist() == scanned_attention.tolist()
     spans = spans_of(prompt)
-    survivors = [n for n in range(10) if not set(spans[n]).isdisjoint(scanned.kept[0].tolist())]
-    best = sorted(survivors, key=lambda passage: -attention[passage])
+    whole = [n for n in range(10) if set(spans[n]) <= set(scanned.kept[0].tolist())]
+    best = sorted(whole, key=lambda passage: -attention[passage])
     fit = [n for n in range(len(best) + 1) if sum(len(spans[passage]) for passage in best[:n]) <= 120][-1]
     assert fit > 1
     expected = [position for passage in reversed(best[:fit]) for position in spans[passage]]

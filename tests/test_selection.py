@@ -81,7 +81,11 @@ def test_the_best_passages_that_fit_whole_are_read_again(budget: int, expected: 
     assert reread([0.3, 0.4, 0.1, 0.2], budget) == expected
 
 
-def test_a_passage_of_which_a_part_survived_is_read_whole_and_one_that_was_evicted_is_not() -> None:
+def test_fragments_are_not_read_again_beside_whole_passages() -> None:
+    assert reread([0.1, 0.9, 0.2, 0.0], kept=[0, 1, 2, 4, 5]) == [0, 1, 5]
+
+
+def test_where_no_passage_was_kept_whole_those_of_which_a_part_was_are_read_whole() -> None:
     assert reread([0.3, 0.4, 0.9, 0.2], kept=[1, 3, 6]) == [6, 7, 0, 1, 2, 3, 4]
 
 
