@@ -4,6 +4,9 @@ In a language model most heads look at syntax, at neighbours or at the first tok
 layers look at what the question asks for, and those alone rank passages far better than all heads together. They are a
 property of the model, found once by what they do on examples (see `finch_rag.head_examples`) and then remembered under
 a fingerprint of the model in the user's cache. The embedded model's are part of the package.
+
+Heads are looked for in the lower two thirds of the layers: they rank as well as those of all layers (docs/benchmarks.md),
+and a first reading that only chooses passages ends at the last of them.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from .attention import input_embedding, use_finch_attention
+from .attention import SeenEnough, input_embedding, use_finch_attention
 from .cache import CompressedCache
 from .errors import FinchError, InputError, ModelError, WindowError
 from .head_examples import HeadExample, make_examples
@@ -70,7 +73,7 @@ def find_heads(
     Args:
         model: A model with rotary positions. It is switched to Finch's attention, which computes the same as SDPA.
         tokenizer: Its tokenizer.
-        n: Heads to return, at least 1.
+        n: Heads to return, at least 1, of those in the lower two thirds of the layers.
         examples: Examples to average over: one's own, or how many to make.
         on_progress: Called with the examples done and in all.
 
@@ -78,13 +81,16 @@ def find_heads(
         Heads by falling score.
 
     Raises:
-        InputError: If ``n`` is not between 1 and the number of heads that the model has, or there is no example.
+        InputError: If ``n`` is not between 1 and the number of heads in those layers, or there is no example.
         WindowError: If the model's window has no room for one of one's own examples.
         ModelError: If it has none for an example that is made.
     """
-    layers, per_layer = model.config.num_hidden_layers, model.config.num_attention_heads
+    layers, per_layer = _layers_to_search(model.config), model.config.num_attention_heads
     if not 1 <= n <= layers * per_layer:
-        raise InputError(f"n is {n}: the model has {layers * per_layer} heads, ask for 1 to {layers * per_layer}")
+        raise InputError(
+            f"n is {n}: the model has {layers * per_layer} heads in the lower two thirds of its layers, ask for 1 to "
+            f"{layers * per_layer}"
+        )
     use_finch_attention(model)
     builder = PromptBuilder(tokenizer)
     window = window_of(model.config)
@@ -135,8 +141,8 @@ def resolve_heads(
                 EXAMPLES,
                 _user_file(fingerprint(model)),
             )
-            heads_in_all = model.config.num_hidden_layers * model.config.num_attention_heads
-            found = find_heads(model, tokenizer, min(HEADS, heads_in_all), on_progress=on_progress)
+            to_search = _layers_to_search(model.config) * model.config.num_attention_heads
+            found = find_heads(model, tokenizer, min(HEADS, to_search), on_progress=on_progress)
             try:
                 save_heads(model, name, found)
             except OSError as error:
@@ -233,6 +239,11 @@ def _user_file(model_fingerprint: str) -> Path:
     return cache_folder("heads") / f"{model_fingerprint}.json"
 
 
+def _layers_to_search(config: Any) -> int:
+    """The lower two thirds of a model's layers, rounded up."""
+    return -(-2 * int(config.num_hidden_layers) // 3)
+
+
 def _examples_that_fit(builder: PromptBuilder, count: int, window: int) -> list[HeadExample]:
     """Examples with as many passages as the window takes, at most ``PASSAGES``."""
     for passages in range(PASSAGES, 1, -2):
@@ -263,7 +274,8 @@ def _tokens(builder: PromptBuilder, example: HeadExample) -> int:
 
 @torch.inference_mode()
 def _attention_by_passage(model: PreTrainedModel, builder: PromptBuilder, example: HeadExample) -> torch.Tensor:
-    """Mean attention of the question's tokens on each passage, shape [layers, heads, passages]."""
+    """Mean attention of the question's tokens on each passage, shape [layers to search, heads, passages]."""
+    layers = _layers_to_search(model.config)
     prompt = builder.build(example.question, [Passage(text) for text in example.passages])
     lengths = torch.tensor([len(passage) for passage in prompt.passages])
     passage_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None]
@@ -273,7 +285,9 @@ def _attention_by_passage(model: PreTrainedModel, builder: PromptBuilder, exampl
     def observe(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         weights = question_attention(query, key, scaling, len(prompt.question), prompt.question_rows)
         by_layer[layer] = passage_sums(weights.mean(dim=1)[:, document], passage_of, len(lengths)).cpu()
+        if layer == layers - 1:
+            raise SeenEnough
 
     tokens = [*prompt.prefix, *(token for passage in prompt.passages for token in passage), *prompt.question]
-    forward(model, torch.tensor(tokens), CompressedCache(model.config.num_hidden_layers, len(tokens)), observe)
+    forward(model, torch.tensor(tokens), CompressedCache(layers, len(tokens)), observe)
     return torch.stack([by_layer[layer] for layer in sorted(by_layer)])

@@ -109,6 +109,18 @@ def module_passages(example: HeadExample) -> Any:
     return as_passages(example.passages)
 
 
+def test_heads_are_looked_for_in_the_lower_two_thirds_of_the_layers_only() -> None:
+    deep = small_model(max_position_embeddings=4096, num_hidden_layers=6)
+    reached: set[tuple[int, int]] = set()
+    for number, layer in enumerate(deep.base_model.layers):
+        layer.register_forward_pre_hook(lambda _, args, number=number: reached.add((number, args[0].shape[1])))
+    found = find_heads(deep, chat_tokenizer(), n=16, examples=2)
+    assert {head.layer for head in found} == {0, 1, 2, 3}
+    assert {number for number, tokens in reached if tokens > 1} == {0, 1, 2, 3}  # one token: the check of the model
+    with pytest.raises(InputError, match=r"n is 17.*16 heads in the lower two thirds"):
+        find_heads(deep, chat_tokenizer(), n=17)
+
+
 @pytest.mark.parametrize("n", [0, -1, 9])
 def test_more_heads_than_there_are_cannot_be_found(n: int) -> None:
     with pytest.raises(InputError, match=rf"n is {n}.*8 heads"):
