@@ -11,7 +11,9 @@ float32, and rounds once.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,6 @@ class CompressedLayer(CacheLayerMixin):
         values: Buffer of the same shape, up to its head_dim.
         length: Tokens in use.
         reference_keys: Kept tokens' keys as first computed, shape [1, kv_heads, kept, head_dim].
-        reference_positions: Where they stood then, shape [kept].
     """
 
     is_sliding = False
@@ -45,7 +46,6 @@ class CompressedLayer(CacheLayerMixin):
         self.capacity = capacity
         self.length = 0
         self.reference_keys: torch.Tensor | None = None
-        self.reference_positions: torch.Tensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the buffers in the shape, dtype and device of the first states."""
@@ -68,31 +68,25 @@ class CompressedLayer(CacheLayerMixin):
         self.length = end
         return keys[:, :, :end], values[:, :, :end]
 
-    def keep(self, index: torch.Tensor, prefix: int, rotation: KeyRotation, layer: int) -> None:
+    def keep(self, index: torch.Tensor, prefix: int, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Keeps the prefix and the tokens at ``index``, moved to the positions right after it.
 
         Args:
             index: Tokens to keep, counted from the end of the prefix, ascending, shape [kept].
             prefix: Tokens at the start that always stay.
-            rotation: How the model rotates keys.
-            layer: This layer's index.
+            move: Turns kept tokens' reference keys to their new positions.
         """
         keys, values = self._buffers()
         index = index.to(keys.device)
-        old_kept = 0 if self.reference_positions is None else self.reference_positions.shape[0]
-        fresh = torch.arange(prefix + old_kept, self.length, device=keys.device)
-        if self.reference_keys is None or self.reference_positions is None:
-            reference_keys, reference_positions = keys[:, :, prefix : self.length], fresh
+        if self.reference_keys is None:
+            references = keys[:, :, prefix : self.length]
         else:
-            reference_keys = torch.cat((self.reference_keys, keys[:, :, prefix + old_kept : self.length]), dim=2)
-            reference_positions = torch.cat((self.reference_positions, fresh))
-        self.reference_keys = reference_keys[:, :, index]
-        self.reference_positions = reference_positions[index]
-
+            fresh = keys[:, :, prefix + self.reference_keys.shape[2] : self.length]
+            references = torch.cat((self.reference_keys, fresh), dim=2)
+        self.reference_keys = references.index_select(2, index)
         end = prefix + index.shape[0]
-        new_positions = torch.arange(prefix, end, device=keys.device)
-        keys[:, :, prefix:end] = rotation.move(self.reference_keys, self.reference_positions, new_positions, layer)
-        values[:, :, prefix:end] = values[:, :, prefix + index]
+        keys[:, :, prefix:end] = move(self.reference_keys)
+        values[:, :, prefix:end] = values.index_select(2, index + prefix)
         self.length = end
 
     def crop_to(self, length: int) -> None:
@@ -181,6 +175,7 @@ class CompressedCache(Cache):
         super().__init__(layers=[CompressedLayer(capacity) for _ in range(layers)])
         self.prefix = 0
         self.kept = torch.empty(1, 0, dtype=torch.long)
+        self._positions = self.kept  # where the reference keys stood, of the same shape
         self.document = CachedDocument()
 
     @property
@@ -220,7 +215,7 @@ class CompressedCache(Cache):
         Returns:
             Shape [layers, kept + appended], or [1, ...] where all layers kept the same.
         """
-        new = torch.arange(appended.start, appended.stop).expand(self.kept.shape[0], -1)
+        new = torch.arange(appended.start, appended.stop, device=self.kept.device).expand(self.kept.shape[0], -1)
         return torch.cat((self.kept, new), dim=1)
 
     def evict(self, index: torch.Tensor, appended: range, rotation: KeyRotation) -> None:
@@ -232,11 +227,17 @@ class CompressedCache(Cache):
             appended: Document positions of the chunk that the last forward pass appended.
             rotation: How the model rotates keys.
         """
-        index = index.cpu()
         rows = index if index.dim() == 2 else index[None]
-        self.kept = self.document_positions(appended).expand(rows.shape[0], -1).gather(1, rows)
+        document = self.document_positions(appended)
+        fresh = torch.arange(self.prefix + self.kept_tokens, self.length, device=rows.device)
+        positions = torch.cat((self._positions.to(rows.device), fresh.expand(self._positions.shape[0], -1)), dim=1)
+        self.kept = document.expand(rows.shape[0], -1).gather(1, rows)
+        self._positions = positions.expand(rows.shape[0], -1).gather(1, rows)
+        new = torch.arange(self.prefix, self.prefix + rows.shape[1], device=rows.device)
+        turns = [rotation.turn(old, new) for old in self._positions]
         for number, layer in enumerate(self.layers):
-            layer.keep(rows[number if rows.shape[0] > 1 else 0], self.prefix, rotation, number)
+            its = number if rows.shape[0] > 1 else 0
+            layer.keep(rows[its], self.prefix, partial(rotation.move, turn=turns[its], layer=number))
 
     def crop_to(self, length: int) -> None:
         """Drops every layer's tokens from ``length`` on."""

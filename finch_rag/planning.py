@@ -42,18 +42,26 @@ class PrefillPlan:
     reread: bool = False
     cutoff: float = CUTOFF
 
+    def chooses_only(self, passage_tokens: Sequence[int]) -> bool:
+        """Whether a second reading is certain to follow, so that nothing of the first one's cache is answered from.
+
+        That is so where something will be evicted and every passage fits, so that the best one can be read again.
+
+        Args:
+            passage_tokens: Tokens of each passage.
+        """
+        return self.reread and max(passage_tokens, default=0) <= self.budget < sum(passage_tokens)
+
     def layers_to_scan(self, passage_tokens: Sequence[int], layers: int) -> int:
         """Layers that the first reading needs.
 
-        Where a second reading is certain to follow, the first one only chooses, and ends at the last retrieval head.
-        That is so where something will be evicted and every passage fits, so that the best one can be read again.
+        Where the first reading only chooses, it ends at the last retrieval head.
 
         Args:
             passage_tokens: Tokens of each passage.
             layers: Layers of the model.
         """
-        chooses_only = self.reread and max(passage_tokens, default=0) <= self.budget < sum(passage_tokens)
-        return max(self.heads) + 1 if self.heads and chooses_only else layers
+        return max(self.heads) + 1 if self.heads and self.chooses_only(passage_tokens) else layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +125,7 @@ def fit(
     chunk_size: int | None,
     usual_chunk_size: int,
     longest_passage: int = 0,
+    document: int = 0,
 ) -> tuple[int, int]:
     """Budget and chunk size of a call, checked before any forward pass.
 
@@ -125,9 +134,11 @@ def fit(
         fixed: Tokens that are never compressed.
         budget: Asked for; None derives it from the window: a thirty-second of it, between 256 and 2,048 tokens where
             they fit. Small caches answer better (see docs/benchmarks.md), but any passage up to 2,048 tokens gets room.
-        chunk_size: Asked for; None takes what fits of ``usual_chunk_size``.
+        chunk_size: Asked for; None takes about ``usual_chunk_size``, so that chunks of whole passages come out even:
+            a last chunk of a few tokens would take nearly as long as a full one.
         usual_chunk_size: What the device reads well in one step.
         longest_passage: Tokens of the longest passage, where whole ones are kept.
+        document: Tokens of all passages; 0 where that is not known.
 
     Returns:
         The budget and the chunk size.
@@ -157,7 +168,9 @@ def fit(
         )
     largest_chunk = window - fixed.prefix - budget - fixed.question
     if chunk_size is None:
-        chunk_size = min(usual_chunk_size, largest_chunk)
+        steps = round(document / usual_chunk_size)
+        even = -(-document // steps) + min(longest_passage, usual_chunk_size // 4) if steps else usual_chunk_size
+        chunk_size = min(even, largest_chunk)
     if chunk_size < 1:
         raise WindowError(f"chunk_size is {chunk_size}: the least is 1 token")
     if chunk_size > largest_chunk:

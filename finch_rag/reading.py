@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from .attention import input_embedding
 from .cache import CachedDocument, CompressedCache
-from .chunking import plan_chunks
 from .errors import InputError, NumericsError
 from .options import check_length, check_names, check_reading
 from .planning import FixedTokens, PrefillPlan, default_chunk_size, fit
@@ -69,7 +68,8 @@ class Reading:
         fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), max_new_tokens)
         default = default_chunk_size(input_embedding(finch.model).device.type)
         longest = max(map(len, prompt.passages), default=0) if self._selection == "passage" else 0
-        self._budget, self._chunk_size = fit(finch.window, fixed, budget, chunk_size, default, longest)
+        document = sum(map(len, prompt.passages))
+        self._budget, self._chunk_size = fit(finch.window, fixed, budget, chunk_size, default, longest, document)
 
     def run(self) -> CompressedCache:
         """Reads the passages into a cache that remembers them for citations and report."""
@@ -83,7 +83,8 @@ class Reading:
             self._check()
 
         start = time.perf_counter()
-        cache, attention = prefill(finch.model, prompt, plan, finch.rotation, on_progress)
+        read = prefill(finch.model, prompt, plan, finch.rotation, on_progress)
+        cache, attention = read.cache, read.attention
         lengths = [len(passage) for passage in prompt.passages]
         total = float(attention.sum())
         if math.isnan(total):
@@ -101,8 +102,9 @@ class Reading:
                 "reread": self._reread,
                 "heads": [[layer, head] for layer, its in (heads or {}).items() for head in its],
                 "budget": self._budget,
-                "chunk_size": self._chunk_size,
-                "chunks": len(plan_chunks(lengths, self._chunk_size)),
+                "chunk_size": read.chunk_size,
+                "chunk_size_planned": self._chunk_size,
+                "chunks": read.chunks,
                 "prefill_seconds": time.perf_counter() - start,
             },
         )

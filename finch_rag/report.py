@@ -47,6 +47,7 @@ class CompressionReport:
         heads: The retrieval heads as (layer, head) pairs; empty where all heads were summed.
         budget: Document tokens that may be kept per layer.
         chunk_size: Document tokens read per step.
+        chunk_size_planned: What it was at first; more than ``chunk_size`` where the device's memory ran out.
         passages: Passages read.
         passages_kept: Passages with tokens in the cache.
         prefix_tokens: Tokens of template and instructions before the passages.
@@ -72,6 +73,7 @@ class CompressionReport:
     heads: tuple[tuple[int, int], ...]
     budget: int
     chunk_size: int
+    chunk_size_planned: int
     passages: int
     passages_kept: int
     prefix_tokens: int

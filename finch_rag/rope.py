@@ -24,6 +24,14 @@ _PROBE_DISTANCE = 1000  # positions that the probe moves a key by, where the win
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """Cosine and sine of the angles between two positions, float32, each of shape [tokens, pairs]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class KeyRotation:
     """How one model rotates its keys.
 
@@ -37,15 +45,26 @@ class KeyRotation:
     interleaved: bool
     rotates: tuple[bool, ...]
 
-    def move(self, keys: torch.Tensor, old: torch.Tensor, new: torch.Tensor, layer: int) -> torch.Tensor:
+    def turn(self, old: torch.Tensor, new: torch.Tensor) -> Turn:
+        """The turn that moves keys to other positions, the same in every layer.
+
+        Args:
+            old: Positions that the keys stand at, shape [tokens].
+            new: Positions to move them to, shape [tokens].
+        """
+        inv_freq = self.inv_freq.to(new.device)
+        # Each angle is rounded as the model rounds it, so that the difference leaves what the model would compute.
+        angle = new.float()[:, None] * inv_freq - old.float()[:, None] * inv_freq
+        return Turn(angle.cos(), angle.sin())
+
+    def move(self, keys: torch.Tensor, turn: Turn, layer: int) -> torch.Tensor:
         """Keys as they would be at other positions.
 
         Computed in float32 and rounded once, to the dtype of ``keys``.
 
         Args:
             keys: Rotated keys, shape [..., tokens, head_dim].
-            old: Positions that ``keys`` stand at, shape [tokens].
-            new: Positions to move them to, shape [tokens].
+            turn: From where they stand to where they go.
             layer: Index of the layer that they belong to.
 
         Returns:
@@ -53,11 +72,8 @@ class KeyRotation:
         """
         if not self.rotates[layer]:
             return keys
-        inv_freq = self.inv_freq.to(keys.device)
-        # Each angle is rounded as the model rounds it, so that the difference leaves what the model would compute.
-        angle = new.to(keys.device).float()[:, None] * inv_freq - old.to(keys.device).float()[:, None] * inv_freq
-        cos, sin = angle.cos(), angle.sin()  # [tokens, pairs]
-        pairs = inv_freq.shape[0]
+        cos, sin = turn.cos.to(keys.device), turn.sin.to(keys.device)
+        pairs = self.inv_freq.shape[0]
         rotary = keys[..., : 2 * pairs].float()
         first, second = (rotary[..., 0::2], rotary[..., 1::2]) if self.interleaved else rotary.split(pairs, dim=-1)
         turned = (first * cos - second * sin, second * cos + first * sin)
@@ -99,7 +115,7 @@ class KeyRotation:
             turns = cls(inv_freq, interleaved, (True,) * len(at_old))
             rotates = []
             for layer, (before, after) in enumerate(zip(at_old, at_new, strict=True)):
-                if _close(turns.move(before, old, new, layer), after):
+                if _close(turns.move(before, turns.turn(old, new), layer), after):
                     rotates.append(True)
                 elif _close(before, after):
                     rotates.append(False)

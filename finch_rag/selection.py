@@ -28,33 +28,40 @@ def select_tokens(scores: torch.Tensor, budget: int) -> torch.Tensor:
     return kept.sort(dim=-1).values
 
 
-def select_passages(scores: torch.Tensor, passage_of: torch.Tensor, budget: int) -> torch.Tensor:
+def select_passages(scores: torch.Tensor, passage_of: torch.Tensor, budget: int, passages: int) -> torch.Tensor:
     """The best passages whole, then the best tokens of the first passage that does not fit.
+
+    No step needs a value from the device, so an accelerator never waits for the host.
 
     Args:
         scores: Token scores, shape [columns].
         passage_of: Passage index of each column, ascending, shape [columns].
         budget: Tokens to keep.
+        passages: Number of passages, those without a column included.
 
     Returns:
         Column indices, ascending, shape [min(budget, columns)].
     """
-    if scores.shape[0] <= budget:
-        return torch.arange(scores.shape[0], device=scores.device)
-    _, place, sizes = torch.unique_consecutive(passage_of, return_inverse=True, return_counts=True)
-    sums = scores.new_zeros(sizes.shape[0]).index_add_(0, place, scores)
+    columns = scores.shape[0]
+    if columns <= budget:
+        return torch.arange(columns, device=scores.device)
+    sizes = passage_of.new_zeros(passages).scatter_add_(0, passage_of, torch.ones_like(passage_of))
+    sums = scores.new_zeros(passages).scatter_add_(0, passage_of, scores).masked_fill_(sizes == 0, float("-inf"))
     order = sums.argsort(descending=True, stable=True)
     filled = sizes[order].cumsum(0)
-    whole = int((filled <= budget).sum())  # a prefix of the order, as the sums of sizes only grow
-    room = budget - (int(filled[whole - 1]) if whole else 0)
+    fits = filled <= budget  # a prefix of the order, as the sums of sizes only grow
+    room = budget - torch.where(fits, filled, 0).amax()
 
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.shape[0], device=order.device)
-    column_rank = rank[place]
-    keep = column_rank < whole
-    cut = scores.masked_fill(column_rank != whole, float("-inf"))
-    keep[cut.topk(room).indices] = True
-    return keep.nonzero().squeeze(-1)
+    column_rank = _places(order)[passage_of]
+    whole = column_rank < fits.sum()
+    of_next = scores.masked_fill(column_rank != fits.sum(), float("-inf"))
+    keep = whole | (_places(of_next.argsort(descending=True, stable=True)) < room)
+    return keep.byte().argsort(descending=True, stable=True)[:budget]
+
+
+def _places(order: torch.Tensor) -> torch.Tensor:
+    """The place of each index in an order of all indices: its inverse permutation, shape [n]."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
 
 
 def select_to_reread(

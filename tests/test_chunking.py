@@ -19,6 +19,18 @@ def test_chunks_cover_the_document_in_order_and_none_is_empty(case: tuple[list[i
     assert all(1 <= len(chunk) <= size for chunk in plan_chunks(lengths, size))
 
 
+@given(lengths_and_size, st.integers(0, 60))
+def test_what_was_read_before_is_left_out(case: tuple[list[int], int], start: int) -> None:
+    lengths, size = case
+    chunks = plan_chunks(lengths, size, start)
+    assert [token for chunk in chunks for token in chunk] == list(range(start, sum(lengths)))
+    assert all(1 <= len(chunk) <= size for chunk in chunks)
+    if start in (0, *accumulate(lengths)):  # at the start of a passage: nothing was cut
+        place = (0, *accumulate(lengths)).index(start)
+        rest = plan_chunks(lengths[place:], size)
+        assert chunks == [range(start + chunk.start, start + chunk.stop) for chunk in rest]
+
+
 @given(lengths_and_size)
 def test_a_passage_that_fits_into_a_chunk_is_never_cut(case: tuple[list[int], int]) -> None:
     lengths, size = case

@@ -49,6 +49,21 @@ def test_the_default_chunk_size_is_the_devices_where_it_fits() -> None:
     assert fit(1024, FIXED, 512, None, 1024) == (512, 1024 - 30 - 20 - 512)
 
 
+@pytest.mark.parametrize(
+    ("document", "longest", "expected"),
+    [
+        (300, 80, 1024),  # one chunk anyway
+        (1400, 100, 1500),  # one chunk of a little more than usual in place of two
+        (2100, 100, 1150),  # two in place of two and a tail
+        (10_240, 100, 1124),
+        (10_240, 5000, 1280),  # long passages cannot come out even
+    ],
+)
+def test_default_chunks_come_out_even(document: int, longest: int, expected: int) -> None:
+    assert fit(16384, FIXED, 512, None, 1024, longest, document)[1] == expected
+    assert fit(16384, FIXED, 512, 900, 1024, longest, document)[1] == 900
+
+
 def test_what_is_asked_for_is_taken() -> None:
     assert fit(4096, FIXED, 77, 33, 1024) == (77, 33)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -37,7 +37,8 @@ class Reader:
     def read(
         self, prompt: Prompt, budget: int, chunk_size: int, selection: Selection, heads: Any = None, **rest: Any
     ) -> tuple[CompressedCache, torch.Tensor]:
-        return prefill(self.model, prompt, PrefillPlan(budget, chunk_size, selection, heads), self.rotation, **rest)
+        plan = PrefillPlan(budget, chunk_size, selection, heads)
+        return prefill(self.model, prompt, plan, self.rotation, **rest)[:2]
 
 
 def in_use(cache: CompressedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +117,7 @@ def test_reread_tokens_have_the_keys_and_values_of_a_text_without_the_evicted(ch
     reader = Reader()
     scanned, scanned_attention = reader.read(prompt, 120, chunk_size, "passage", HEADS)
     plan = PrefillPlan(120, chunk_size, "passage", HEADS, reread=True, cutoff=0.0)
-    reread, attention = prefill(reader.model, prompt, plan, reader.rotation)
+    reread, attention, *_ = prefill(reader.model, prompt, plan, reader.rotation)
     assert attention.tolist() == scanned_attention.tolist()
     spans = spans_of(prompt)
     whole = [n for n in range(10) if set(spans[n]) <= set(scanned.kept[0].tolist())]
@@ -152,7 +153,7 @@ def test_a_first_reading_that_only_chooses_ends_at_the_last_head() -> None:
     _, expected = reader.read(prompt, 70, 64, "passage", heads)
     plan = PrefillPlan(70, 64, "passage", heads, reread=True, cutoff=0.0)
     runs = LayerRuns(reader.model)
-    cache, attention = prefill(reader.model, prompt, plan, reader.rotation)
+    cache, attention, *_ = prefill(reader.model, prompt, plan, reader.rotation)
     torch.testing.assert_close(attention, expected)
     assert 0 < cache.kept_tokens <= 70
     assert cache.length == len(prompt.prefix) + cache.kept_tokens
@@ -180,14 +181,14 @@ def test_otherwise_the_first_reading_runs_all_layers(change: dict[str, Any]) -> 
 def test_passages_far_below_the_best_are_left_out_of_the_second_reading() -> None:
     prompt = small_prompt(texts(10))
     reader = Reader()
-    kept, attention = prefill(
+    kept, attention, *_ = prefill(
         reader.model, prompt, PrefillPlan(200, 64, "passage", HEADS, reread=True, cutoff=0.0), reader.rotation
     )
     lengths = torch.tensor([len(passage) for passage in prompt.passages])
     passage_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     of_each = attention[passage_of[kept.kept[0]].unique_consecutive()]
     cutoff = float(of_each[1] / of_each[-1]) + 1e-6  # the two worst are below it, the last one is the best
-    fewer, _ = prefill(
+    fewer, *_ = prefill(
         reader.model, prompt, PrefillPlan(200, 64, "passage", HEADS, reread=True, cutoff=cutoff), reader.rotation
     )
     assert (
@@ -200,7 +201,7 @@ def test_fragments_of_one_large_passage_are_not_read_again() -> None:
     prompt = small_prompt([" ".join(texts(10))])
     reader = Reader()
     scanned, _ = reader.read(prompt, 40, 64, "passage", HEADS)
-    reread, _ = prefill(reader.model, prompt, PrefillPlan(40, 64, "passage", HEADS, reread=True), reader.rotation)
+    reread, *_ = prefill(reader.model, prompt, PrefillPlan(40, 64, "passage", HEADS, reread=True), reader.rotation)
     assert reread.kept.tolist() == scanned.kept.tolist()
     torch.testing.assert_close(in_use(reread, 1), in_use(scanned, 1))
 
@@ -335,6 +336,92 @@ def test_any_lengths_chunk_size_and_budget_keep_what_they_should(case: tuple[lis
     assert attention.shape == (len(lengths),)
     if budget >= sum(lengths):
         assert kept == list(range(sum(lengths)))
+
+
+def starve(reader: Reader, most: int) -> list[int]:
+    """Lets a model run out of memory above so many tokens, in its second layer; lists what it was given."""
+    given: list[int] = []
+
+    def check(layer: Any, args: tuple[torch.Tensor, ...]) -> None:
+        given.append(args[0].shape[1])
+        if args[0].shape[1] > most:
+            raise torch.OutOfMemoryError("out of memory")
+
+    reader.model.base_model.layers[1].register_forward_pre_hook(check)
+    return given
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_where_memory_runs_out_the_reading_goes_on_with_half_the_chunk(
+    selection: Selection, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = small_prompt(texts(60))
+    plan = PrefillPlan(200, 400, selection, HEADS if selection == "passage" else None)
+    starved = Reader(max_position_embeddings=4096)
+    given = starve(starved, 150 + len(prompt.question))
+    with caplog.at_level("WARNING"):
+        found = prefill(starved.model, prompt, plan, starved.rotation)
+    tried = next(tokens for tokens in given if tokens > 200) - len(prompt.question)  # whole passages, so not quite 400
+    assert found.chunk_size == 100  # 400, 200, 100
+    assert f"no memory for chunks of {tried} tokens: going on with chunks of 200" in caplog.messages[0]
+    roomy = Reader(max_position_embeddings=4096)
+    smaller = PrefillPlan(200, found.chunk_size, selection, plan.heads)
+    expected = prefill(roomy.model, prompt, smaller, roomy.rotation)
+    assert (found.chunks, found.chunk_size) == (expected.chunks, expected.chunk_size)
+    assert torch.equal(found.cache.kept, expected.cache.kept)
+    torch.testing.assert_close(found.attention, expected.attention)
+    for layer in range(2):
+        for mine, its in zip(in_use(found.cache, layer), in_use(expected.cache, layer), strict=True):
+            torch.testing.assert_close(mine, its)
+
+
+def test_memory_that_runs_out_on_the_way_leaves_what_was_read() -> None:
+    prompt = small_prompt(texts(60))
+    reader = Reader(max_position_embeddings=4096)
+    plan = PrefillPlan(200, 300, "passage", HEADS)
+    calls = 0
+
+    def check(layer: Any, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal calls
+        calls += args[0].shape[1] > 100
+        if calls == 3:  # once, in the third chunk
+            raise torch.OutOfMemoryError("out of memory")
+
+    reader.model.base_model.layers[1].register_forward_pre_hook(check)
+    seen: list[int] = []
+    found = prefill(reader.model, prompt, plan, reader.rotation, lambda done, total: seen.append(done))
+    assert seen == sorted(set(seen))
+    assert seen[-1] == len(document_of(prompt))
+    assert all(later - earlier <= 150 for earlier, later in pairwise(seen[1:]))
+    assert found.chunk_size <= 150
+    assert found.cache.kept_tokens == 200
+
+
+def test_a_device_without_memory_for_the_smallest_chunk_is_an_error() -> None:
+    reader = Reader(max_position_embeddings=4096)
+    starve(reader, 20)
+    with pytest.raises(DeviceMemoryError, match="smaller chunk_size"):
+        reader.read(small_prompt(texts(60)), 200, 300, "passage", HEADS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu_no_step_waits_for_the_host_and_the_same_is_kept() -> None:
+    prompt = small_prompt(texts(60))
+    expected, _ = Reader(max_position_embeddings=4096).read(prompt, 200, 300, "passage", HEADS)
+    reader = Reader(max_position_embeddings=4096)
+    reader.model.to("cuda")
+    steps: list[int] = []
+
+    def from_the_second_on(done: int, total: int) -> None:
+        steps.append(done)
+        torch.cuda.set_sync_debug_mode("default" if done == total else "error")
+
+    try:
+        found, _ = reader.read(prompt, 200, 300, "passage", HEADS, on_progress=from_the_second_on)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) > 3
+    assert torch.equal(found.kept, expected.kept)
 
 
 def test_a_device_without_memory_says_what_to_do() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, T5Config
 
-from finch_rag.cache import CompressedLayer
+from finch_rag.cache import CompressedCache
 from finch_rag.engine import Finch
 from finch_rag.errors import ModelError
 from finch_rag.planning import window_of
@@ -82,7 +82,7 @@ def test_moved_keys_are_those_that_the_model_makes_at_the_new_position(name: str
     positions = torch.tensor(POSITIONS)
     for layer, keys in enumerate(own_keys(model)):
         for shift in range(1, len(POSITIONS)):  # every position to every other one
-            moved = rotation.move(keys, positions, positions.roll(shift), layer)
+            moved = rotation.move(keys, rotation.turn(positions, positions.roll(shift)), layer)
             torch.testing.assert_close(moved, keys.roll(shift, dims=1), atol=2e-4, rtol=1e-4)
 
 
@@ -99,7 +99,8 @@ def test_moved_random_keys_are_those_of_the_models_rotary_module(name: str) -> N
         rotated: torch.Tensor = apply_rotary_pos_emb(raw, raw, cos, sin)[1]
         return rotated
 
-    moved = KeyRotation.of(model, 512).move(at(old), old, new, 0)
+    rotation = KeyRotation.of(model, 512)
+    moved = rotation.move(at(old), rotation.turn(old, new), 0)
     torch.testing.assert_close(moved, at(new), atol=1e-4, rtol=1e-4)
 
 
@@ -123,7 +124,7 @@ def test_the_rotation_is_found_in_bfloat16_too(name: str) -> None:
 def test_elements_that_do_not_rotate_stay_to_the_bit() -> None:
     rotation = KeyRotation.of(model_of(config_of("partial (StableLM)")), 512)
     keys = torch.randn(2, 3, 16)
-    moved = rotation.move(keys, torch.tensor([5, 6, 7]), torch.tensor([0, 1, 2]), 0)
+    moved = rotation.move(keys, rotation.turn(torch.tensor([5, 6, 7]), torch.tensor([0, 1, 2])), 0)
     assert torch.equal(moved[..., 4:], keys[..., 4:])
     assert not torch.equal(moved[..., :4], keys[..., :4])
 
@@ -132,14 +133,15 @@ def test_a_key_that_stays_in_its_place_stays_to_the_bit() -> None:
     rotation = KeyRotation.of(small_model(), 512)
     keys = torch.randn(2, 3, 16).bfloat16()
     positions = torch.tensor([5, 260, 511])
-    assert torch.equal(rotation.move(keys, positions, positions, 0), keys)
+    assert torch.equal(rotation.move(keys, rotation.turn(positions, positions), 0), keys)
 
 
 def test_two_hundred_evictions_in_bfloat16_leave_one_rounding() -> None:
     torch.manual_seed(0)
     rotation = KeyRotation.of(small_model(), 512)
     prefix, budget, chunk = 5, 64, 24
-    layer = CompressedLayer(prefix + budget + chunk)
+    cache = CompressedCache(1, prefix + budget + chunk)
+    layer = cache.layers[0]
     stored: list[tuple[torch.Tensor, int]] = []  # by token: its key as first stored, and where
 
     def append(count: int) -> list[int]:
@@ -150,12 +152,13 @@ def test_two_hundred_evictions_in_bfloat16_leave_one_rounding() -> None:
         return list(range(len(stored) - count, len(stored)))
 
     append(prefix)
+    cache.close_prefix()
     names: list[int] = []  # of the tokens behind the prefix, in order
     for _ in range(200):
         names += append(chunk)
         index = torch.randperm(len(names))[:budget]
         index = torch.cat((torch.arange(8), index[index >= 8]))[:budget].sort().values  # eight stay all the time
-        layer.keep(index, prefix, rotation, 0)
+        cache.evict(index, range(chunk), rotation)
         names = [names[i] for i in index.tolist()]
 
     assert names[:8] == list(range(prefix, prefix + 8))

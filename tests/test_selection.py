@@ -37,7 +37,7 @@ def reference(scores: list[float], passage_of: list[int], budget: int) -> list[i
 @given(documents())
 def test_passages_are_kept_whole_by_rank_then_tokens_of_the_next(case: tuple[torch.Tensor, list[int], int]) -> None:
     scores, passage_of, budget = case
-    kept = select_passages(scores, torch.tensor(passage_of), budget).tolist()
+    kept = select_passages(scores, torch.tensor(passage_of), budget, 31).tolist()
     assert kept == reference(scores.tolist(), passage_of, budget)
     assert len(kept) == min(budget, len(passage_of))
 
@@ -54,11 +54,11 @@ def test_each_layer_keeps_its_own_best_tokens(case: tuple[torch.Tensor, list[int
 
 def test_a_later_passage_does_not_jump_over_one_that_is_too_large() -> None:
     scores = torch.tensor([1.0, 1.0, 9.0, 1.0, 9.0, 1.0, 2.0])  # sums 2, 20, 2 of sizes 2, 4, 1
-    assert select_passages(scores, torch.tensor([0, 0, 1, 1, 1, 1, 2]), 3).tolist() == [2, 3, 4]
+    assert select_passages(scores, torch.tensor([0, 0, 1, 1, 1, 1, 2]), 3, 3).tolist() == [2, 3, 4]
 
 
 def test_of_equal_passages_the_earlier_is_kept() -> None:
-    assert select_passages(torch.ones(6), torch.tensor([0, 0, 1, 1, 2, 2]), 4).tolist() == [0, 1, 2, 3]
+    assert select_passages(torch.ones(6), torch.tensor([0, 0, 1, 1, 2, 2]), 4, 3).tolist() == [0, 1, 2, 3]
 
 
 def test_the_names_of_the_selections() -> None:
