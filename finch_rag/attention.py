@@ -118,6 +118,8 @@ def attention_forward(
     if finch_observer is not None:
         finch_observer(int(module.layer_idx), query, key, scaling)  # type: ignore[arg-type]
     if attention_mask is not None or kwargs.get("is_causal") is False or kwargs.get("softcap") is not None:
+        if query.shape[2] == 1 and query.shape[1] != key.shape[1] and attention_mask is not None:
+            return one_row_attention(query, key, value, attention_mask, scaling, dropout), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     output = causal_attention(query, key, value, scaling, dropout)
     return output.transpose(1, 2).contiguous(), None
@@ -160,6 +162,37 @@ def causal_attention(
         mask = torch.ones(stop - start, seen, dtype=torch.bool).tril_(seen - (stop - start))
         blocks.append(sdpa(query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen], mask))
     return torch.cat(blocks, dim=2)
+
+
+def one_row_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Masked attention of one row a sequence where several heads share a key.
+
+    SDPA has no fused kernel for a mask together with shared keys, and repeats every key and value for it. One row of
+    several heads is several rows of one head.
+
+    Args:
+        query: Shape [batch, heads, 1, head_dim].
+        key: Shape [batch, kv_heads, columns, head_dim].
+        value: Shape [batch, kv_heads, columns, head_dim].
+        mask: Shape [batch or 1, 1, 1, columns]; bool (true is seen), or added to the products.
+        scaling: Factor on the products.
+        dropout: Attention dropout.
+
+    Returns:
+        Shape [batch, 1, heads, head_dim].
+    """
+    batch, heads, _, head_dim = query.shape
+    grouped = query.view(batch, key.shape[1], -1, head_dim)  # [batch, kv_heads, heads / kv_heads, head_dim]
+    seen = mask.expand(batch, -1, grouped.shape[2], -1)
+    output = scaled_dot_product_attention(grouped, key, value, attn_mask=seen, dropout_p=dropout, scale=scaling)
+    return output.reshape(batch, 1, heads, -1)
 
 
 def attention_mask(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StaticCache
 
-from finch_rag.attention import attention_forward, causal_attention, use_finch_attention
+from finch_rag.attention import attention_forward, causal_attention, one_row_attention, use_finch_attention
 
 from .small import ARCHITECTURES, chat_tokenizer, small_model
 
@@ -41,6 +41,28 @@ def by_hand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling
             weights = (query[0, head, row] @ key[0, head // group, :seen].T * scaling).softmax(-1)
             output[0, head, row] = weights @ value[0, head // group, :seen]
     return output
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (6, 1), (4, 4)])
+@pytest.mark.parametrize("additive", [False, True])
+def test_one_row_sees_what_the_mask_lets_it_see(heads: tuple[int, int], additive: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(1, count, tokens, 8) for count, tokens in ((heads[0], 1), (heads[1], 9), (heads[1], 9))
+    )
+    mask = torch.arange(9)[None, None, None] <= 5
+    seen = torch.zeros(1, 1, 1, 9).masked_fill(~mask, float("-inf")) if additive else mask
+    found = one_row_attention(query, key, value, seen, 0.3)
+    expected = by_hand(query, key[:, :, :6], value[:, :, :6], 0.3).transpose(1, 2)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    # and so it does in a batch, each row with a mask of its own
+    both = one_row_attention(
+        query.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1),
+        torch.cat((mask, torch.arange(9)[None, None, None] <= 2)), 0.3,
+    )  # fmt: skip
+    torch.testing.assert_close(both[:1], expected, atol=1e-6, rtol=1e-5)
+    shorter = by_hand(query, key[:, :, :3], value[:, :, :3], 0.3).transpose(1, 2)
+    torch.testing.assert_close(both[1:], shorter, atol=1e-6, rtol=1e-5)
 
 
 @given(st.integers(1, 9), st.integers(0, 9), st.sampled_from([(4, 4), (4, 2), (3, 1)]))
