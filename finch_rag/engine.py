@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
+from . import compiling
 from .attention import input_embedding, use_finch_attention
 from .chat_template import Message
 from .decode import Decoder, Sampling, end_tokens
@@ -57,6 +58,8 @@ class Finch:
         max_new_tokens: The most tokens of an answer.
         instructions: Read before the passages; a default that asks for a short answer when None.
         system_prompt: System message; a default when None, the chat template's own when empty.
+        compile_layers: Fuse kernels by ``torch.compile``: faster readings and steps on a GPU, for tens of seconds
+            before the first answer, see docs/benchmarks.md. It changes ``model`` for good.
         on_progress: Called with a stage ("heads", "prefill") and the steps done and in all.
 
     Raises:
@@ -78,6 +81,7 @@ class Finch:
         max_new_tokens: int = 128,
         instructions: str | None = None,
         system_prompt: str | None = None,
+        compile_layers: bool = False,
         on_progress: Progress | None = None,
     ) -> None:
         if getattr(model.config, "is_encoder_decoder", False):
@@ -98,7 +102,9 @@ class Finch:
         self.rotation = KeyRotation.of(model, self.window)
         use_finch_attention(model)
         self.prompts = PromptBuilder(tokenizer)
-        self._step_graphs = StepGraphs(model)
+        self._step_graphs = StepGraphs(model, compile_layers)
+        if compile_layers:
+            compiling.compile_layers(model)
         self._heads: Heads = heads if isinstance(heads, str) else list(heads)
         self._lock = threading.Lock()
 

@@ -5,8 +5,8 @@ layers look at what the question asks for, and those alone rank passages far bet
 property of the model, found once by what they do on examples (see `finch_rag.head_examples`) and then remembered under
 a fingerprint of the model in the user's cache. The embedded model's are part of the package.
 
-Heads are looked for in the lower two thirds of the layers: they rank as well as those of all layers (docs/benchmarks.md),
-and a first reading that only chooses passages ends at the last of them.
+Heads are looked for in the lower two thirds of the layers: they rank as well as those of all layers (see
+docs/benchmarks.md), and a first reading that only chooses passages ends at the last of them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def find_heads(
         WindowError: If the model's window has no room for one of one's own examples.
         ModelError: If it has none for an example that is made.
     """
-    layers, per_layer = _layers_to_search(model.config), model.config.num_attention_heads
+    layers, per_layer = layers_to_search(model.config), model.config.num_attention_heads
     if not 1 <= n <= layers * per_layer:
         raise InputError(
             f"n is {n}: the model has {layers * per_layer} heads in the lower two thirds of its layers, ask for 1 to "
@@ -141,7 +141,7 @@ def resolve_heads(
                 EXAMPLES,
                 _user_file(fingerprint(model)),
             )
-            to_search = _layers_to_search(model.config) * model.config.num_attention_heads
+            to_search = layers_to_search(model.config) * model.config.num_attention_heads
             found = find_heads(model, tokenizer, min(HEADS, to_search), on_progress=on_progress)
             try:
                 save_heads(model, name, found)
@@ -172,6 +172,15 @@ def check_heads(heads: Any, config: Any, error: type[FinchError] = InputError) -
         whole = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(number, int) for number in pair)
         if not whole or not (0 <= pair[0] < layers and 0 <= pair[1] < per_layer):
             raise error(f"head {pair!r} does not exist: the model has layers 0 to {layers - 1} of {per_layer} heads")
+
+
+def layers_to_search(config: Any) -> int:
+    """Layers that heads are looked for in, from the lowest: two thirds of all, rounded up.
+
+    Args:
+        config: The model's configuration.
+    """
+    return -(-2 * int(config.num_hidden_layers) // 3)
 
 
 def heads_by_layer(pairs: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
@@ -239,11 +248,6 @@ def _user_file(model_fingerprint: str) -> Path:
     return cache_folder("heads") / f"{model_fingerprint}.json"
 
 
-def _layers_to_search(config: Any) -> int:
-    """The lower two thirds of a model's layers, rounded up."""
-    return -(-2 * int(config.num_hidden_layers) // 3)
-
-
 def _examples_that_fit(builder: PromptBuilder, count: int, window: int) -> list[HeadExample]:
     """Examples with as many passages as the window takes, at most ``PASSAGES``."""
     for passages in range(PASSAGES, 1, -2):
@@ -275,7 +279,7 @@ def _tokens(builder: PromptBuilder, example: HeadExample) -> int:
 @torch.inference_mode()
 def _attention_by_passage(model: PreTrainedModel, builder: PromptBuilder, example: HeadExample) -> torch.Tensor:
     """Mean attention of the question's tokens on each passage, shape [layers to search, heads, passages]."""
-    layers = _layers_to_search(model.config)
+    layers = layers_to_search(model.config)
     prompt = builder.build(example.question, [Passage(text) for text in example.passages])
     lengths = torch.tensor([len(passage) for passage in prompt.passages])
     passage_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None]

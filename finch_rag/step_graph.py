@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -84,9 +84,10 @@ class FixedStep:
         model: A model on one device that runs Finch's attention.
         like: A cache of the model, for the shapes.
         capacity: Tokens that the buffers hold.
+        compiled: Whether to fuse the step's kernels before it is recorded.
     """
 
-    def __init__(self, model: PreTrainedModel, like: CompressedCache, capacity: int) -> None:
+    def __init__(self, model: PreTrainedModel, like: CompressedCache, capacity: int, compiled: bool = False) -> None:
         device = input_embedding(model).device
         self.capacity = capacity
         self._model = model
@@ -103,6 +104,7 @@ class FixedStep:
         self._cache = Cache(layers=list(self._layers))
         self._logits: torch.Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._run: Callable[[], torch.Tensor] = torch.compile(self._step, dynamic=False) if compiled else self._step
         if device.type == "cuda":
             self._record(device)
 
@@ -128,14 +130,16 @@ class FixedStep:
         """
         self._token.fill_(token)
         if self._graph is None:
-            return self._step()
+            return self._run()
         self._graph.replay()
         if self._logits is None:
             raise RuntimeError("the step was not recorded")
         return self._logits
 
     def _step(self) -> torch.Tensor:
-        mask = (self._columns <= self._position)[None, None, None]  # [1, 1, 1, capacity]
+        hidden = (self._columns > self._position)[None, None, None]  # [1, 1, 1, capacity]
+        # Added to the products: of a mask of truth values SDPA would make this anew in every layer.
+        mask = torch.zeros_like(hidden, dtype=self._model.dtype).masked_fill_(hidden, float("-inf"))
         output = self._model(
             input_ids=self._token,
             attention_mask=mask,
@@ -155,13 +159,13 @@ class FixedStep:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UPS):
-                    self._step()
+                    self._run()
             torch.cuda.current_stream().wait_stream(side)
             self._position.zero_()
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate meanwhile, in streams of their own.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._logits = self._step()
+                self._logits = self._run()
             self._graph = graph
 
 
@@ -170,10 +174,12 @@ class StepGraphs:
 
     Args:
         model: Steps are recorded where all of it is on one CUDA device.
+        compiled: Whether to fuse a step's kernels before it is recorded.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
         self._model = model
+        self._compiled = compiled
         devices = {parameter.device for parameter in model.parameters()}
         self._usable = len(devices) == 1 and next(iter(devices)).type == "cuda"
         self._free: list[FixedStep] = []
@@ -204,7 +210,7 @@ class StepGraphs:
             if step is not None:
                 self._free.remove(step)
         try:
-            step = step or FixedStep(self._model, cache, capacity)
+            step = step or FixedStep(self._model, cache, capacity, self._compiled)
         except RuntimeError as error:  # a layer that asks the device for a value, a library that cannot be recorded
             self._usable = False
             _log.warning(

@@ -184,11 +184,14 @@ def test_bench_speed_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "finch_rag.bench.speed", speed)
     assert run("bench", "speed").exit_code == 0
     run("bench", "speed", "--model", "m", "--tokens", "10, 20", "--budget", 5, "--repeats", 1, "--methods", "finch")
+    run("bench", "speed", "--shape", "tiny", "--plot", "speed.png")
     default = {"model": "embedded", "tokens": [8192, 32768], "budget": 512, "chunk_size": None, "repeats": 3}
+    default |= {"shape": None, "plot": None}
     assert seen[0] == {**default, "methods": ["full", "finch"]}
     assert seen[1] == {**default, "model": "m", "tokens": [10, 20], "budget": 5, "repeats": 1, "methods": ["finch"]}
+    assert seen[2] == {**default, "methods": ["full", "finch"], "shape": "tiny", "plot": Path("speed.png")}
     assert run("bench", "speed", "--tokens", "many").exit_code == 2
-    assert len(seen) == 2
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize(

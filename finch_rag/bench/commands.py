@@ -83,9 +83,30 @@ def bench_speed(
     budget: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of passages kept.")] = 512,
     chunk_size: ChunkSizeOption = None,
     repeats: Annotated[int, typer.Option(metavar="N", help="Runs of each; the median counts.")] = 3,
-    methods: Annotated[str, typer.Option(metavar="NAME,...", help="What to time.")] = "full,finch",
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Of: full (one plain forward pass), finch, finch-compiled (fused kernels), kvpress (needs the "
+            "environment of make bench-peers).",
+        ),
+    ] = "full,finch",
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Random weights of this shape in place of --model: llama-8b, llama-1b, qwen-1.5b or tiny.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: PlotOption = None,
 ) -> None:
-    """Time prefill and decoding, and measure memory, of the plain model and of Finch."""
+    """Time prefill and decoding, and measure memory, of the plain model and of Finch.
+
+    Each method at each length runs in a process of its own; what window or memory is too small for is skipped.
+
+    Prints a table and ratios; the last line is one JSON object.
+    """
     session.check_positive(budget=budget, chunk_size=chunk_size, repeats=repeats)
     lengths = numbers_in("tokens", tokens)
     with _extra():
@@ -97,6 +118,8 @@ def bench_speed(
         chunk_size=chunk_size,
         repeats=repeats,
         methods=names_in(methods),
+        shape=shape,
+        plot=plot,
     )
 
 

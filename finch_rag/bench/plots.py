@@ -14,7 +14,7 @@ from .tables import METRIC_NAMES
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, StrMethodFormatter
 except ModuleNotFoundError as missing:
     raise MissingExtraError.of(missing.name or "matplotlib", "bench") from missing
 
@@ -59,7 +59,7 @@ def plot_quality(summary: Mapping[str, Any], file: Path) -> None:
         file: Where to store the figure.
     """
     settings = summary["settings"]
-    figure, axes = _figure(2, f"{settings['data']}, {settings['retriever']} top {settings['top_k']}", summary)
+    figure, axes = _figure(2, _title(summary, f"{settings['retriever']} top {settings['top_k']}"))
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for label, row in summary["methods"].items():
         if row["n"]:
@@ -85,8 +85,8 @@ def plot_positions(summary: Mapping[str, Any], file: Path) -> None:
     """
     settings = summary["settings"]
     passages = summary["passages"]
-    title = f"{settings['data']}, {settings['retriever']}, budget {settings['budget']}"
-    figure, axes = _figure(len(passages), title, summary)
+    title = _title(summary, f"{settings['retriever']}, budget {settings['budget']}")
+    figure, axes = _figure(len(passages), title)
     for (count, methods), axis in zip(passages.items(), axes, strict=True):
         axis.set_title(f"accuracy, {count} passages", loc="left")
         axis.set_xlabel("place of the answer's passage")
@@ -96,6 +96,36 @@ def plot_positions(summary: Mapping[str, Any], file: Path) -> None:
             aside = _ASIDE * (number - (len(methods) - 1) / 2)
             ran = {int(place): row["accuracy"] for place, row in methods[label]["places"].items() if row["n"]}
             _draw(axis, _method(label), style, [place / (int(count) - 1) + aside for place in ran], list(ran.values()))
+    _store(figure, axes, file)
+
+
+def plot_speed(summary: Mapping[str, Any], file: Path) -> None:
+    """Draws seconds to the first token, and memory, against the length of the passages.
+
+    Args:
+        summary: What the JSON line of `finch_rag.bench.speed` holds.
+        file: Where to store the figure.
+    """
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for row in summary["cases"]:
+        if "skipped" not in row:
+            rows.setdefault(row["method"], []).append(row)
+    title = f"{summary['model']}, {summary['device']}, budget {summary['budget']:,}, medians of {summary['repeats']}"
+    figure, axes = _figure(2, title, share_y=False)
+    panels = {"first_token_seconds": "seconds to the first token", "peak_mib": "peak memory beyond the model (MiB)"}
+    lengths = [row["tokens"] for of_method in rows.values() for row in of_method]
+    for (name, heading), axis in zip(panels.items(), axes, strict=True):
+        axis.set_title(heading, loc="left")
+        axis.set_xlabel("passage tokens")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        _label_powers_of_two(axis, lengths)
+        for method, (colour, mark) in _styles(rows).items():
+            of_method = sorted(rows[method], key=lambda row: int(row["tokens"]))
+            places, values = [row["tokens"] for row in of_method], [row[name] for row in of_method]
+            width, front = (2.4, 3) if method == "finch" else (1.4, 2)
+            axis.plot(places, values, label=method, color=colour, marker=mark, linewidth=width, zorder=front)
     _store(figure, axes, file)
 
 
@@ -119,11 +149,16 @@ def _styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
     return styles
 
 
-def _figure(panels: int, title: str, summary: Mapping[str, Any]) -> tuple[Figure, list[Axes]]:
+def _title(summary: Mapping[str, Any], setting: str) -> str:
+    settings = summary["settings"]
+    model, questions = Path(settings["model"]).name, summary["cases"]
+    return f"{model}; {settings['data']}, {setting}; {questions:,} questions, 95% intervals"
+
+
+def _figure(panels: int, title: str, share_y: bool = True) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(max(4.4 * panels, 6.5), 4.2), layout="constrained")
-    grid = figure.subplots(1, panels, sharey=True, squeeze=False)
-    model = Path(summary["settings"]["model"]).name
-    figure.suptitle(f"{model}; {title}; {summary['cases']:,} questions, 95% intervals", fontsize=10, color=_GREY)
+    grid = figure.subplots(1, panels, sharey=share_y, squeeze=False)
+    figure.suptitle(title, fontsize=10, color=_GREY)
     axes: list[Axes] = list(grid[0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,114 @@
+"""Models of a known shape with random weights: what speed and memory need, without a download.
+
+Random weights take the time that trained ones take, as every token runs through every weight. What they cannot tell is
+what would be kept, so the retrieval heads are laid where they cost most.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+
+from ..errors import InputError
+from ..heads import HEADS, heads_by_layer, layers_to_search
+from ..planning import RetrievalHeads
+from ..prompt import Prompt
+
+_QUESTION_TOKENS = 48
+_PREFIX_TOKENS = 32
+_TAIL_TOKENS = 4
+_PASSAGE_TOKENS = (96, 160)  # from, to
+_WINDOW = 2**21  # beyond any length that is measured, so that memory alone decides what a method can read
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> PretrainedConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=_WINDOW,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        tie_word_embeddings=False,
+    )
+
+
+def _qwen_1_5b() -> PretrainedConfig:
+    return Qwen2Config(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151_936,
+        max_position_embeddings=_WINDOW,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=True,
+    )
+
+
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama-8b": lambda: _llama(4096, 14_336, 32, 32, 8, 128_256),
+    "llama-1b": lambda: _llama(2048, 8192, 16, 32, 8, 128_256),
+    "qwen-1.5b": _qwen_1_5b,
+    "tiny": lambda: _llama(64, 128, 4, 4, 2, 512),
+}
+
+
+def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with random weights, made on its device.
+
+    Args:
+        shape: Of `SHAPES`.
+        device: Where to put it.
+        dtype: Of its weights.
+
+    Raises:
+        InputError: If there is no such shape.
+    """
+    if shape not in SHAPES:
+        raise InputError(f"shape {shape!r} is unknown: use {', '.join(SHAPES)}")
+    with torch.random.fork_rng(), device:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype)
+    ready: PreTrainedModel = model.eval()
+    return ready
+
+
+def worst_heads(model: PreTrainedModel) -> RetrievalHeads:
+    """As many heads as `find_heads` returns, where scoring costs most and the first reading ends last.
+
+    Each is in a layer of its own, the last of them in the last layer that heads are looked for in.
+
+    Args:
+        model: The model.
+    """
+    layers = layers_to_search(model.config)
+    return heads_by_layer((layer, 0) for layer in range(max(0, layers - HEADS), layers))
+
+
+def random_prompt(model: PreTrainedModel, tokens: int) -> Prompt:
+    """A prompt of random tokens.
+
+    Args:
+        model: For its vocabulary.
+        tokens: Of all passages together.
+    """
+    rng = random.Random(0)
+    vocabulary = int(model.config.vocab_size)
+
+    def some(count: int) -> list[int]:
+        return [rng.randrange(vocabulary) for _ in range(count)]
+
+    passages: list[list[int]] = []
+    left = tokens
+    while left:
+        passages.append(some(min(left, rng.randint(*_PASSAGE_TOKENS))))
+        left -= len(passages[-1])
+    question = some(_QUESTION_TOKENS)
+    return Prompt(some(_PREFIX_TOKENS), passages, question, slice(0, len(question)), some(_TAIL_TOKENS))

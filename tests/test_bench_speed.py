@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.image import imread
+from typer.testing import CliRunner
+
+from finch_rag.bench import plots, speed
+from finch_rag.bench.shapes import SHAPES, random_model, random_prompt, worst_heads
+from finch_rag.bench.timing import Case, Measurement, SkippedError, matrix_rate
+from finch_rag.commands import app
+from finch_rag.errors import InputError, MissingExtraError
+
+CPU = torch.device("cpu")
+
+
+def tiny() -> Any:
+    return random_model("tiny", CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def summary() -> dict[str, Any]:
+    result = CliRunner().invoke(
+        app,
+        "bench speed --shape tiny --tokens 1400 --budget 256 --chunk-size 512 --repeats 1".split(),
+        catch_exceptions=False,
+    )
+    assert result.exit_code == 0, result.output
+    assert "seconds finch/full at 1400" in result.stdout
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def test_both_methods_are_measured_at_each_length(summary: dict[str, Any]) -> None:
+    assert [(row["method"], row["tokens"]) for row in summary["cases"]] == [("full", 1400), ("finch", 1400)]
+    for row in summary["cases"]:
+        assert 0 < row["prefill_seconds"] <= row["first_token_seconds"]
+        assert row["decode_ms"] > 0
+        assert 0 < row["matrix_share"] < 1.5
+    assert summary["model"] == "tiny (random weights)"
+    assert set(summary["ratios"]) == {"seconds finch/full at 1400", "memory finch/full at 1400"}
+
+
+def test_ratios_compare_with_the_plain_pass_and_with_the_shortest_text() -> None:
+    seconds = {("full", 100): 4.0, ("finch", 100): 2.0, ("finch", 400): 7.0}
+    rows: list[dict[str, Any]] = [
+        {"method": method, "tokens": tokens, "first_token_seconds": taken, "peak_mib": 10.0}
+        for (method, tokens), taken in seconds.items()
+    ]
+    rows.append({"method": "full", "tokens": 400, "skipped": "no memory"})
+    assert speed._ratios(rows) == {
+        "seconds finch/full at 100": 0.5,
+        "memory finch/full at 100": 1.0,
+        "seconds finch 400/100": 3.5,
+        "memory finch 400/100": 1.0,
+    }
+
+
+def test_the_figure_is_drawn_and_leaves_out_what_was_skipped(summary: dict[str, Any], tmp_path: Path) -> None:
+    rows = [*summary["cases"], {"method": "kvpress", "tokens": 1400, "skipped": "no memory"}]
+    plots.plot_speed({**summary, "cases": rows}, tmp_path / "speed.png")
+    image = imread(tmp_path / "speed.png")
+    assert image.shape[0] > 300
+    assert image.std() > 0.05
+
+
+@pytest.mark.parametrize("tokens", [1, 95, 1000, 5000])
+def test_a_random_prompt_has_so_many_tokens(tokens: int) -> None:
+    prompt = random_prompt(tiny(), tokens)
+    assert sum(map(len, prompt.passages)) == tokens
+    assert all(0 < len(passage) <= 160 for passage in prompt.passages)
+    assert len(prompt.question) == 48
+    assert prompt == random_prompt(tiny(), tokens)
+
+
+def test_the_heads_of_a_shape_are_laid_where_a_reading_ends_last() -> None:
+    assert worst_heads(tiny()) == {0: [0], 1: [0], 2: [0]}  # of four layers the lower two thirds
+
+
+def test_shapes_have_the_sizes_of_their_models() -> None:
+    with torch.device("meta"):
+        sizes = {name: random_model(name, torch.device("meta"), torch.bfloat16).num_parameters() for name in SHAPES}
+    assert sizes["llama-8b"] == pytest.approx(8.03e9, rel=0.01)
+    assert sizes["qwen-1.5b"] == pytest.approx(1.54e9, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["full", "finch"])
+def test_a_method_without_memory_is_skipped_with_the_reason(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measurement = Measurement(Case(method, 600, "", "tiny", 128, 256))
+    assert measurement.run().peak_mib >= 0
+
+    def starve(*args: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    layers: Any = measurement._subject.model.base_model.layers
+    layers[0].register_forward_pre_hook(starve)
+    with pytest.raises(SkippedError, match="no memory left"):
+        measurement.run()
+
+
+def test_the_measured_matrix_rate_is_one_of_a_computer() -> None:
+    assert 1e7 < matrix_rate(tiny()) < 1e16
+
+
+def test_unknown_shapes_and_methods_are_named() -> None:
+    with pytest.raises(InputError, match=r"shape 'llama-9b' is unknown: use llama-8b"):
+        speed.main(shape="llama-9b")
+    with pytest.raises(InputError, match=r"method finsh is unknown: use full, finch, finch-compiled, kvpress"):
+        speed.main(shape="tiny", methods=["finsh"])
+    with pytest.raises(InputError, match="at 0 repeats"):
+        speed.main(shape="tiny", repeats=0)
+    with pytest.raises(InputError, match=r"speed\.txt is of no kind"):
+        speed.main(shape="tiny", plot=Path("speed.txt"))
+
+
+def test_kvpress_needs_its_own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "kvpress", None)
+    with pytest.raises(MissingExtraError, match="make bench-peers"):
+        speed.main(shape="tiny", methods=["kvpress"])
