@@ -197,32 +197,39 @@ def one_row_attention(
 
 def attention_mask(
     batch_size: int,
-    q_length: int,
-    kv_length: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
+    cache_position: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Mask in the signature of transformers' ``AttentionMaskInterface``.
+
+    Up to transformers 5.2, ``cache_position``, the rows' positions, is in the place of ``q_length`` and ``q_offset``.
 
     Returns:
         None for plain causal attention on a cache, which ``attention_forward`` does without a mask; otherwise
         (padding, sliding windows, static caches) what SDPA needs.
     """
+    rows: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset}
     plain = attention_mask is None and mask_function is causal_mask_function and kv_offset == 0
-    if plain and isinstance(q_offset, int) and q_offset + q_length == kv_length:
+    if cache_position is not None:
+        rows = {"cache_position": cache_position}
+        q_length = cache_position.shape[0]
+        q_offset = int(cache_position[0]) if plain else 0
+    if plain and isinstance(q_offset, int) and q_length is not None and q_offset + q_length == kv_length:
         return None
     # SDPA's own reading of a missing mask on a longer cache (upper-left) is not `causal_attention`'s (lower-right).
     kwargs["allow_is_causal_skip"] = kwargs.get("allow_is_causal_skip", True) and q_length == kv_length
     return sdpa_mask(
         batch_size=batch_size,
-        q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
         kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
+        **rows,
         **kwargs,
     )

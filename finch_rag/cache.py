@@ -102,9 +102,10 @@ class CompressedLayer(CacheLayerMixin):
         copy.update(keys[:, :, : self.length], values[:, :, : self.length])
         return copy
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns and their offset when ``query_length`` tokens are appended."""
-        return self.length + query_length, 0
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Columns and their offset when so many tokens are appended (up to transformers 5.2: tokens at positions)."""
+        appended = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.length + appended, 0
 
     def get_seq_length(self) -> int:
         """Tokens in use."""
@@ -113,6 +114,10 @@ class CompressedLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """The capacity."""
         return self.capacity
+
+    def get_max_cache_shape(self) -> int:
+        """The capacity, by the name that it had at first in transformers 5."""
+        return self.get_max_length()
 
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.keys is None or self.values is None:

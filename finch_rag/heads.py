@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -201,13 +201,33 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     sizes = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
     digest.update(json.dumps([getattr(config, size, None) for size in sizes]).encode())
-    parts = [input_embedding(model)[:256]]
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.numel():
-            parts.append(parameter if parameter.dim() == 1 else parameter.flatten(0, -2)[0])  # a matrix's first row
-    for weight in parts:
-        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    embedding = input_embedding(model)
+    first, parts = embedding, []
+    for parameter, weight in _weights(model):
+        if parameter is embedding:
+            first = weight[:256]
+        if weight.is_floating_point() and weight.numel():
+            parts.append(weight if weight.dim() == 1 else weight.flatten(0, -2)[0])  # a matrix's first row
+    for part in (first[:256], *parts):
+        digest.update(part.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Each parameter, once, with its value; accelerate keeps those that it offloads elsewhere until a module runs."""
+    seen: set[int] = set()
+    for module in model.modules():
+        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in seen}
+        seen.update(map(id, own.values()))
+        if any(parameter.is_meta for parameter in own.values()):
+            from accelerate.utils import align_module_device
+
+            with align_module_device(module, torch.device("cpu")):
+                values = {name: getattr(module, name).detach() for name in own}
+        else:
+            values = {name: parameter.detach() for name, parameter in own.items()}
+        for name, parameter in own.items():
+            yield parameter, values[name]
 
 
 def load_heads(model: PreTrainedModel) -> list[tuple[int, int]] | None:

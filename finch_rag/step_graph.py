@@ -76,6 +76,10 @@ class FixedLayer(CacheLayerMixin):
         """The capacity."""
         return 0 if self.keys is None else self.keys.shape[2]
 
+    def get_max_cache_shape(self) -> int:
+        """The capacity, by the name that it had at first in transformers 5."""
+        return self.get_max_length()
+
 
 class FixedStep:
     """Decodes token by token in buffers of fixed size.

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StaticCache
 
-from finch_rag.attention import attention_forward, causal_attention, one_row_attention, use_finch_attention
+from finch_rag.attention import (
+    attention_forward,
+    attention_mask,
+    causal_attention,
+    one_row_attention,
+    use_finch_attention,
+)
+from finch_rag.cache import CompressedLayer
 
 from .small import ARCHITECTURES, chat_tokenizer, small_model
 
@@ -41,6 +48,18 @@ def by_hand(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling
             weights = (query[0, head, row] @ key[0, head // group, :seen].T * scaling).softmax(-1)
             output[0, head, row] = weights @ value[0, head // group, :seen]
     return output
+
+
+def test_masks_are_asked_for_in_the_words_of_all_versions_of_transformers_5() -> None:
+    new = attention_mask(1, q_length=3, kv_length=9, q_offset=6)
+    old = attention_mask(1, cache_position=torch.arange(6, 9), kv_length=9)
+    assert new is None
+    assert old is None
+    layer = CompressedLayer(12)
+    layer.length = 6
+    assert layer.get_mask_sizes(3) == (9, 0)
+    assert layer.get_mask_sizes(torch.arange(6, 9)) == (9, 0)
+    assert layer.get_max_cache_shape() == layer.get_max_length() == 12
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (6, 1), (4, 4)])

@@ -119,6 +119,31 @@ def test_a_device_map_decides_the_device(llama_folder: Path) -> None:
     assert mapped.ask("When?", texts(6)).text == plain.ask("When?", texts(6)).text
 
 
+def test_a_model_split_by_a_device_map_answers_the_same(llama_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    settings: dict[str, Any] = {"dtype": "float32", "heads": "all", "budget": 40, "chunk_size": 64, "max_new_tokens": 6}
+    places = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head"), "cpu")
+    split = {"device_map": {**places, "model.layers.1": "disk"}, "offload_folder": str(tmp_path)}
+    mapped = Finch.from_pretrained(llama_folder, model_kwargs=split, **settings)
+    assert {parameter.device.type for parameter in mapped.model.parameters()} == {"cpu", "meta"}
+    plain = Finch.from_pretrained(llama_folder, device="cpu", **settings)
+    assert mapped.fingerprint == plain.fingerprint
+    for options in ({}, {"selection": "token"}, {"reread": False}):
+        assert mapped.ask("When?", texts(9), **options).text == plain.ask("When?", texts(9), **options).text
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two CUDA devices")
+def test_a_model_on_two_gpus_answers_the_same(llama_folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    settings: dict[str, Any] = {"dtype": "float32", "heads": "all", "budget": 40, "chunk_size": 64, "max_new_tokens": 6}
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0}
+    split = {"device_map": {**places, "model.layers.1": 1, "model.norm": 1, "lm_head": 1}}
+    mapped = Finch.from_pretrained(llama_folder, model_kwargs=split, **settings)
+    plain = Finch.from_pretrained(llama_folder, device="cpu", **settings)
+    for options in ({}, {"selection": "token"}, {"reread": False}):
+        assert mapped.ask("When?", texts(9), **options).text == plain.ask("When?", texts(9), **options).text
+
+
 def test_an_unknown_hub_id_is_a_model_error() -> None:
     assert "nobody/no-such-model" in refusal("nobody/no-such-model")
 
