@@ -326,7 +326,7 @@ class Finch:
 
     def _are_short(self, texts: Sequence[str], options: Mapping[str, Any]) -> bool:
         """Whether each text fits into one chunk and all of them into half the window."""
-        default = default_chunk_size(input_embedding(self.model).device.type)
+        default = default_chunk_size(input_embedding(self.model).device.type, self.model.config)
         chunk_size = options.get("chunk_size", self.chunk_size) or default
         lengths = [len(tokens) for tokens in self.prompts.encode(texts)]
         return max(lengths) <= chunk_size and sum(lengths) <= self.window // 2

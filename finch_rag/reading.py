@@ -66,7 +66,7 @@ class Reading:
         check_length(sum(map(len, prompt.passages)), options.get("max_context_tokens"))
         self.answer_prompt = [*prompt.question, *prompt.tail]
         fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), max_new_tokens)
-        default = default_chunk_size(input_embedding(finch.model).device.type)
+        default = default_chunk_size(input_embedding(finch.model).device.type, finch.model.config)
         longest = max(map(len, prompt.passages), default=0) if self._selection == "passage" else 0
         document = sum(map(len, prompt.passages))
         self._budget, self._chunk_size = fit(finch.window, fixed, budget, chunk_size, default, longest, document)

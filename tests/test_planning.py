@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finch_rag.errors import WindowError
-from finch_rag.planning import FixedTokens, fit, window_of
+from finch_rag.planning import FixedTokens, default_chunk_size, fit, window_of
 
 FIXED = FixedTokens(prefix=30, question=20, tail=10, new=40)
 
@@ -42,6 +42,14 @@ def test_the_default_budget_leaves_room_for_a_chunk_in_a_small_window() -> None:
     budget, chunk_size = fit(200, FIXED, None, None, 1024)
     assert budget == 50
     assert chunk_size == 200 - 30 - 20 - 50
+
+
+@pytest.mark.parametrize(
+    ("device", "hidden", "expected"),
+    [("cpu", 576, 1024), ("cpu", 4096, 1024), ("cuda", 576, 1024), ("cuda", 1536, 4096)],
+)
+def test_small_models_read_short_chunks_on_any_device(device: str, hidden: int, expected: int) -> None:
+    assert default_chunk_size(device, SimpleNamespace(hidden_size=hidden)) == expected
 
 
 def test_the_default_chunk_size_is_the_devices_where_it_fits() -> None:

@@ -185,7 +185,7 @@ class Measurement:
     def _plan(self, prompt: Prompt) -> PrefillPlan:
         case, subject = self._case, self._subject
         fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), _DECODED)
-        usual = default_chunk_size(subject.model.device.type)
+        usual = default_chunk_size(subject.model.device.type, subject.model.config)
         lengths = [len(passage) for passage in prompt.passages]
         sizes = case.budget, case.chunk_size or None, usual, max(lengths), sum(lengths)
         budget, chunk_size = fit(window_of(subject.model.config), fixed, *sizes)
