@@ -13,9 +13,8 @@ RetrievalHeads = Mapping[int, Sequence[int]]  # layer -> its heads
 
 _CPU_CHUNK_SIZE = 1024  # longer chunks cost more attention than their larger matrix products save
 _ACCELERATOR_CHUNK_SIZE = 4096  # shorter chunks starve the matrix units
-# Heads of a narrower model than this lose sight of the right passage in long chunks: at a hidden size of 576 they find it
-# first for .90 of the questions in chunks of 1,024, for .78 in chunks of 4,096, in which models of 1,536 do well. See
-# docs/benchmarks.md.
+# Heads of a narrower model than this lose sight of the right passage in long chunks: at a hidden size of 576 they find
+# it first for .90 of the questions in chunks of 1,024, for .78 in chunks of 4,096 (see docs/benchmarks.md).
 _SMALL_MODEL = 1024
 _LARGEST_DEFAULT_BUDGET = 2048
 _SMALLEST_DEFAULT_BUDGET = 256

@@ -100,8 +100,8 @@ def question_attention(
     keys = key[0]  # [kv_heads, columns, head_dim]
     group = question.shape[0] // keys.shape[0]
     if heads is not None:
-        chosen = torch.as_tensor(heads, device=question.device)
-        products = question[chosen] @ keys[chosen // group].transpose(1, 2)  # [chosen, rows, columns]
+        its = torch.stack([question[head] for head in heads])  # an index tensor would have to be copied to the device
+        products = its @ torch.stack([keys[head // group] for head in heads]).transpose(1, 2)  # [chosen, rows, columns]
     else:
         grouped = question.reshape(keys.shape[0], -1, question.shape[-1])  # [kv_heads, group * rows, head_dim]
         products = (grouped @ keys.transpose(1, 2)).view(*question.shape[:2], -1)
