@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Unpack
 
 from . import compiling
-from .attention import input_embedding, use_finch_attention
+from .attention import use_finch_attention
 from .chat_template import Message
 from .decode import Decoder, Sampling, end_tokens
 from .errors import InputError, ModelError, SettingsError, WindowError
 from .heads import Heads, check_heads, fingerprint, resolve_heads
 from .models import load_model
 from .options import CallOptions, Progress, ReadingOptions, SamplingOptions, check_reading, sampling_of
-from .planning import FixedTokens, RetrievalHeads, default_chunk_size, window_of
+from .planning import FixedTokens, RetrievalHeads, window_of
 from .prompt import Passage, PromptBuilder, as_passages
-from .reading import Reading
+from .reading import Reading, usual_chunk_size
 from .report import citations
 from .rope import KeyRotation
 from .step_graph import StepGraphs
@@ -47,7 +47,8 @@ class Finch:
         tokenizer: Its tokenizer; its chat template is used where it has one.
         name: Name in reports; the model's own when None.
         budget: Document tokens kept per layer; derived from the window and the longest passage when None.
-        chunk_size: Document tokens read per step; derived from device and window when None.
+        chunk_size: Document tokens read per step; derived from device, free memory, model and window when None. Where
+            the device's memory runs out, a reading goes on with half of it.
         selection: "passage" keeps whole passages, "token" keeps tokens layer by layer as in the paper.
         reread: With passage selection, read the best passages that fit whole into the budget once more at the end, and
             answer from them alone; those that are far below the best one are left out. Keys and values of the first
@@ -326,7 +327,7 @@ class Finch:
 
     def _are_short(self, texts: Sequence[str], options: Mapping[str, Any]) -> bool:
         """Whether each text fits into one chunk and all of them into half the window."""
-        default = default_chunk_size(input_embedding(self.model).device.type, self.model.config)
+        default = usual_chunk_size(self.model)
         chunk_size = options.get("chunk_size", self.chunk_size) or default
         lengths = [len(tokens) for tokens in self.prompts.encode(texts)]
         return max(lengths) <= chunk_size and sum(lengths) <= self.window // 2

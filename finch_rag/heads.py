@@ -227,7 +227,9 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Parameter, torch
         else:
             values = {name: parameter.detach() for name, parameter in own.items()}
         for name, parameter in own.items():
-            yield parameter, values[name]
+            value = values[name]
+            plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+            yield parameter, value if plain else value.dequantize()  # torchao's classes know few operations
 
 
 def load_heads(model: PreTrainedModel) -> list[tuple[int, int]] | None:

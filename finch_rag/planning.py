@@ -16,6 +16,8 @@ _ACCELERATOR_CHUNK_SIZE = 4096  # shorter chunks starve the matrix units
 # Heads of a narrower model than this lose sight of the right passage in long chunks: at a hidden size of 576 they find
 # it first for .90 of the questions in chunks of 1,024, for .78 in chunks of 4,096 (see docs/benchmarks.md).
 _SMALL_MODEL = 1024
+_SMALLEST_DEFAULT_CHUNK = 256
+_COPIES_OF_HIDDEN = 6
 _LARGEST_DEFAULT_BUDGET = 2048
 _SMALLEST_DEFAULT_BUDGET = 256
 
@@ -98,6 +100,30 @@ def default_chunk_size(device_type: str, config: Any) -> int:
     """
     small = int(getattr(config, "hidden_size", _SMALL_MODEL)) < _SMALL_MODEL
     return _CPU_CHUNK_SIZE if device_type == "cpu" or small else _ACCELERATOR_CHUNK_SIZE
+
+
+def chunk_within(memory: int, chunk_size: int, config: Any, element_bytes: int) -> int:
+    """A chunk size whose step takes at most half of a device's free memory, by halving.
+
+    A step holds some copies of its hidden states (queries, keys, values and sums among them), the two inner states of
+    the MLP with their product, and its keys and values in every layer. The estimate is rough; where it is too low, a
+    reading halves its chunks itself.
+
+    Args:
+        memory: Free bytes.
+        chunk_size: To start from.
+        config: The model's configuration.
+        element_bytes: Of one number.
+    """
+    heads = int(config.num_attention_heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    states = _COPIES_OF_HIDDEN * int(config.hidden_size) + 3 * inner
+    per_token = element_bytes * (states + 2 * int(config.num_hidden_layers) * kv_heads * head_dim)
+    while chunk_size > _SMALLEST_DEFAULT_CHUNK and 2 * chunk_size * per_token > memory:
+        chunk_size //= 2
+    return chunk_size
 
 
 def window_of(config: Any) -> int:

@@ -7,14 +7,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .attention import input_embedding
 from .cache import CachedDocument, CompressedCache
 from .errors import InputError, NumericsError
 from .options import check_length, check_names, check_reading
-from .planning import FixedTokens, PrefillPlan, default_chunk_size, fit
+from .planning import FixedTokens, PrefillPlan, chunk_within, default_chunk_size, fit
 from .prefill import prefill
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .engine import Finch
     from .prompt import Passage
 
@@ -66,7 +70,7 @@ class Reading:
         check_length(sum(map(len, prompt.passages)), options.get("max_context_tokens"))
         self.answer_prompt = [*prompt.question, *prompt.tail]
         fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), max_new_tokens)
-        default = default_chunk_size(input_embedding(finch.model).device.type, finch.model.config)
+        default = usual_chunk_size(finch.model)
         longest = max(map(len, prompt.passages), default=0) if self._selection == "passage" else 0
         document = sum(map(len, prompt.passages))
         self._budget, self._chunk_size = fit(finch.window, fixed, budget, chunk_size, default, longest, document)
@@ -109,3 +113,18 @@ class Reading:
             },
         )
         return cache
+
+
+def usual_chunk_size(model: PreTrainedModel) -> int:
+    """Document tokens that a model reads well in one step, by its device, its size and the memory that is free now.
+
+    Args:
+        model: On its device.
+    """
+    device = input_embedding(model).device
+    chunk_size = default_chunk_size(device.type, model.config)
+    if device.type != "cuda":
+        return chunk_size
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, for later
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return chunk_within(free, chunk_size, model.config, model.dtype.itemsize)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finch_rag.errors import WindowError
-from finch_rag.planning import FixedTokens, default_chunk_size, fit, window_of
+from finch_rag.planning import FixedTokens, chunk_within, default_chunk_size, fit, window_of
 
 FIXED = FixedTokens(prefix=30, question=20, tail=10, new=40)
 
@@ -50,6 +50,13 @@ def test_the_default_budget_leaves_room_for_a_chunk_in_a_small_window() -> None:
 )
 def test_small_models_read_short_chunks_on_any_device(device: str, hidden: int, expected: int) -> None:
     assert default_chunk_size(device, SimpleNamespace(hidden_size=hidden)) == expected
+
+
+@pytest.mark.parametrize(("gigabytes", "expected"), [(80, 4096), (2.5, 4096), (1.5, 2048), (0.6, 1024), (0.001, 256)])
+def test_the_usual_chunk_takes_at_most_half_of_the_free_memory(gigabytes: float, expected: int) -> None:
+    shape = {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32}
+    llama = SimpleNamespace(**shape, num_attention_heads=32, num_key_value_heads=8)
+    assert chunk_within(int(gigabytes * 2**30), 4096, llama, 2) == expected
 
 
 def test_the_default_chunk_size_is_the_devices_where_it_fits() -> None:

@@ -23,9 +23,10 @@ from ..engine import Finch
 from ..errors import FinchError, InputError, MissingExtraError
 from ..head_examples import make_examples
 from ..models import resolve_device, resolve_dtype
-from ..planning import FixedTokens, PrefillPlan, RetrievalHeads, default_chunk_size, fit, window_of
+from ..planning import FixedTokens, PrefillPlan, RetrievalHeads, fit, window_of
 from ..prefill import memory_guard, prefill
 from ..prompt import Passage, Prompt
+from ..reading import usual_chunk_size
 from ..rope import KeyRotation
 from ..step_graph import StepGraphs
 from .memory import in_use, peak_memory
@@ -185,7 +186,7 @@ class Measurement:
     def _plan(self, prompt: Prompt) -> PrefillPlan:
         case, subject = self._case, self._subject
         fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), _DECODED)
-        usual = default_chunk_size(subject.model.device.type, subject.model.config)
+        usual = usual_chunk_size(subject.model)
         lengths = [len(passage) for passage in prompt.passages]
         sizes = case.budget, case.chunk_size or None, usual, max(lengths), sum(lengths)
         budget, chunk_size = fit(window_of(subject.model.config), fixed, *sizes)
