@@ -26,6 +26,7 @@ from .shapes import SHAPES
 from .timing import Case, Measurement, Run, SkippedError, check_methods
 
 DEFAULT_METHODS = ("full", "finch")
+_TIME_TO_END = 10.0  # seconds that a failed process has to leave its exit code
 
 
 def main(
@@ -139,7 +140,9 @@ class _Worker:
         try:
             answer = self._pipe.recv()
         except EOFError as error:
-            raise FinchError(f"a measuring process ended with exit code {self._process.exitcode}") from error
+            self._process.join(_TIME_TO_END)
+            code = self._process.exitcode
+            raise FinchError(f"a measuring process ended with exit code {code}; what it said is above") from error
         if isinstance(answer, FinchError):
             raise answer
         return answer
