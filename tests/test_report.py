@@ -20,6 +20,7 @@ FIGURES = {
     "heads": [[0, 1]],
     "budget": 4,
     "chunk_size": 8,
+    "chunk_size_planned": 8,
     "chunks": 2,
     "prefill_seconds": 0.5,
 }
