@@ -118,7 +118,8 @@ def attention_forward(
     if finch_observer is not None:
         finch_observer(int(module.layer_idx), query, key, scaling)  # type: ignore[arg-type]
     if attention_mask is not None or kwargs.get("is_causal") is False or kwargs.get("softcap") is not None:
-        if query.shape[2] == 1 and query.shape[1] != key.shape[1] and attention_mask is not None:
+        shared = query.shape[2] == 1 and query.shape[1] != key.shape[1] and kwargs.get("softcap") is None
+        if shared and attention_mask is not None and attention_mask.shape[1] == 1:
             return one_row_attention(query, key, value, attention_mask, scaling, dropout), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     output = causal_attention(query, key, value, scaling, dropout)
@@ -189,7 +190,7 @@ def one_row_attention(
         Shape [batch, 1, heads, head_dim].
     """
     batch, heads, _, head_dim = query.shape
-    grouped = query.view(batch, key.shape[1], -1, head_dim)  # [batch, kv_heads, heads / kv_heads, head_dim]
+    grouped = query.reshape(batch, key.shape[1], -1, head_dim)  # [batch, kv_heads, heads / kv_heads, head_dim]
     seen = mask.expand(batch, -1, grouped.shape[2], -1)
     output = scaled_dot_product_attention(grouped, key, value, attn_mask=seen, dropout_p=dropout, scale=scaling)
     return output.reshape(batch, 1, heads, -1)

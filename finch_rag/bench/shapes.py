@@ -1,4 +1,4 @@
-"""Models of a known shape with random weights: what speed and memory need, without a download.
+"""Models of a known shape with random weights, and prompts of a given length: what speed and memory need.
 
 Random weights take the time that trained ones take, as every token runs through every weight. What they cannot tell is
 what would be kept, so the retrieval heads are laid where they cost most.
@@ -12,11 +12,14 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
-from ..errors import InputError
+from ..engine import Finch
+from ..errors import FinchError, InputError
+from ..head_examples import make_examples
 from ..heads import HEADS, heads_by_layer, layers_to_search
 from ..planning import RetrievalHeads
-from ..prompt import Prompt
+from ..prompt import Passage, Prompt
 
+_QUESTION = "Which of the people in these passages was the last director of a museum that stands in a mountain town?"
 _QUESTION_TOKENS = 48
 _PREFIX_TOKENS = 32
 _TAIL_TOKENS = 4
@@ -112,3 +115,23 @@ def random_prompt(model: PreTrainedModel, tokens: int) -> Prompt:
         left -= len(passages[-1])
     question = some(_QUESTION_TOKENS)
     return Prompt(some(_PREFIX_TOKENS), passages, question, slice(0, len(question)), some(_TAIL_TOKENS))
+
+
+def text_prompt(finch: Finch, tokens: int) -> Prompt:
+    """A prompt of made-up text, for a model with a tokenizer.
+
+    Args:
+        finch: Builds it.
+        tokens: Of all passages together; the last one is cut.
+    """
+    texts = [text for seed in range(tokens // 900 + 1) for text in make_examples(1, 16, seed)[0].passages]
+    prompt = finch.prompts.build(_QUESTION, [Passage(text) for text in texts])
+    passages: list[list[int]] = []
+    left = tokens
+    for passage in prompt.passages:
+        if left:
+            passages.append(passage[:left])
+            left -= len(passages[-1])
+    if left:
+        raise FinchError(f"the benchmark made {tokens - left} tokens of text where {tokens} were asked for")
+    return Prompt(prompt.prefix, passages, prompt.question, prompt.question_rows, prompt.tail)

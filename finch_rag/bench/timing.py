@@ -21,22 +21,20 @@ from ..attention import use_finch_attention
 from ..compiling import compile_layers
 from ..engine import Finch
 from ..errors import FinchError, InputError, MissingExtraError
-from ..head_examples import make_examples
 from ..models import resolve_device, resolve_dtype
 from ..planning import FixedTokens, PrefillPlan, RetrievalHeads, fit, window_of
 from ..prefill import memory_guard, prefill
-from ..prompt import Passage, Prompt
+from ..prompt import Prompt
 from ..reading import usual_chunk_size
 from ..rope import KeyRotation
 from ..step_graph import StepGraphs
 from .memory import in_use, peak_memory
 from .peer_methods import compression_ratio
-from .shapes import random_model, random_prompt, worst_heads
+from .shapes import random_model, random_prompt, text_prompt, worst_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_QUESTION = "Which of the people in these passages was the last director of a museum that stands in a mountain town?"
 COMPILED = "finch-compiled"
 _DECODED = 16  # tokens decoded to time a step
 _WARM_UP_CHUNKS = 3
@@ -68,6 +66,11 @@ class Case:
     shape: str
     budget: int
     chunk_size: int
+
+    @property
+    def by_finch(self) -> bool:
+        """Whether Finch reads, with its attention and its recorded steps."""
+        return self.method in ("finch", COMPILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +120,7 @@ class Subject:
             finch = Finch.from_pretrained(case.model, compile_layers=case.method == COMPILED)
 
             def prompt(tokens: int) -> Prompt:
-                return _text_prompt(finch, tokens)
+                return text_prompt(finch, tokens)
 
             heads = finch.retrieval_heads()
             return cls(finch.model, finch.rotation, heads, finch._step_graphs, prompt, finch.name)
@@ -161,7 +164,7 @@ class Measurement:
         self._case = case
         self._subject = Subject.of(case)
         model = self._subject.model
-        if case.method not in ("finch", COMPILED):
+        if not case.by_finch:
             model.set_attn_implementation("sdpa")
             if case.tokens > (window := window_of(model.config)):
                 raise SkippedError(f"the model's window is {window:,}")
@@ -213,8 +216,8 @@ class Measurement:
 
     def _steps(self, cache: Any, token: int) -> list[float]:
         seconds = []
-        finch = self._case.method in ("finch", COMPILED)
-        with self._subject.graphs.lend(cache, _DECODED) if finch else contextlib.nullcontext() as step:
+        graphs = self._subject.graphs
+        with graphs.lend(cache, _DECODED) if self._case.by_finch else contextlib.nullcontext() as step:
             for _ in range(_DECODED):
                 start = self._now()
                 logits = _logits(self._subject.model, cache, [token]) if step is None else step(token)
@@ -335,18 +338,3 @@ def _logits(model: PreTrainedModel, cache: Any, tokens: list[int]) -> torch.Tens
     ids = torch.tensor([tokens], device=model.device)
     logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits
-
-
-def _text_prompt(finch: Finch, tokens: int) -> Prompt:
-    """A prompt whose passages have exactly ``tokens`` tokens of text."""
-    texts = [text for seed in range(tokens // 900 + 1) for text in make_examples(1, 16, seed)[0].passages]
-    prompt = finch.prompts.build(_QUESTION, [Passage(text) for text in texts])
-    passages: list[list[int]] = []
-    left = tokens
-    for passage in prompt.passages:
-        if left:
-            passages.append(passage[:left])
-            left -= len(passages[-1])
-    if left:
-        raise FinchError(f"the benchmark made {tokens - left} tokens of text where {tokens} were asked for")
-    return Prompt(prompt.prefix, passages, prompt.question, prompt.question_rows, prompt.tail)
