@@ -21,6 +21,8 @@ from .errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .forward import Pack
+
 ATTENTION_NAME = "finch"
 
 # Query rows per call on a CPU. SDPA's CPU kernel computes what a mask then throws away, so rows are processed in
@@ -30,7 +32,7 @@ _CPU_BLOCK_ROWS = 256
 
 
 class SeenEnough(Exception):  # noqa: N818 - no error
-    """Raised by an observer that needs no further layer; it ends the forward pass, see `finch_rag.prefill.forward`."""
+    """Raised by an observer that needs no further layer; it ends the forward pass, see `finch_rag.forward.forward`."""
 
 
 class Observer(Protocol):
@@ -96,6 +98,7 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     finch_observer: Observer | None = None,
+    finch_pack: Pack | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention in the signature of transformers' ``AttentionInterface``.
@@ -109,12 +112,15 @@ def attention_forward(
         dropout: Attention dropout, 0 outside training.
         scaling: Factor on the products; 1/sqrt(head_dim) when None.
         finch_observer: Is shown ``query`` and ``key``; None when nobody looks.
+        finch_pack: Takes over where the rows are several sequences, each with what it sees, and no mask is needed.
         kwargs: What the model passes besides.
 
     Returns:
         The output, shape [batch, rows, heads, head_dim], and None in the place of attention weights.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if finch_pack is not None:
+        return finch_pack.attend(int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]
     if finch_observer is not None:
         finch_observer(int(module.layer_idx), query, key, scaling)  # type: ignore[arg-type]
     if attention_mask is not None or kwargs.get("is_causal") is False or kwargs.get("softcap") is not None:

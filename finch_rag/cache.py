@@ -98,8 +98,7 @@ class CompressedLayer(CacheLayerMixin):
         copy = CompressedLayer(capacity)
         if self.keys is None:  # nothing was read: no passages, and no prefix either
             return copy
-        keys, values = self._buffers()
-        copy.update(keys[:, :, : self.length], values[:, :, : self.length])
+        copy.update(*self.in_use())
         return copy
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
@@ -118,6 +117,11 @@ class CompressedLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         """The capacity, by the name that it had at first in transformers 5."""
         return self.get_max_length()
+
+    def in_use(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the tokens in use, views of shape [1, kv_heads, length, head_dim]."""
+        keys, values = self._buffers()
+        return keys[:, :, : self.length], values[:, :, : self.length]
 
     def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.keys is None or self.values is None:
@@ -207,10 +211,6 @@ class CompressedCache(Cache):
         """Bytes of keys and values in use."""
         return self.bytes_per_token * self.length
 
-    def close_prefix(self) -> None:
-        """Declares everything read so far the prefix."""
-        self.prefix = self.length
-
     def document_positions(self, appended: range) -> torch.Tensor:
         """Document positions of all evictable tokens, in the cache's order.
 
@@ -268,9 +268,8 @@ class CompressedCache(Cache):
         """
         tensors = {"kept": self.kept.contiguous()}
         for number, layer in enumerate(self.layers):
-            keys, values = layer._buffers()
-            tensors[f"keys.{number}"] = keys[:, :, : layer.length].contiguous()
-            tensors[f"values.{number}"] = values[:, :, : layer.length].contiguous()
+            keys, values = layer.in_use()
+            tensors[f"keys.{number}"], tensors[f"values.{number}"] = keys.contiguous(), values.contiguous()
         metadata = {"format": _FORMAT, "prefix": str(self.prefix), "document": self.document.to_json()}
         save_file(tensors, str(path), metadata=metadata)
 

@@ -1,4 +1,4 @@
-"""Generating from a cache: sampling, stopping, streaming of text."""
+"""Generating from a cache, one answer as a stream or several side by side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from .attention import input_embedding
 from .errors import FinchError, InputError, NumericsError
-from .prefill import memory_guard
+from .forward import Segment, memory_guard, packed_logits
+from .text_stream import StopStrings, TextStream, strip_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,18 +77,81 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
     return frozenset(found)
 
 
+class Writer:
+    """Makes an answer of logits, token by token.
+
+    Args:
+        sampling: How tokens are chosen, and when the answer ends.
+        eos_token_ids: Tokens that end it.
+        detokenise: Token ids -> text.
+
+    Attributes:
+        token_ids: Generated so far, the end token included.
+        ended: Whether the answer is complete.
+        stop_reason: Why it ended.
+    """
+
+    def __init__(
+        self, sampling: Sampling, eos_token_ids: frozenset[int], detokenise: Callable[[Sequence[int]], str]
+    ) -> None:
+        self._pick = _sampler(sampling)
+        self._eos = eos_token_ids | frozenset(sampling.stop_token_ids)
+        self._most = sampling.max_new_tokens
+        self._text = TextStream(detokenise)
+        self._stops = StopStrings(sampling.stop)
+        self.token_ids: list[int] = []
+        self.ended = False
+        self.stop_reason: StopReason = "length"
+
+    def push(self, logits: torch.Tensor) -> str:
+        """Chooses the next token; returns the text that became certain, maybe none.
+
+        Args:
+            logits: Float32, shape [1, vocabulary].
+
+        Raises:
+            NumericsError: If they are NaN.
+        """
+        token = self._checked(self._pick(logits), logits)
+        self.token_ids.append(token)
+        if token in self._eos:
+            self.stop_reason = "eos"
+            return self.end()
+        text = self._stops.push(self._text.push(token))
+        if self._stops.stopped or len(self.token_ids) == self._most:
+            text += self.end()
+        return text
+
+    def end(self) -> str:
+        """Ends the answer; returns the text held back."""
+        self.ended = True
+        text = "" if self._stops.stopped else self._stops.push(self._text.flush()) + self._stops.flush()
+        if self._stops.stopped:
+            self.stop_reason = "stop"
+        return text
+
+    def _checked(self, token: torch.Tensor, logits: torch.Tensor) -> int:
+        """The token's id, in one transfer with the check of the logits that it was chosen by."""
+        chosen, has_nan = torch.stack((token.view(()), logits.isnan().any().long())).tolist()
+        if has_nan:
+            raise NumericsError(
+                f"the model's logits are NaN at token {len(self.token_ids)} of the answer: load it with dtype float32 "
+                "or bfloat16, and check its weights"
+            )
+        return int(chosen)
+
+
 class Decoder:
     """Generates an answer on top of a cache, as text deltas.
 
-    Iterate it once. After that ``token_ids``, ``stop_reason`` and ``cancelled`` say what happened.
+    Iterate it once. After that ``writer`` and ``cancelled`` say what happened.
 
     Args:
         model: The model that filled the cache.
-        cache: With room for the prompt and ``sampling.max_new_tokens``.
+        cache: With room for the prompt and the answer.
         prompt: Token ids to read before the answer, at least one.
-        sampling: How tokens are chosen.
-        eos_token_ids: Tokens that end the answer.
-        detokenise: Token ids -> text.
+        writer: Makes the answer.
+        new_tokens: The most tokens of it.
         graphs: Recorded steps of the model; plain forward passes when None.
         cancelled: Asked before each token; the generation ends where it says yes.
     """
@@ -97,9 +161,8 @@ class Decoder:
         model: PreTrainedModel,
         cache: CompressedCache,
         prompt: Sequence[int],
-        sampling: Sampling,
-        eos_token_ids: frozenset[int],
-        detokenise: Callable[[Sequence[int]], str],
+        writer: Writer,
+        new_tokens: int,
         graphs: StepGraphs | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -107,55 +170,32 @@ class Decoder:
         self._graphs = graphs
         self._cache = cache
         self._prompt = list(prompt)
-        self._sampling = sampling
-        self._eos = eos_token_ids | frozenset(sampling.stop_token_ids)
-        self._detokenise = detokenise
+        self._new_tokens = new_tokens
         self._asked_to_end = cancelled
+        self.writer = writer
         self.cancelled = False
-        self.token_ids: list[int] = []
-        self.stop_reason: StopReason = "length"
 
     def __iter__(self) -> Iterator[str]:
         return strip_stream(self._deltas())
 
     def _deltas(self) -> Iterator[str]:
-        text = TextStream(self._detokenise)
-        stopper = StopStrings(self._sampling.stop)
-        for token in self._tokens():
-            if token in self._eos:
-                self.stop_reason = "eos"
-                break
-            if delta := stopper.push(text.push(token)):
-                yield delta
-            if stopper.stopped:
-                break
-        if not stopper.stopped and (delta := stopper.push(text.flush()) + stopper.flush()):
-            yield delta
-        if stopper.stopped:
-            self.stop_reason = "stop"
-
-    def _tokens(self) -> Iterator[int]:
-        """Generated tokens, one forward pass each; the pass for a token runs when the next one is asked for."""
-        pick = _sampler(self._sampling, self._model)
+        """One delta a token, maybe empty; the pass for a token runs when the next one is asked for."""
         with closing(self._logits()) as passes:
-            for number in range(self._sampling.max_new_tokens):
+            while not self.writer.ended:
                 if self._asked_to_end():
                     self.cancelled = True
+                    yield self.writer.end()
                     return
-                logits = next(passes)
-                token = self._checked(pick(logits), logits, number)
-                self.token_ids.append(token)
-                yield token
+                yield self.writer.push(next(passes))
 
     def _logits(self) -> Generator[torch.Tensor, None, None]:
         """Logits after the prompt, then after each generated token; float32, shape [1, vocabulary]."""
         yield self._forward(self._prompt)
         graphs = self._graphs
-        left = self._sampling.max_new_tokens - 1
-        with nullcontext() if graphs is None else graphs.lend(self._cache, left) as step:
+        with nullcontext() if graphs is None else graphs.lend([self._cache], self._new_tokens - 1) as step:
             while True:
-                token = self.token_ids[-1]
-                yield self._forward([token]) if step is None else step(token)
+                token = self.writer.token_ids[-1]
+                yield self._forward([token]) if step is None else step([token])
 
     @torch.inference_mode()
     def _forward(self, token_ids: list[int]) -> torch.Tensor:
@@ -171,18 +211,53 @@ class Decoder:
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 
-    def _checked(self, token: torch.Tensor, logits: torch.Tensor, number: int) -> int:
-        """The token's id, in one transfer with the check of the logits that it was chosen by."""
-        chosen, has_nan = torch.stack((token.view(()), logits.isnan().any().long())).tolist()
-        if has_nan:
-            raise NumericsError(
-                f"the model's logits are NaN at token {number} of the answer: load it with dtype float32 or "
-                "bfloat16, and check its weights"
-            )
-        return int(chosen)
+
+@torch.inference_mode()
+def decode_many(
+    model: PreTrainedModel,
+    caches: Sequence[CompressedCache],
+    prompts: Sequence[Sequence[int]],
+    writers: Sequence[Writer],
+    new_tokens: int,
+    graphs: StepGraphs,
+) -> list[str]:
+    """Generates several answers side by side: each step is one pass, which reads the weights once for all.
+
+    Args:
+        model: The model that filled the caches.
+        caches: One an answer, with room for its prompt and the answer.
+        prompts: Token ids to read before each answer.
+        writers: Make the answers.
+        new_tokens: The most tokens of an answer.
+        graphs: Recorded steps of the model.
+
+    Returns:
+        The answers' texts.
+    """
+    device = input_embedding(model).device
+
+    def forward(rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> dict[int, torch.Tensor]:
+        ids = [torch.tensor(its, device=device) for its in tokens]
+        segments = [Segment.onto(caches[row], its) for row, its in zip(rows, ids, strict=True)]
+        return dict(zip(rows, packed_logits(model, segments).split(1), strict=True))
+
+    deltas: list[list[str]] = [[] for _ in writers]
+    running = list(range(len(writers)))
+    logits = forward(running, prompts)
+    with graphs.lend(caches, new_tokens - 1) as step:
+        while True:
+            for row in running:
+                deltas[row].append(writers[row].push(logits[row]))
+            running = [row for row in running if not writers[row].ended]
+            if not running:
+                return ["".join(strip_stream(iter(its))) for its in deltas]
+            if step is None:
+                logits = forward(running, [writers[row].token_ids[-1:] for row in running])
+            else:  # its shape is fixed: answers that have ended run on, unseen
+                logits = dict(enumerate(step([writer.token_ids[-1] for writer in writers]).split(1)))
 
 
-def _sampler(sampling: Sampling, model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+def _sampler(sampling: Sampling) -> Callable[[torch.Tensor], torch.Tensor]:
     """Logits of shape [1, vocabulary] -> a token's id, one element, on their device."""
     if sampling.temperature == 0:
         return lambda logits: logits.argmax(dim=-1)
@@ -209,87 +284,3 @@ def _sampler(sampling: Sampling, model: PreTrainedModel) -> Callable[[torch.Tens
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
     return pick
-
-
-def strip_stream(deltas: Iterator[str]) -> Iterator[str]:
-    """Deltas whose sum is the stripped sum of ``deltas``: white space waits until text follows it."""
-    held, started = "", False
-    for delta in deltas:
-        text = held + delta if started else delta.lstrip()
-        shown = text.rstrip()
-        held = text[len(shown) :]
-        if shown:
-            started = True
-            yield shown
-
-
-class TextStream:
-    """Tokens -> text deltas whose sum is the decoded text.
-
-    A delta is held back while its end may be half a character (a multi-byte character can be split over tokens).
-    Only a short window of tokens is decoded at each step, so a long answer costs linear time.
-
-    Args:
-        detokenise: Token ids -> text.
-    """
-
-    def __init__(self, detokenise: Callable[[Sequence[int]], str]) -> None:
-        self._detokenise = detokenise
-        self._tokens: list[int] = []
-        self._window = 0  # first token that is decoded again: a token's text can depend on the one before it
-        self._shown = 0  # tokens whose text has been handed out
-
-    def push(self, token: int) -> str:
-        """The text that became certain with this token."""
-        self._tokens.append(token)
-        delta = self._delta()
-        if not delta or delta.endswith("\ufffd"):
-            return ""
-        self._window, self._shown = self._shown, len(self._tokens)
-        return delta
-
-    def flush(self) -> str:
-        """The text held back, at the end."""
-        delta = self._delta()
-        self._window = self._shown = len(self._tokens)
-        return delta
-
-    def _delta(self) -> str:
-        known = self._detokenise(self._tokens[self._window : self._shown])
-        return self._detokenise(self._tokens[self._window :])[len(known) :]
-
-
-class StopStrings:
-    """Ends a stream of text before the first stop string, also when it arrives in pieces.
-
-    Args:
-        stops: The stop strings.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
-        self._held = ""  # text that may be the start of a stop string
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """The part of the text so far that can be shown."""
-        self._held += text
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        hold = max((self._overlap(stop) for stop in self._stops), default=0)
-        cut = len(self._held) - hold
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown
-
-    def flush(self) -> str:
-        """The text held back, at the end."""
-        shown, self._held = self._held, ""
-        return shown
-
-    def _overlap(self, stop: str) -> int:
-        """Characters at the end of the held text that a stop string starts with."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if stop.startswith(self._held[-n:])), 0)

@@ -25,10 +25,10 @@ import torch
 from .attention import SeenEnough, input_embedding, use_finch_attention
 from .cache import CompressedCache
 from .errors import FinchError, InputError, ModelError, WindowError
+from .forward import forward
 from .head_examples import HeadExample, make_examples
 from .paths import cache_folder, write_atomically
 from .planning import RetrievalHeads, window_of
-from .prefill import forward
 from .prompt import Passage, PromptBuilder
 from .scoring import passage_sums, question_attention
 

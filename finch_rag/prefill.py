@@ -3,30 +3,58 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
-from .attention import SeenEnough, input_embedding
+from .attention import input_embedding
 from .cache import CompressedCache
 from .chunking import plan_chunks
 from .errors import DeviceMemoryError
-from .scoring import QuestionObserver, Until, passage_sums
+from .forward import forward, memory_guard
+from .scoring import QuestionObserver, passage_sums
 from .selection import select_passages, select_to_reread, select_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .attention import Observer
     from .planning import PrefillPlan
     from .prompt import Prompt
     from .rope import KeyRotation
 
+Progress = Callable[[int, int], None]  # document tokens read so far, and in all
+Seen = TypeVar("Seen")
+
 _SMALLEST_CHUNK = 64  # below, a step takes hardly less memory than the question alone
 
 _log = logging.getLogger(__name__)
+
+
+class Document(NamedTuple):
+    """What is read chunk by chunk.
+
+    Attributes:
+        lengths: Tokens of each passage.
+        chunk_size: The most tokens of a chunk.
+        device: Where the model reads.
+    """
+
+    lengths: Sequence[int]
+    chunk_size: int
+    device: torch.device
+
+
+class Steps(NamedTuple):
+    """How a document was read.
+
+    Attributes:
+        chunks: Steps.
+        chunk_size: Document tokens of a step at the end: the plan's, or less where the device's memory ran out.
+    """
+
+    chunks: int
+    chunk_size: int
 
 
 class Prefilled(NamedTuple):
@@ -35,14 +63,12 @@ class Prefilled(NamedTuple):
     Attributes:
         cache: Holds prefix and kept tokens.
         attention: What the question paid to each passage when the passage last competed, float32, shape [passages].
-        chunks: Steps of the first reading.
-        chunk_size: Document tokens of a step at its end: the plan's, or less where the device's memory ran out.
+        steps: Of the first reading.
     """
 
     cache: CompressedCache
     attention: torch.Tensor
-    chunks: int
-    chunk_size: int
+    steps: Steps
 
 
 @torch.inference_mode()
@@ -51,7 +77,7 @@ def prefill(
     prompt: Prompt,
     plan: PrefillPlan,
     rotation: KeyRotation,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Progress = lambda done, total: None,
 ) -> Prefilled:
     """Reads all passages into a cache of bounded size.
 
@@ -66,93 +92,129 @@ def prefill(
     Raises:
         DeviceMemoryError: If the device has no memory for the smallest step.
     """
-    reader = _Reader(model, prompt, plan, rotation)
-    reader.scan(on_progress)
-    attention = reader.attention.cpu()
-    if plan.reread and reader.cache.kept_tokens < len(reader.document):
-        kept, passage_of = reader.cache.kept[0].cpu(), reader.passage_of.cpu()
-        chosen = select_to_reread(kept, passage_of, attention, plan.budget, plan.cutoff)
-        if len(chosen):  # fragments make sense only with the keys and values of their first reading
-            reader.read_again(chosen)
-    reader.cache.kept = reader.cache.kept.cpu()
-    return Prefilled(reader.cache, attention, reader.chunks, reader.chunk_size)
+    reader = Reader(model, prompt, plan, rotation)
+
+    def read(chunk: range) -> QuestionObserver:
+        tokens, observer = reader.begin(chunk)
+        forward(model, tokens, reader.cache, observer)
+        return observer
+
+    if not prompt.passages:
+        forward(model, reader.prefix, reader.cache)
+    document = Document(reader.lengths, plan.chunk_size, reader.device)
+    steps = read_in_chunks(read, reader.settle, reader.cache, document, on_progress)
+    if (tokens := reader.choose()) is not None:
+        for piece in tokens.split(steps.chunk_size):
+            forward(model, piece, reader.cache)
+    return reader.result(steps)
 
 
-class _Reader:
-    """Reads chunk by chunk, keeping what the question attends to; then, maybe, the best passages again.
+def read_in_chunks(
+    read: Callable[[range], Seen],
+    settle: Callable[[range, Seen], None],
+    cache: CompressedCache,
+    document: Document,
+    on_progress: Progress,
+) -> Steps:
+    """Reads a document chunk by chunk, in halves from where the device's memory runs out.
+
+    Args:
+        read: Appends a chunk, given by its document positions.
+        settle: Keeps what matters of it, given what ``read`` returned.
+        cache: What ``read`` appends to.
+        document: What is read.
+        on_progress: See `prefill`.
+    """
+    lengths, chunk_size, device = document
+    steps = 0
+    chunks = plan_chunks(lengths, chunk_size)
+    before: torch.cuda.Event | None = None
+    while chunks:
+        chunk, filled = chunks[0], cache.length
+        try:
+            seen = read(chunk)
+        except DeviceMemoryError:
+            if len(chunk) < 2 * _SMALLEST_CHUNK:
+                raise
+            cache.crop_to(filled)
+            while chunk_size >= len(chunk):
+                chunk_size //= 2
+            _log.warning(
+                "%s has no memory for chunks of %d tokens: going on with chunks of %d", device, len(chunk), chunk_size
+            )
+            chunks = plan_chunks(lengths, chunk_size, chunk.start)
+            continue
+        settle(chunk, seen)
+        if device.type == "cuda":  # one step ahead is enough, and leaves a cancelled call little to finish
+            now = torch.cuda.current_stream(device).record_event()
+            if before is not None:
+                before.synchronize()
+            before = now
+        steps += 1
+        on_progress(chunks.pop(0).stop, sum(lengths))
+    return Steps(steps, chunk_size)
+
+
+class Reader:
+    """What one question keeps of the chunks that are read, and reads again.
 
     Everything that a step needs is on the device, and no step asks the device for a value, so that the host runs ahead
     and the device never waits.
+
+    Args:
+        model: A model that runs Finch's attention.
+        prompt: Prefix, passages and question as token ids.
+        plan: Budget, chunk size and selection.
+        rotation: How the model rotates keys.
+
+    Attributes:
+        cache: Prefix, kept tokens, and what a step appends.
+        lengths: Tokens of each passage.
+        last: Last layer of the first reading; -1 where it takes all.
     """
 
     def __init__(self, model: PreTrainedModel, prompt: Prompt, plan: PrefillPlan, rotation: KeyRotation) -> None:
-        self.model, self.prompt, self.plan, self.rotation = model, prompt, plan, rotation
         self.device = input_embedding(model).device
+        self.plan, self.rotation, self.rows = plan, rotation.on(self.device), prompt.question_rows
         self.lengths = [len(passage) for passage in prompt.passages]
+        self.prefix, self.question = self._tensor(prompt.prefix), self._tensor(prompt.question)
         self.document = self._tensor([token for passage in prompt.passages for token in passage])
         self.passage_of = torch.repeat_interleave(
             torch.arange(len(self.lengths), device=self.device),
             self._tensor(self.lengths),
             output_size=len(self.document),
         )
-        self.question = self._tensor(prompt.question)
         self.attention = torch.zeros(len(self.lengths), device=self.device)
-        self.chunks, self.chunk_size = 0, plan.chunk_size
         self.chooses_only = plan.chooses_only(self.lengths)
-        layers = plan.layers_to_scan(self.lengths, model.config.num_hidden_layers)
-        self.last = layers - 1 if layers < model.config.num_hidden_layers else -1
+        self.layers = model.config.num_hidden_layers
+        scanned = plan.layers_to_scan(self.lengths, self.layers)
+        self.last = scanned - 1 if scanned < self.layers else -1
         longest = max(map(len, plan_chunks(self.lengths, plan.chunk_size)), default=0)
         kept = min(plan.budget, len(self.document))
-        self.cache = CompressedCache(layers, len(prompt.prefix) + kept + longest + len(prompt.question))
-        self.cache.kept = self.cache.kept.to(self.device)
+        self.cache = CompressedCache(scanned, len(self.prefix) + kept + longest + len(self.question))
+        self.cache.prefix, self.cache.kept = len(self.prefix), self.cache.kept.to(self.device)
 
-    def scan(self, on_progress: Callable[[int, int], None]) -> None:
-        """The first reading, of prefix and passages."""
-        forward(self.model, self._tensor(self.prompt.prefix), self.cache, Until(self.last))
-        self.cache.close_prefix()
-        chunks = plan_chunks(self.lengths, self.chunk_size)
-        before: torch.cuda.Event | None = None
-        while chunks:
-            if not self._read(chunks[0]):
-                while self.chunk_size >= len(chunks[0]):
-                    self.chunk_size //= 2
-                _log.warning(
-                    "%s has no memory for chunks of %d tokens: going on with chunks of %d",
-                    *(self.device, len(chunks[0]), self.chunk_size),
-                )
-                chunks = plan_chunks(self.lengths, self.chunk_size, chunks[0].start)
-                continue
-            if self.device.type == "cuda":  # one step ahead is enough, and leaves a cancelled call little to finish
-                now = torch.cuda.current_stream(self.device).record_event()
-                if before is not None:
-                    before.synchronize()
-                before = now
-            self.chunks += 1
-            on_progress(chunks.pop(0).stop, len(self.document))
+    def begin(self, chunk: range) -> tuple[torch.Tensor, QuestionObserver]:
+        """Tokens to append for a chunk, the prefix before the first one, and who has to look at them.
 
-    def read_again(self, chosen: torch.Tensor) -> None:
-        """Reads the chosen document positions as if there had never been others."""
-        tokens = torch.cat((self._tensor(self.prompt.prefix), self.document[chosen.to(self.device)]))
-        self.cache = CompressedCache(self.model.config.num_hidden_layers, len(tokens))
-        for piece in tokens.split(self.chunk_size):
-            forward(self.model, piece, self.cache)
-        self.cache.prefix, self.cache.kept = len(self.prompt.prefix), chosen[None]
+        Args:
+            chunk: Document positions.
+        """
+        cache = self.cache
+        parts = [self.document[chunk.start : chunk.stop], self.question]
+        tokens = torch.cat([self.prefix, *parts] if cache.length == 0 else parts)
+        evictable = slice(cache.prefix, cache.prefix + cache.kept_tokens + len(chunk))
+        return tokens, QuestionObserver(len(self.question), self.rows, evictable, self.plan.heads, self.last)
 
-    def _read(self, chunk: range) -> bool:
-        """Reads a chunk and evicts; no, with nothing changed, where the device has no memory but a part would do."""
+    def settle(self, chunk: range, observer: QuestionObserver) -> None:
+        """Evicts, once the chunk was looked at.
+
+        Args:
+            chunk: Document positions.
+            observer: Has looked.
+        """
         cache, plan = self.cache, self.plan
-        start = cache.length
-        evictable = slice(cache.prefix, start + len(chunk))
-        observer = QuestionObserver(len(self.question), self.prompt.question_rows, evictable, plan.heads, self.last)
-        try:
-            forward(self.model, torch.cat((self.document[chunk.start : chunk.stop], self.question)), cache, observer)
-        except DeviceMemoryError:
-            if len(chunk) < 2 * _SMALLEST_CHUNK:
-                raise
-            cache.crop_to(start)
-            return False
-        cache.crop_to(start + len(chunk))
-
+        cache.crop_to(observer.columns.stop)
         scores = observer.by_layer().to(self.device)  # [layers, kept + chunk]
         competing = self.passage_of[cache.document_positions(chunk)]  # [layers or 1, kept + chunk]
         present = passage_sums(torch.ones_like(scores), competing, len(self.lengths)).sum(0) > 0
@@ -161,10 +223,32 @@ class _Reader:
         index = self._select(scores, competing)
         if self.chooses_only and chunk.stop == len(self.document):  # no key will be looked at any more
             cache.kept = cache.document_positions(chunk).gather(1, index[None])
-            return True
+            return
         with memory_guard(self.device, f"moving the keys of {plan.budget} tokens"):
             cache.evict(index, chunk, self.rotation)
-        return True
+
+    def choose(self) -> torch.Tensor | None:
+        """Tokens to read into the cache, now empty, as if there had never been others; None where it stays as it is."""
+        self.attention = self.attention.cpu()
+        if not self.plan.reread or self.cache.kept_tokens >= len(self.document):
+            return None
+        kept, passage_of = self.cache.kept[0].cpu(), self.passage_of.cpu()
+        chosen = select_to_reread(kept, passage_of, self.attention, self.plan.budget, self.plan.cutoff)
+        if not len(chosen):  # fragments make sense only with the keys and values of their first reading
+            return None
+        tokens = torch.cat((self.prefix, self.document[chosen.to(self.device)]))
+        self.cache = CompressedCache(self.layers, len(tokens))
+        self.cache.prefix, self.cache.kept = len(self.prefix), chosen[None]
+        return tokens
+
+    def result(self, steps: Steps) -> Prefilled:
+        """What was read.
+
+        Args:
+            steps: Of the first reading.
+        """
+        self.cache.kept = self.cache.kept.cpu()
+        return Prefilled(self.cache, self.attention, steps)
 
     def _select(self, scores: torch.Tensor, competing: torch.Tensor) -> torch.Tensor:
         if self.plan.selection == "token":
@@ -173,41 +257,3 @@ class _Reader:
 
     def _tensor(self, numbers: list[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self.device)
-
-
-def forward(
-    model: PreTrainedModel, token_ids: torch.Tensor, cache: CompressedCache, observer: Observer | None = None
-) -> None:
-    """Appends tokens to the cache, without computing logits.
-
-    Args:
-        model: A model that runs Finch's attention.
-        token_ids: Shape [tokens]; nothing happens when there are none.
-        cache: The cache to append to.
-        observer: Is shown each layer's queries and keys, and may end the pass by raising `SeenEnough`.
-    """
-    if token_ids.numel() == 0:
-        return
-    device = input_embedding(model).device
-    with memory_guard(device, f"{len(token_ids)} tokens on a cache of {cache.length}"), suppress(SeenEnough):
-        model.base_model(
-            input_ids=token_ids[None].to(device), past_key_values=cache, use_cache=True, finch_observer=observer
-        )
-
-
-@contextmanager
-def memory_guard(device: torch.device, work: str) -> Iterator[None]:
-    """Turns the device's out-of-memory error into one that says what to do.
-
-    Args:
-        device: Where the work runs.
-        work: What was tried.
-    """
-    try:
-        yield
-    except RuntimeError as error:  # the CPU's allocator has no error class of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise DeviceMemoryError(
-            f"{device} has no memory left for {work}; use a smaller chunk_size, or a smaller budget"
-        ) from error

@@ -123,6 +123,7 @@ class PromptBuilder:
         system_prompt: str | None = None,
         history: Sequence[Mapping[str, object]] = (),
         render: Render | None = None,
+        encoded: list[list[int]] | None = None,
     ) -> Prompt:
         """Token ids for a question over passages.
 
@@ -133,6 +134,7 @@ class PromptBuilder:
             system_prompt: The system message; a default when None, the chat template's own (or none) when empty.
             history: Earlier messages of the conversation, see `Message`; never evicted.
             render: Used in place of the tokenizer's chat template, see `finch_rag.chat_template.frame`.
+            encoded: Token ids of the passages, where an earlier prompt has them.
 
         Raises:
             InputError: If the question is empty or not text, or the history cannot be used.
@@ -154,12 +156,13 @@ class PromptBuilder:
         head, tail = self._frame(messages, bool(label), render)
         opening = f"{instructions}\n\n" if instructions else ""
         prefix = head + self.encode([opening])[0]
-        texts = [f"{p.title}\n{p.text}\n\n" if p.title else f"{p.text}\n\n" for p in passages]
+        if encoded is None:
+            encoded = self.encode([f"{p.title}\n{p.text}\n\n" if p.title else f"{p.text}\n\n" for p in passages])
         # The label ends in a space that most tokenizers join to the next word: encode both, then find the border.
         label_ids = self.encode([label.rstrip()])[0]
         question_ids = self.encode([label + question])[0]
         own = len(label_ids) if question_ids[: len(label_ids)] == label_ids else 0
-        return Prompt(prefix, self.encode(texts), question_ids, slice(own, len(question_ids)), tail)
+        return Prompt(prefix, encoded, question_ids, slice(own, len(question_ids)), tail)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of untrusted texts: control tokens inside them stay plain text.

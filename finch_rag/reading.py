@@ -1,10 +1,11 @@
-"""One call's reading of passages: checked when it is built, run once."""
+"""One question's reading of passages: checked when it is built, run once."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,13 @@ from .cache import CachedDocument, CompressedCache
 from .errors import InputError, NumericsError
 from .options import check_length, check_names, check_reading
 from .planning import FixedTokens, PrefillPlan, chunk_within, default_chunk_size, fit
-from .prefill import prefill
+from .prefill import Prefilled, prefill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .engine import Finch
-    from .prompt import Passage
+    from .prompt import Passage, Prompt
 
 
 class Reading:
@@ -33,8 +34,10 @@ class Reading:
         max_new_tokens: Room to leave for the answer.
         options: What differs from the engine's settings, see `finch_rag.options.ReadingOptions`.
         check: Called before the first step and after each; what it raises ends the reading.
+        like: A reading of the same passages, whose token ids are taken.
 
     Attributes:
+        prompt: Token ids.
         answer_prompt: Token ids to read behind the cache, before the answer.
 
     Raises:
@@ -49,6 +52,7 @@ class Reading:
         max_new_tokens: int,
         options: Mapping[str, Any],
         check: Callable[[], None] = lambda: None,
+        like: Reading | None = None,
     ) -> None:
         check_names(options)
         self._check = check
@@ -58,15 +62,16 @@ class Reading:
         self._reread = options.get("reread", finch.reread) and self._selection == "passage"
         budget, chunk_size = options.get("budget", finch.budget), options.get("chunk_size", finch.chunk_size)
         check_reading(budget, chunk_size, self._selection, InputError)
-        self._prompt = finch.prompts.build(
+        self.prompt: Prompt = finch.prompts.build(
             question,
             passages,
             options.get("instructions", finch.instructions),
             options.get("system_prompt", finch.system_prompt),
             options.get("history", ()),
             options.get("render"),
+            None if like is None else like.prompt.passages,
         )
-        prompt = self._prompt
+        prompt = self.prompt
         check_length(sum(map(len, prompt.passages)), options.get("max_context_tokens"))
         self.answer_prompt = [*prompt.question, *prompt.tail]
         fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), max_new_tokens)
@@ -75,21 +80,37 @@ class Reading:
         document = sum(map(len, prompt.passages))
         self._budget, self._chunk_size = fit(finch.window, fixed, budget, chunk_size, default, longest, document)
 
+    @cached_property
+    def plan(self) -> PrefillPlan:
+        """How the passages are read; finds the model's retrieval heads if need be."""
+        heads = self._finch.retrieval_heads() if self._selection == "passage" and self._passages else None
+        return PrefillPlan(self._budget, self._chunk_size, self._selection, heads, self._reread)
+
     def run(self) -> CompressedCache:
         """Reads the passages into a cache that remembers them for citations and report."""
-        finch, prompt = self._finch, self._prompt
         self._check()
-        heads = finch.retrieval_heads() if self._selection == "passage" and self._passages else None
-        plan = PrefillPlan(self._budget, self._chunk_size, self._selection, heads, self._reread)
-
-        def on_progress(done: int, total: int) -> None:
-            self._on_progress("prefill", done, total)
-            self._check()
-
+        plan = self.plan
         start = time.perf_counter()
-        read = prefill(finch.model, prompt, plan, finch.rotation, on_progress)
-        cache, attention = read.cache, read.attention
-        lengths = [len(passage) for passage in prompt.passages]
+        read = prefill(self._finch.model, self.prompt, plan, self._finch.rotation, self.on_progress)
+        return self.finish(read, time.perf_counter() - start)
+
+    def on_progress(self, done: int, total: int) -> None:
+        """Tells of document tokens read so far and in all, and ends a reading that is not wanted any more."""
+        self._on_progress("prefill", done, total)
+        self._check()
+
+    def finish(self, read: Prefilled, seconds: float) -> CompressedCache:
+        """The cache that remembers what was read.
+
+        Args:
+            read: By this reading's plan.
+            seconds: That it took.
+
+        Raises:
+            NumericsError: If the model computed NaN.
+        """
+        finch, cache, attention = self._finch, read.cache, read.attention
+        lengths = [len(passage) for passage in self.prompt.passages]
         total = float(attention.sum())
         if math.isnan(total):
             raise NumericsError("the model's attention is NaN: use dtype float32 or bfloat16, and check its weights")
@@ -104,12 +125,12 @@ class Reading:
                 "model": finch.name,
                 "selection": self._selection if self._passages else "none",
                 "reread": self._reread,
-                "heads": [[layer, head] for layer, its in (heads or {}).items() for head in its],
+                "heads": [[layer, head] for layer, its in (self.plan.heads or {}).items() for head in its],
                 "budget": self._budget,
-                "chunk_size": read.chunk_size,
+                "chunk_size": read.steps.chunk_size,
                 "chunk_size_planned": self._chunk_size,
-                "chunks": read.chunks,
-                "prefill_seconds": time.perf_counter() - start,
+                "chunks": read.steps.chunks,
+                "prefill_seconds": seconds,
             },
         )
         return cache

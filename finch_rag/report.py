@@ -59,8 +59,9 @@ class CompressionReport:
         kv_bytes_full: Bytes that the keys and values of all passages would take.
         kv_bytes_kept: Bytes that the kept ones take.
         chunks: Steps of the prefill.
-        prefill_seconds: Seconds spent reading passages.
-        decode_seconds: Seconds spent on the question and the answer.
+        prefill_seconds: Seconds spent reading passages; where several questions were read for together, this one's
+            part of them.
+        decode_seconds: Seconds spent on the question and the answer, likewise.
         new_tokens: Tokens generated, the end token included.
         stop_reason: "eos", "stop" (a stop string) or "length"; empty before decoding.
         parse_mode: How passages and question were told apart: "apart" when the caller gave them so, else see

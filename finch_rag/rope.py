@@ -8,7 +8,7 @@ sin (YaRN, long RoPE) is in the key already and is not applied again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +44,14 @@ class KeyRotation:
     inv_freq: torch.Tensor
     interleaved: bool
     rotates: tuple[bool, ...]
+
+    def on(self, device: torch.device) -> KeyRotation:
+        """The same with its frequencies on a device, so that turning there copies nothing.
+
+        Args:
+            device: Where positions will be.
+        """
+        return replace(self, inv_freq=self.inv_freq.to(device))
 
     def turn(self, old: torch.Tensor, new: torch.Tensor) -> Turn:
         """The turn that moves keys to other positions, the same in every layer.

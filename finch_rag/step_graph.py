@@ -3,7 +3,7 @@
 A step of one token launches some hundred small kernels, and launching them takes the CPU several times as long as
 running them takes the GPU. Their shapes never change, so the launches are recorded once and replayed. What does change
 lives in tensors: the token, its position, and keys and values in buffers of fixed size, of which a mask hides what is
-not filled yet.
+not filled yet. A step may serve several answers at once, each a row of a batch at a position of its own.
 
 A recorded step is kept and used again by every answer that fits into its buffers.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,9 @@ class FixedLayer(CacheLayerMixin):
     """One layer's keys and values; a step writes at a position that a tensor holds.
 
     Args:
-        keys: Buffer, shape [1, kv_heads, capacity, head_dim].
+        keys: Buffer, shape [answers, kv_heads, capacity, head_dim].
         values: Buffer of the same shape, up to its head_dim.
-        position: Where the next token goes, shape [1].
+        position: Where each answer's next token goes, shape [answers].
     """
 
     is_sliding = False
@@ -50,6 +50,7 @@ class FixedLayer(CacheLayerMixin):
         super().__init__()
         self.keys, self.values = keys, values
         self._position = position
+        self._rows = torch.arange(keys.shape[0], device=keys.device)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -58,11 +59,13 @@ class FixedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes one token's states, shape [1, kv_heads, 1, head_dim]; returns the whole buffers."""
+        """Writes a token of each answer, shape [answers, kv_heads, 1, head_dim]; returns the whole buffers."""
         keys, values = self.keys, self.values
         if keys is None or values is None:
             raise RuntimeError("a layer of fixed size lost its buffers")
-        return keys.index_copy_(2, self._position, key_states), values.index_copy_(2, self._position, value_states)
+        keys[self._rows, :, self._position] = key_states[:, :, 0]
+        values[self._rows, :, self._position] = value_states[:, :, 0]
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All columns: the mask hides those that are not filled."""
@@ -87,23 +90,26 @@ class FixedStep:
     Args:
         model: A model on one device that runs Finch's attention.
         like: A cache of the model, for the shapes.
-        capacity: Tokens that the buffers hold.
+        answers: Answers that a step serves.
+        capacity: Tokens that the buffers hold for each.
         compiled: Whether to fuse the step's kernels before it is recorded.
     """
 
-    def __init__(self, model: PreTrainedModel, like: CompressedCache, capacity: int, compiled: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, like: CompressedCache, answers: int, capacity: int, compiled: bool = False
+    ) -> None:
         device = input_embedding(model).device
-        self.capacity = capacity
+        self.answers, self.capacity = answers, capacity
         self._model = model
-        self._position = torch.zeros(1, dtype=torch.long, device=device)
-        self._token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self._position = torch.zeros(answers, dtype=torch.long, device=device)
+        self._tokens = torch.zeros(answers, 1, dtype=torch.long, device=device)
         self._columns = torch.arange(capacity, device=device)
         self._layers = []
         for layer in like.layers:
             if layer.keys is None or layer.values is None:
                 raise RuntimeError("the cache is empty")
             # Zeros, because a masked column's weight of 0 does not hide a NaN in its value.
-            buffers = [b.new_zeros(*b.shape[:2], capacity, b.shape[3]) for b in (layer.keys, layer.values)]
+            buffers = [b.new_zeros(answers, b.shape[1], capacity, b.shape[3]) for b in (layer.keys, layer.values)]
             self._layers.append(FixedLayer(buffers[0], buffers[1], self._position))
         self._cache = Cache(layers=list(self._layers))
         self._logits: torch.Tensor | None = None
@@ -113,26 +119,30 @@ class FixedStep:
             self._record(device)
 
     @torch.inference_mode()
-    def load(self, cache: CompressedCache) -> None:
-        """Goes on from a cache, which is copied.
+    def load(self, caches: Sequence[CompressedCache]) -> None:
+        """Goes on from caches, which are copied.
 
         Args:
-            cache: At most ``capacity`` tokens.
+            caches: One an answer, of at most ``capacity`` tokens.
         """
-        for mine, its in zip(self._layers, cache.layers, strict=True):
-            for buffer, states in ((mine.keys, its.keys), (mine.values, its.values)):
-                if buffer is not None and states is not None:
-                    buffer[:, :, : cache.length].copy_(states[:, :, : cache.length])
-        self._position.fill_(cache.length)
+        for row, cache in enumerate(caches):
+            for mine, its in zip(self._layers, cache.layers, strict=True):
+                for buffer, states in ((mine.keys, its.keys), (mine.values, its.values)):
+                    if buffer is not None and states is not None:
+                        buffer[row, :, : cache.length].copy_(states[0, :, : cache.length])
+            self._position[row] = cache.length
 
     @torch.inference_mode()
-    def __call__(self, token: int) -> torch.Tensor:
-        """Appends a token; logits after it, float32, shape [1, vocabulary], overwritten by the next call.
+    def __call__(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Appends a token to each answer; logits after it.
 
         Args:
-            token: Its id.
+            tokens: Their ids.
+
+        Returns:
+            Float32, shape [answers, vocabulary]; overwritten by the next call.
         """
-        self._token.fill_(token)
+        self._tokens.copy_(torch.tensor(tokens)[:, None])
         if self._graph is None:
             return self._run()
         self._graph.replay()
@@ -141,13 +151,13 @@ class FixedStep:
         return self._logits
 
     def _step(self) -> torch.Tensor:
-        hidden = (self._columns > self._position)[None, None, None]  # [1, 1, 1, capacity]
+        hidden = (self._columns > self._position[:, None])[:, None, None]  # [answers, 1, 1, capacity]
         # Added to the products: of a mask of truth values SDPA would make this anew in every layer.
         mask = torch.zeros_like(hidden, dtype=self._model.dtype).masked_fill_(hidden, float("-inf"))
         output = self._model(
-            input_ids=self._token,
+            input_ids=self._tokens,
             attention_mask=mask,
-            position_ids=self._position[None],
+            position_ids=self._position[:, None],
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
@@ -174,7 +184,7 @@ class FixedStep:
 
 
 class StepGraphs:
-    """Recorded steps of one model, lent to one answer at a time.
+    """Recorded steps of one model, lent to one answer, or one group of them, at a time.
 
     Args:
         model: Steps are recorded where all of it is on one CUDA device.
@@ -190,14 +200,14 @@ class StepGraphs:
         self._lock = threading.Lock()
 
     @contextmanager
-    def lend(self, cache: CompressedCache, new_tokens: int) -> Iterator[FixedStep | None]:
-        """A step that goes on from a cache; None where plain forward passes have to do.
+    def lend(self, caches: Sequence[CompressedCache], new_tokens: int) -> Iterator[FixedStep | None]:
+        """A step that goes on from caches; None where plain forward passes have to do.
 
         Args:
-            cache: What was read so far.
+            caches: What each answer has read so far, at least one.
             new_tokens: The most tokens that will follow.
         """
-        step = self._take(cache, cache.length + new_tokens)
+        step = self._take(caches, max(cache.length for cache in caches) + new_tokens)
         try:
             yield step
         finally:
@@ -205,21 +215,22 @@ class StepGraphs:
                 with self._lock:
                     self._free = [step, *self._free][:_KEPT]
 
-    def _take(self, cache: CompressedCache, tokens: int) -> FixedStep | None:
+    def _take(self, caches: Sequence[CompressedCache], tokens: int) -> FixedStep | None:
         capacity = -(-tokens // _SIZE_STEP) * _SIZE_STEP
         if not self._usable or capacity > _LARGEST:
             return None
         with self._lock:
-            step = next((step for step in self._free if step.capacity == capacity), None)
+            size = len(caches), capacity
+            step = next((step for step in self._free if (step.answers, step.capacity) == size), None)
             if step is not None:
                 self._free.remove(step)
         try:
-            step = step or FixedStep(self._model, cache, capacity, self._compiled)
+            step = step or FixedStep(self._model, caches[0], *size, self._compiled)
         except RuntimeError as error:  # a layer that asks the device for a value, a library that cannot be recorded
             self._usable = False
             _log.warning(
                 "%s cannot be recorded as a CUDA graph, so it decodes slower: %s", type(self._model).__name__, error
             )
             return None
-        step.load(cache)
+        step.load(caches)
         return step

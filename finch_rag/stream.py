@@ -141,7 +141,7 @@ def _answer(
     if running.cancelled:
         return
     seconds += time.perf_counter() - started
-    new, reason = len(running.token_ids), running.stop_reason
+    new, reason = len(running.writer.token_ids), running.writer.stop_reason
     answers.append(Answer(text, cited, replace(read, decode_seconds=seconds, new_tokens=new, stop_reason=reason)))
 
 

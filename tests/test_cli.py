@@ -320,7 +320,7 @@ def test_version_and_help_load_no_model_library() -> None:
     "command",
     [
         *((), ("ask",), ("rank",), ("demo",), ("heads",)),
-        *(("bench",), ("bench", "speed"), ("bench", "quality"), ("bench", "positions")),
+        *(("bench",), ("bench", "speed"), ("bench", "many"), ("bench", "quality"), ("bench", "positions")),
     ],
 )
 def test_every_command_has_help(command: tuple[str, ...]) -> None:

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finch_rag.cache import CompressedCache
-from finch_rag.decode import Decoder, Sampling, StopStrings, TextStream, strip_stream
+from finch_rag.decode import Decoder, Sampling, Writer
 from finch_rag.engine import Finch
 from finch_rag.errors import InputError, NumericsError, SettingsError
 from finch_rag.prompt import PromptBuilder
+from finch_rag.text_stream import StopStrings, TextStream, strip_stream
 
 from .small import chat_tokenizer, small_finch, texts
 
@@ -42,7 +43,8 @@ class Speaker:
 
 def decoder(tokens: Sequence[int], logits: torch.Tensor | None = None, **sampling: Any) -> Decoder:
     chosen = Sampling(**{"max_new_tokens": 200, **sampling})
-    return Decoder(cast(Any, Speaker(tokens, logits)), CompressedCache(1, 8), [7, 8], chosen, EOS, BUILDER.decode)
+    writer = Writer(chosen, EOS, BUILDER.decode)
+    return Decoder(cast(Any, Speaker(tokens, logits)), CompressedCache(1, 8), [7, 8], writer, chosen.max_new_tokens)
 
 
 def ids(text: str) -> list[int]:
@@ -69,8 +71,8 @@ def test_deltas_join_to_the_text_and_never_show_half_a_character(text: str) -> N
     deltas, running = said(text)
     assert "".join(deltas) == text
     assert "\ufffd" in text or all("\ufffd" not in delta for delta in deltas)
-    assert running.stop_reason == "eos"
-    assert len(ids(text)) + 1 == len(running.token_ids)
+    assert running.writer.stop_reason == "eos"
+    assert len(ids(text)) + 1 == len(running.writer.token_ids)
 
 
 def test_an_emoji_takes_several_tokens_here() -> None:
@@ -131,7 +133,7 @@ def test_stop_strings_end_the_text_before_the_first_however_it_arrives(
 def test_a_stop_string_ends_the_answer_and_is_not_shown(stops: tuple[str, ...], shown: str) -> None:
     deltas, running = said("The bridge was built in 1874.", stop=stops)
     assert "".join(deltas) == shown
-    assert running.stop_reason == ("eos" if shown.endswith("1874.") else "stop")
+    assert running.writer.stop_reason == ("eos" if shown.endswith("1874.") else "stop")
 
 
 def test_a_stop_token_ends_the_answer_as_an_end_token_does() -> None:
@@ -140,18 +142,18 @@ def test_a_stop_token_ends_the_answer_as_an_end_token_does() -> None:
         running = decoder([*tokens, *EOS], stop_token_ids=(tokens[place], 399))
         first = tokens.index(tokens[place])
         assert "".join(running) == BUILDER.decode(tokens[:first]).strip()
-        assert (running.stop_reason, running.token_ids) == ("eos", tokens[: first + 1])
+        assert (running.writer.stop_reason, running.writer.token_ids) == ("eos", tokens[: first + 1])
 
 
 def test_the_models_own_end_token_still_ends_the_answer_beside_a_stop_token() -> None:
     deltas, running = said("The bridge.", stop_token_ids=(399,))
     assert "".join(deltas) == "The bridge."
-    assert (running.stop_reason, running.token_ids[-1]) == ("eos", *EOS)
+    assert (running.writer.stop_reason, running.writer.token_ids[-1]) == ("eos", *EOS)
 
 
 def test_no_token_is_made_after_a_stop_string() -> None:
     _, running = said("The bridge was built in 1874.", stop=("The",))
-    assert len(running.token_ids) <= len(ids("The"))
+    assert len(running.writer.token_ids) <= len(ids("The"))
 
 
 def test_the_start_of_a_stop_string_is_held_back_and_shown_when_it_comes_to_nothing() -> None:
@@ -174,7 +176,7 @@ def test_a_stripped_stream_joins_to_the_stripped_text(pieces: list[str]) -> None
 def test_the_answer_ends_at_the_length() -> None:
     running = decoder(ids("The bridge was built"), max_new_tokens=3)
     assert "".join(running) == BUILDER.decode(ids("The bridge was built")[:3]).strip()
-    assert (running.stop_reason, len(running.token_ids)) == ("length", 3)
+    assert (running.writer.stop_reason, len(running.writer.token_ids)) == ("length", 3)
 
 
 def test_each_token_is_read_once_and_the_last_is_not() -> None:
@@ -196,7 +198,7 @@ PROBABILITIES[[10, 11, 12, 13]] = torch.tensor([0.4, 0.3, 0.2, 0.1])
 def drawn(count: int = 300, **sampling: Any) -> list[int]:
     running = decoder([], PROBABILITIES.log(), max_new_tokens=count, **{"temperature": 1.0, "seed": 0, **sampling})
     list(running)
-    return running.token_ids
+    return running.writer.token_ids
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:

@@ -152,7 +152,7 @@ def test_two_hundred_evictions_in_bfloat16_leave_one_rounding() -> None:
         return list(range(len(stored) - count, len(stored)))
 
     append(prefix)
-    cache.close_prefix()
+    cache.prefix = prefix
     names: list[int] = []  # of the tokens behind the prefix, in order
     for _ in range(200):
         names += append(chunk)

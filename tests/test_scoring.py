@@ -7,7 +7,7 @@ import torch
 
 from finch_rag.attention import use_finch_attention
 from finch_rag.cache import CompressedCache
-from finch_rag.prefill import forward
+from finch_rag.forward import forward
 from finch_rag.scoring import QuestionObserver, passage_sums, question_attention
 
 from .small import ARCHITECTURES, small_model

@@ -9,7 +9,7 @@ import torch
 from finch_rag import step_graph
 from finch_rag.attention import use_finch_attention
 from finch_rag.cache import CompressedCache
-from finch_rag.prefill import forward
+from finch_rag.forward import forward
 from finch_rag.step_graph import FixedStep, StepGraphs
 
 from .small import ARCHITECTURES, small_finch, small_model, texts
@@ -40,25 +40,25 @@ def model_of(kind: str) -> Any:
 def test_a_fixed_step_computes_what_a_pass_on_the_cache_computes(kind: str) -> None:
     model = model_of(kind)
     cache = filled(model, list(range(20, 57)))
-    step = FixedStep(model, cache, 64)
-    step.load(cache)
+    step = FixedStep(model, cache, 1, 64)
+    step.load([cache])
     for token, expected in zip([5, 9, 300], plain(model, cache, [5, 9, 300]), strict=True):
-        torch.testing.assert_close(step(token), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(step([token]), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_a_longer_cache_left_behind_is_not_seen() -> None:
     model = model_of("llama")
-    step = FixedStep(model, filled(model, [3]), 64)
-    step.load(filled(model, list(range(20, 77))))
-    step(8)
+    step = FixedStep(model, filled(model, [3]), 1, 64)
+    step.load([filled(model, list(range(20, 77)))])
+    step([8])
     short = filled(model, [3, 4, 5])
-    step.load(short)
-    torch.testing.assert_close(step(5), plain(model, short, [5])[0], atol=1e-4, rtol=1e-4)
+    step.load([short])
+    torch.testing.assert_close(step([5]), plain(model, short, [5])[0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_cpu_decodes_without_recorded_steps() -> None:
     model = model_of("llama")
-    with StepGraphs(model).lend(filled(model, [3, 4]), 8) as step:
+    with StepGraphs(model).lend([filled(model, [3, 4])], 8) as step:
         assert step is None
 
 
@@ -72,25 +72,25 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> StepGraphs:
 
 def test_a_step_is_used_again_by_an_answer_of_its_size(graphs: StepGraphs) -> None:
     cache = filled(graphs._model, [3, 4])
-    with graphs.lend(cache, 8) as first:
+    with graphs.lend([cache], 8) as first:
         pass
-    with graphs.lend(cache, 400) as again, graphs.lend(cache, 8) as beside:
+    with graphs.lend([cache], 400) as again, graphs.lend([cache], 8) as beside:
         assert again is first
         assert beside not in (None, first)  # one answer at a time
-    with graphs.lend(cache, 600) as larger:
+    with graphs.lend([cache], 600) as larger:
         assert larger is not None
         assert larger.capacity == 1024
     assert len(graphs._free) == step_graph._KEPT
 
 
 def test_a_step_goes_back_when_its_answer_fails(graphs: StepGraphs) -> None:
-    with pytest.raises(KeyError), graphs.lend(filled(graphs._model, [3, 4]), 8):
+    with pytest.raises(KeyError), graphs.lend([filled(graphs._model, [3, 4])], 8):
         raise KeyError
     assert len(graphs._free) == 1
 
 
 def test_long_caches_are_decoded_as_they_are(graphs: StepGraphs) -> None:
-    with graphs.lend(filled(graphs._model, [3, 4]), step_graph._LARGEST) as step:
+    with graphs.lend([filled(graphs._model, [3, 4])], step_graph._LARGEST) as step:
         assert step is None
 
 
@@ -104,7 +104,7 @@ def test_a_model_that_cannot_be_recorded_decodes_without(
     cache = filled(graphs._model, [3, 4])
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            with graphs.lend(cache, 8) as step:
+            with graphs.lend([cache], 8) as step:
                 assert step is None
     assert [record.message for record in caplog.records] == [
         "LlamaForCausalLM cannot be recorded as a CUDA graph, so it decodes slower: operation not permitted when "
@@ -116,19 +116,19 @@ def test_a_model_that_cannot_be_recorded_decodes_without(
 def test_answers_are_the_same_with_and_without(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     finch = small_finch(max_new_tokens=12)
     expected = [finch.ask(question, texts(8), **options).text for question in ("When?", "Who was it?")]
-    monkeypatch.setattr(finch._step_graphs, "_usable", True)
+    monkeypatch.setattr(finch.step_graphs, "_usable", True)
     assert [finch.ask(question, texts(8), **options).text for question in ("When?", "Who was it?")] == expected
-    assert len(finch._step_graphs._free) == 1  # both answers had the same
+    assert len(finch.step_graphs._free) == 1  # both answers had the same
 
 
 def test_a_stream_that_is_closed_gives_its_step_back(monkeypatch: pytest.MonkeyPatch) -> None:
     finch = small_finch(max_new_tokens=12)
-    monkeypatch.setattr(finch._step_graphs, "_usable", True)
+    monkeypatch.setattr(finch.step_graphs, "_usable", True)
     with finch.stream("When?", texts(8)) as stream:
         next(stream)
         next(stream)
-        assert not finch._step_graphs._free
-    assert len(finch._step_graphs._free) == 1
+        assert not finch.step_graphs._free
+    assert len(finch.step_graphs._free) == 1
 
 
 @pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
@@ -138,7 +138,7 @@ def test_a_recorded_step_gives_the_same_answer_on_a_gpu(monkeypatch: pytest.Monk
     on_gpu = small_finch(max_new_tokens=12)
     torch.nn.Module.to(on_gpu.model, "cuda")
     graphs = StepGraphs(on_gpu.model)
-    monkeypatch.setattr(on_gpu, "_step_graphs", graphs)
+    monkeypatch.setattr(on_gpu, "step_graphs", graphs)
     assert [on_gpu.ask("When?", texts(8)).text for _ in range(2)] == [expected] * 2
     assert graphs._free
     assert graphs._free[0]._graph is not None

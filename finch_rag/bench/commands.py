@@ -70,6 +70,14 @@ ShardOption = Annotated[
         help="Ask only the I-th of N parts of the questions, I from 1 to N: start N processes on one folder.",
     ),
 ]
+ShapeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Random weights of this shape in place of --model: llama-8b, llama-1b, qwen-1.5b or tiny.",
+        show_default=False,
+    ),
+]
 PlotOption = Annotated[
     Path | None,
     typer.Option("--plot", metavar="FILE", help="Draw the figures too: .png, .svg or .pdf.", show_default=False),
@@ -91,14 +99,7 @@ def bench_speed(
             "environment of make bench-peers).",
         ),
     ] = "full,finch",
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Random weights of this shape in place of --model: llama-8b, llama-1b, qwen-1.5b or tiny.",
-            show_default=False,
-        ),
-    ] = None,
+    shape: ShapeOption = None,
     plot: PlotOption = None,
 ) -> None:
     """Time prefill and decoding, and measure memory, of the plain model and of Finch.
@@ -121,6 +122,26 @@ def bench_speed(
         shape=shape,
         plot=plot,
     )
+
+
+@app.command("many")
+def bench_many(
+    model: ModelOption = EMBEDDED,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the passages.")] = 32768,
+    questions: Annotated[int, typer.Option(metavar="N", help="Questions over the same passages.")] = 8,
+    budget: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of passages kept for each.")] = 512,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of an answer.")] = 32,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Runs of each way; the median counts.")] = 3,
+    shape: ShapeOption = None,
+) -> None:
+    """Time several questions over one list of passages, one after another and by ask_many.
+
+    Prints a table; the last line is one JSON object.
+    """
+    session.check_positive(tokens=tokens, questions=questions, budget=budget, new_tokens=new_tokens, repeats=repeats)
+    with _extra():
+        from . import many
+    many.main(model, tokens, questions, budget, new_tokens, repeats, shape)
 
 
 @app.command(

@@ -21,9 +21,10 @@ from ..attention import use_finch_attention
 from ..compiling import compile_layers
 from ..engine import Finch
 from ..errors import FinchError, InputError, MissingExtraError
+from ..forward import memory_guard
 from ..models import resolve_device, resolve_dtype
 from ..planning import FixedTokens, PrefillPlan, RetrievalHeads, fit, window_of
-from ..prefill import memory_guard, prefill
+from ..prefill import prefill
 from ..prompt import Prompt
 from ..reading import usual_chunk_size
 from ..rope import KeyRotation
@@ -123,7 +124,7 @@ class Subject:
                 return text_prompt(finch, tokens)
 
             heads = finch.retrieval_heads()
-            return cls(finch.model, finch.rotation, heads, finch._step_graphs, prompt, finch.name)
+            return cls(finch.model, finch.rotation, heads, finch.step_graphs, prompt, finch.name)
         device = resolve_device("auto")
         model = random_model(case.shape, device, resolve_dtype("auto", device, None))
         rotation = KeyRotation.of(model, window_of(model.config))
@@ -171,7 +172,7 @@ class Measurement:
         self._device: torch.device = model.device
         self._prompt = self._subject.prompt(case.tokens)
         self._loaded = in_use(self._device)
-        warm_up = max(_WARM_UP_TOKENS, _WARM_UP_CHUNKS * self._plan(self._prompt).chunk_size)
+        warm_up = max(_WARM_UP_TOKENS, _WARM_UP_CHUNKS * plan_of(case, self._subject, self._prompt).chunk_size)
         self._measure(self._subject.prompt(min(case.tokens, warm_up)))
         self._rate = matrix_rate(model)
 
@@ -186,15 +187,6 @@ class Measurement:
         done = 2 * layer_tokens * sum(weight.numel() for weight in _layer_weights(self._subject.model))
         return Run(prefill_seconds, first_token_seconds, decode_ms, peak[0], done / prefill_seconds / self._rate)
 
-    def _plan(self, prompt: Prompt) -> PrefillPlan:
-        case, subject = self._case, self._subject
-        fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), _DECODED)
-        usual = usual_chunk_size(subject.model)
-        lengths = [len(passage) for passage in prompt.passages]
-        sizes = case.budget, case.chunk_size or None, usual, max(lengths), sum(lengths)
-        budget, chunk_size = fit(window_of(subject.model.config), fixed, *sizes)
-        return PrefillPlan(budget, chunk_size, "passage", subject.heads, reread=True)
-
     @torch.inference_mode()
     def _measure(self, prompt: Prompt) -> tuple[float, float, float, int]:
         """Seconds to the cache and to the first token's logits, milliseconds of a step, layers x tokens."""
@@ -202,7 +194,7 @@ class Measurement:
         start = self._now()
         try:
             with memory_guard(self._device, f"{case.method} on {case.tokens:,} tokens"):
-                read = METHODS[case.method](self._subject, self._plan(prompt), prompt)
+                read = METHODS[case.method](self._subject, plan_of(case, self._subject, prompt), prompt)
                 prefill_seconds = self._now() - start
                 logits = read.logits
                 if logits is None:
@@ -217,10 +209,10 @@ class Measurement:
     def _steps(self, cache: Any, token: int) -> list[float]:
         seconds = []
         graphs = self._subject.graphs
-        with graphs.lend(cache, _DECODED) if self._case.by_finch else contextlib.nullcontext() as step:
+        with graphs.lend([cache], _DECODED) if self._case.by_finch else contextlib.nullcontext() as step:
             for _ in range(_DECODED):
                 start = self._now()
-                logits = _logits(self._subject.model, cache, [token]) if step is None else step(token)
+                logits = _logits(self._subject.model, cache, [token]) if step is None else step([token])
                 token = int(logits.argmax())
                 seconds.append(self._now() - start)
         return seconds
@@ -229,6 +221,22 @@ class Measurement:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
+
+
+def plan_of(case: Case, subject: Subject, prompt: Prompt, new_tokens: int = _DECODED) -> PrefillPlan:
+    """How Finch reads a prompt.
+
+    Args:
+        case: For budget and chunk size.
+        subject: The model.
+        prompt: The prompt.
+        new_tokens: Tokens that will be decoded.
+    """
+    fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), new_tokens)
+    lengths = [len(passage) for passage in prompt.passages]
+    sizes = case.budget, case.chunk_size or None, usual_chunk_size(subject.model), max(lengths), sum(lengths)
+    budget, chunk_size = fit(window_of(subject.model.config), fixed, *sizes)
+    return PrefillPlan(budget, chunk_size, "passage", subject.heads, reread=True)
 
 
 def full(subject: Subject, plan: PrefillPlan, prompt: Prompt) -> Read:
@@ -244,7 +252,7 @@ def finch(subject: Subject, plan: PrefillPlan, prompt: Prompt) -> Read:
     read = prefill(model, prompt, plan, subject.rotation)
     lengths = [len(passage) for passage in prompt.passages]
     scanned = plan.layers_to_scan(lengths, _layers(model))
-    layer_tokens = (len(prompt.prefix) + sum(lengths) + read.chunks * len(prompt.question)) * scanned
+    layer_tokens = (len(prompt.prefix) + sum(lengths) + read.steps.chunks * len(prompt.question)) * scanned
     if read.cache.kept_tokens < sum(lengths):
         layer_tokens += read.cache.length * _layers(model)
     return Read(read.cache.fork(len(prompt.question) + len(prompt.tail) + _DECODED), None, layer_tokens)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from finch_rag import prefill_many
+from finch_rag.bench import many
+from finch_rag.commands import app
+from finch_rag.errors import InputError
+
+
+def measured(command: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["bench", "many", *command.split()], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def test_both_ways_are_timed_over_a_shared_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_many, "_SHORTLIST_TOKENS", 200)
+    found = measured("--shape tiny --tokens 1400 --questions 3 --budget 60 --new-tokens 4 --repeats 2")
+    assert found["shared"]
+    assert list(found["ways"]) == ["one by one", "ask_many"]
+    for row in found["ways"].values():
+        assert row["reading (s)"] > 0
+        assert row["answers (s)"] > 0
+    assert found["throughput"] > 0
+
+
+def test_a_short_list_is_not_shared() -> None:
+    assert not measured("--shape tiny --tokens 300 --questions 2 --budget 60 --new-tokens 2 --repeats 1")["shared"]
+
+
+def test_a_mistake_in_the_arguments_is_told() -> None:
+    with pytest.raises(InputError, match="shape 'llama-9b' is unknown"):
+        many.main(shape="llama-9b")
+    with pytest.raises(InputError, match="0 questions"):
+        many.main(questions=0)
+    refused = CliRunner().invoke(app, ["bench", "many", "--questions", "0"])
+    assert isinstance(refused.exception, (InputError, SystemExit))
+    assert refused.exit_code != 0

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from finch_rag.attention import SeenEnough, use_finch_attention
+from finch_rag.cache import CompressedCache
+from finch_rag.errors import DeviceMemoryError
+from finch_rag.forward import Segment, forward, forward_packed, packed_logits
+from finch_rag.scoring import Until
+
+from .small import ARCHITECTURES, small_model
+
+SEQUENCES = ([5, 9, 300, 7], [11], list(range(20, 60)))
+
+
+def model_of(kind: str) -> Any:
+    model = small_model(kind)
+    use_finch_attention(model)
+    return model
+
+
+def empty(model: Any) -> CompressedCache:
+    return CompressedCache(model.config.num_hidden_layers, 64)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@torch.inference_mode()
+def test_sequences_side_by_side_are_read_as_each_alone(kind: str) -> None:
+    model = model_of(kind)
+    packed, alone = ([empty(model) for _ in SEQUENCES] for _ in range(2))
+    for length in (3, 0):  # onto caches that hold something already, of different lengths
+        for mine, its, tokens in zip(packed, alone, SEQUENCES, strict=True):
+            for cache in (mine, its):
+                if cache.length == 0:
+                    forward(model, torch.tensor(tokens[:length]), cache)
+    segments = [Segment.onto(cache, torch.tensor(its)) for cache, its in zip(packed, SEQUENCES, strict=True)]
+    logits = packed_logits(model, segments)
+    for row, cache, mine, tokens in zip(logits, alone, packed, SEQUENCES, strict=True):
+        expected = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits[0, -1]
+        torch.testing.assert_close(row, expected, atol=1e-4, rtol=1e-4)
+        for found, other in zip(mine.layers, cache.layers, strict=True):
+            torch.testing.assert_close(found.in_use(), other.in_use(), atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_an_observer_sees_its_own_rows_and_what_they_see() -> None:
+    model = model_of("llama")
+    seen: dict[str, list[tuple[int, int, int]]] = {"first": [], "second": []}
+
+    def watch(name: str) -> Any:
+        return lambda layer, query, key, scaling: seen[name].append((layer, query.shape[2], key.shape[2]))
+
+    first, second = empty(model), empty(model)
+    forward(model, torch.tensor([8, 9]), second)
+    forward_packed(
+        model,
+        [
+            Segment.onto(first, torch.tensor([3, 4, 5]), watch("first")),
+            Segment.onto(second, torch.tensor([6]), watch("second")),
+        ],
+    )
+    assert seen == {"first": [(0, 3, 3), (1, 3, 3)], "second": [(0, 1, 3), (1, 1, 3)]}
+
+
+@torch.inference_mode()
+def test_a_pass_that_has_seen_enough_ends_with_every_sequence_in_its_cache() -> None:
+    model = model_of("llama")
+    caches = [CompressedCache(1, 8), CompressedCache(1, 8)]  # no layer above the first is asked for
+    forward_packed(model, [Segment.onto(cache, torch.tensor([3, 4]), Until(0)) for cache in caches])
+    assert [cache.length for cache in caches] == [2, 2]
+
+
+@torch.inference_mode()
+def test_a_sequence_may_see_what_another_has_just_appended() -> None:
+    model = model_of("llama")
+    text, expected = empty(model), empty(model)
+    forward(model, torch.tensor([5, 9, 300, 7, 8]), expected)
+
+    def behind(layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = text.layers[layer].in_use()
+        torch.testing.assert_close(key, expected.layers[layer].in_use()[0][:, :, 3:], atol=1e-4, rtol=1e-4)
+        return torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2)
+
+    question = Segment(torch.tensor([7, 8]), torch.tensor([3, 4]), behind)
+    forward_packed(model, [Segment.onto(text, torch.tensor([5, 9, 300])), question])
+    assert text.length == 3
+
+
+def test_memory_that_runs_out_says_how_much_was_tried() -> None:
+    model = model_of("llama")
+
+    def fail(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    segments = [Segment.onto(empty(model), torch.tensor([3, 4]), fail) for _ in range(2)]
+    with pytest.raises(DeviceMemoryError, match="4 tokens in 2 sequences"), torch.inference_mode():
+        forward_packed(model, segments)
+
+
+def test_other_signals_of_an_observer_pass() -> None:
+    model = model_of("llama")
+
+    def fail(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError), torch.inference_mode():
+        forward_packed(model, [Segment.onto(empty(model), torch.tensor([3]), fail)])
+    assert not issubclass(KeyError, SeenEnough)
