@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -175,10 +175,10 @@ class Decoder:
         self.writer = writer
         self.cancelled = False
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str, None, None]:
         return strip_stream(self._deltas())
 
-    def _deltas(self) -> Iterator[str]:
+    def _deltas(self) -> Generator[str, None, None]:
         """One delta a token, maybe empty; the pass for a token runs when the next one is asked for."""
         with closing(self._logits()) as passes:
             while not self.writer.ended:
@@ -250,7 +250,7 @@ def decode_many(
                 deltas[row].append(writers[row].push(logits[row]))
             running = [row for row in running if not writers[row].ended]
             if not running:
-                return ["".join(strip_stream(iter(its))) for its in deltas]
+                return ["".join(its).strip() for its in deltas]
             if step is None:
                 logits = forward(running, [writers[row].token_ids[-1:] for row in running])
             else:  # its shape is fixed: answers that have ended run on, unseen

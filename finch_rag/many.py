@@ -59,23 +59,20 @@ def _read(finch: Finch, readings: Sequence[Reading], shared: bool) -> list[Compr
 
 
 def _write(
-    finch: Finch, readings: Sequence[Reading], caches: Sequence[CompressedCache], sampling: Sampling
+    finch: Finch, readings: Sequence[Reading], caches: list[CompressedCache], sampling: Sampling
 ) -> Iterator[Answer]:
     prompts = [reading.answer_prompt for reading in readings]
-    rooms = [len(prompt) + sampling.max_new_tokens for prompt in prompts]
-    forks = [cache.fork(room) for cache, room in zip(caches, rooms, strict=True)]
+    cited = [citations(cache, kept_only=True) for cache in caches]
+    reports = [report(cache, len(prompt)) for cache, prompt in zip(caches, prompts, strict=True)]
     writers = [finch.writer(sampling) for _ in readings]
     start = time.perf_counter()
-    texts = decode_many(finch.model, forks, prompts, writers, sampling.max_new_tokens, finch.step_graphs)
+    for number, prompt in enumerate(prompts):  # one by one, so that the room that reading needed is free again
+        caches[number] = caches[number].fork(len(prompt) + sampling.max_new_tokens)
+    texts = decode_many(finch.model, caches, prompts, writers, sampling.max_new_tokens, finch.step_graphs)
     seconds = (time.perf_counter() - start) / len(readings)
-    for cache, prompt, writer, text in zip(caches, prompts, writers, texts, strict=True):
-        read = replace(
-            report(cache, len(prompt)),
-            decode_seconds=seconds,
-            new_tokens=len(writer.token_ids),
-            stop_reason=writer.stop_reason,
-        )
-        yield Answer(text, citations(cache, kept_only=True), read)
+    for text, its, read, writer in zip(texts, cited, reports, writers, strict=True):
+        new, reason = len(writer.token_ids), writer.stop_reason
+        yield Answer(text, its, replace(read, decode_seconds=seconds, new_tokens=new, stop_reason=reason))
 
 
 def _listed(questions: Iterable[str]) -> list[str]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _SIZE_STEP = 512  # buffers come in multiples of this, so that most answers meet a step of their size
 _LARGEST = 16_384  # beyond, the second copy of keys and values costs more than it saves
+_SPARE = 2  # times as many columns as needed cost a step little: weights are most of what it reads
 _KEPT = 2  # recorded steps that an engine keeps
 _WARM_UPS = 2  # steps before the recording, in which libraries allocate what they need
 
@@ -117,6 +118,14 @@ class FixedStep:
         self._run: Callable[[], torch.Tensor] = torch.compile(self._step, dynamic=False) if compiled else self._step
         if device.type == "cuda":
             self._record(device)
+
+    def serves(self, answers: int, tokens: int) -> bool:
+        """Whether so many answers of so many tokens run on it without much waste."""
+        return self.answers == answers and tokens <= self.capacity <= _SPARE * tokens
+
+    def replaces(self, other: FixedStep) -> bool:
+        """Whether it serves whatever another, smaller step does, so that only one of them need be kept."""
+        return self.capacity > other.capacity and self.serves(other.answers, other.capacity)
 
     @torch.inference_mode()
     def load(self, caches: Sequence[CompressedCache]) -> None:
@@ -213,19 +222,20 @@ class StepGraphs:
         finally:
             if step is not None:
                 with self._lock:
-                    self._free = [step, *self._free][:_KEPT]
+                    others = [other for other in self._free if not step.replaces(other)]
+                    self._free = [step, *others][:_KEPT]
 
     def _take(self, caches: Sequence[CompressedCache], tokens: int) -> FixedStep | None:
         capacity = -(-tokens // _SIZE_STEP) * _SIZE_STEP
         if not self._usable or capacity > _LARGEST:
             return None
         with self._lock:
-            size = len(caches), capacity
-            step = next((step for step in self._free if (step.answers, step.capacity) == size), None)
+            fitting = [step for step in self._free if step.serves(len(caches), capacity)]
+            step = min(fitting, key=lambda step: step.capacity, default=None)
             if step is not None:
                 self._free.remove(step)
         try:
-            step = step or FixedStep(self._model, caches[0], *size, self._compiled)
+            step = step or FixedStep(self._model, caches[0], len(caches), capacity, self._compiled)
         except RuntimeError as error:  # a layer that asks the device for a value, a library that cannot be recorded
             self._usable = False
             _log.warning(

@@ -7,6 +7,7 @@ import contextvars
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -133,11 +134,12 @@ def _answer(
     cache = cache.fork(prompt_tokens + max_new_tokens)  # frees the room that reading needed
     running = decoder(cache)
     text = ""
-    for delta in running:
-        text += delta
-        seconds += time.perf_counter() - started  # not the reader's own time between two deltas
-        yield delta
-        started = time.perf_counter()
+    with closing(iter(running)) as deltas:
+        for delta in deltas:
+            text += delta
+            seconds += time.perf_counter() - started  # not the reader's own time between two deltas
+            yield delta
+            started = time.perf_counter()
     if running.cancelled:
         return
     seconds += time.perf_counter() - started

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 
 
-def strip_stream(deltas: Iterator[str]) -> Iterator[str]:
-    """Deltas whose sum is the stripped sum of ``deltas``: white space waits until text follows it."""
+def strip_stream(deltas: Generator[str, None, None]) -> Generator[str, None, None]:
+    """Deltas whose sum is the stripped sum of ``deltas``: white space waits until text follows it.
+
+    Closing it closes ``deltas``.
+    """
     held, started = "", False
-    for delta in deltas:
-        text = held + delta if started else delta.lstrip()
-        shown = text.rstrip()
-        held = text[len(shown) :]
-        if shown:
-            started = True
-            yield shown
+    with closing(deltas):  # by name: Python 3.12 keeps a closed generator's variables alive
+        for delta in deltas:
+            text = held + delta if started else delta.lstrip()
+            shown = text.rstrip()
+            held = text[len(shown) :]
+            if shown:
+                started = True
+                yield shown
 
 
 class TextStream:

@@ -170,7 +170,7 @@ def test_white_space_around_the_answer_is_stripped(text: str, shown: str) -> Non
 
 @given(st.lists(st.text("a \n", max_size=3), max_size=10))
 def test_a_stripped_stream_joins_to_the_stripped_text(pieces: list[str]) -> None:
-    assert "".join(strip_stream(iter(pieces))) == "".join(pieces).strip()
+    assert "".join(strip_stream(piece for piece in pieces)) == "".join(pieces).strip()
 
 
 def test_the_answer_ends_at_the_length() -> None:

@@ -80,7 +80,6 @@ def test_a_step_is_used_again_by_an_answer_of_its_size(graphs: StepGraphs) -> No
     with graphs.lend([cache], 600) as larger:
         assert larger is not None
         assert larger.capacity == 1024
-    assert len(graphs._free) == step_graph._KEPT
 
 
 def test_a_step_goes_back_when_its_answer_fails(graphs: StepGraphs) -> None:
@@ -142,3 +141,31 @@ def test_a_recorded_step_gives_the_same_answer_on_a_gpu(monkeypatch: pytest.Monk
     assert [on_gpu.ask("When?", texts(8)).text for _ in range(2)] == [expected] * 2
     assert graphs._free
     assert graphs._free[0]._graph is not None
+
+
+def test_a_larger_step_serves_smaller_answers_and_takes_the_place_of_their_own(graphs: StepGraphs) -> None:
+    cache = filled(graphs._model, [3, 4])
+    for new_tokens in (600, 1100, 700):  # 1,024 and 1,536 columns, of which the larger do for 1,024
+        with graphs.lend([cache], new_tokens) as step:
+            pass
+    assert step is not None
+    assert [kept.capacity for kept in graphs._free] == [1536]
+    with graphs.lend([cache], 400) as small:  # 1,536 columns for 402 tokens would be waste
+        assert small is not None
+        assert small.capacity == 512
+    with graphs.lend([cache, cache], 700) as pair:
+        assert pair is not None
+        assert (pair.answers, pair.capacity) == (2, 1024)
+    assert len(graphs._free) == step_graph._KEPT < 3
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_step_of_several_answers_computes_what_each_alone_computes(kind: str) -> None:
+    model = model_of(kind)
+    caches = [filled(model, tokens) for tokens in (list(range(20, 57)), [3], [9, 300, 8, 8])]
+    step = FixedStep(model, caches[0], 3, 64)
+    step.load(caches)
+    alone = [plain(model, cache, tokens) for cache, tokens in zip(caches, ([5, 9], [6, 7], [300, 4]), strict=True)]
+    for place, tokens in enumerate(([5, 6, 300], [9, 7, 4])):
+        expected = torch.cat([logits[place] for logits in alone])
+        torch.testing.assert_close(step(tokens), expected, atol=1e-4, rtol=1e-4)
