@@ -18,7 +18,16 @@ from .errors import InputError, ModelError, SettingsError, WindowError
 from .heads import Heads, check_heads, fingerprint, resolve_heads
 from .many import answer_many
 from .models import load_model
-from .options import CallOptions, Progress, ReadingOptions, SamplingOptions, check_reading, sampling_of
+from .options import (
+    CallOptions,
+    ChunkSize,
+    Progress,
+    ReadingOptions,
+    SamplingOptions,
+    check_reading,
+    chunk_tokens,
+    sampling_of,
+)
 from .planning import FixedTokens, RetrievalHeads, window_of
 from .prompt import Passage, PromptBuilder, as_passages
 from .reading import Reading, usual_chunk_size
@@ -48,7 +57,7 @@ class Finch:
         tokenizer: Its tokenizer; its chat template is used where it has one.
         name: Name in reports; the model's own when None.
         budget: Document tokens kept per layer; derived from the window and the longest passage when None.
-        chunk_size: Document tokens read per step; derived from device, free memory, model and window when None. Where
+        chunk_size: Document tokens read per step; "auto" derives it from device, free memory, model and window. Where
             the device's memory runs out, a reading goes on with half of it.
         selection: "passage" keeps whole passages, "token" keeps tokens layer by layer as in the paper.
         reread: With passage selection, read the best passages that fit whole into the budget once more at the end, and
@@ -76,7 +85,7 @@ class Finch:
         *,
         name: str | None = None,
         budget: int | None = None,
-        chunk_size: int | None = None,
+        chunk_size: ChunkSize = "auto",
         selection: Selection = "passage",
         reread: bool = True,
         heads: Heads = "auto",
@@ -361,7 +370,7 @@ class Finch:
     def _are_short(self, texts: Sequence[str], options: Mapping[str, Any]) -> bool:
         """Whether each text fits into one chunk and all of them into half the window."""
         default = usual_chunk_size(self.model)
-        chunk_size = options.get("chunk_size", self.chunk_size) or default
+        chunk_size = chunk_tokens(options.get("chunk_size", self.chunk_size)) or default
         lengths = [len(tokens) for tokens in self.prompts.encode(texts)]
         return max(lengths) <= chunk_size and sum(lengths) <= self.window // 2
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from .chat_template import Render
 from .decode import Sampling
 from .errors import FinchError, InputError
 from .selection import SELECTIONS, Selection
 
+ChunkSize = int | Literal["auto"] | None  # None says the same as "auto"
 Progress = Callable[[str, int, int], None]  # stage ("heads" or "prefill"), done, total
 
 
@@ -43,7 +44,7 @@ class ReadingOptions(TypedDict, total=False):
     """
 
     budget: int | None
-    chunk_size: int | None
+    chunk_size: ChunkSize
     selection: Selection
     reread: bool
     instructions: str | None
@@ -86,18 +87,24 @@ def check_names(options: Mapping[str, Any]) -> None:
         raise InputError(f"unknown option {', '.join(sorted(unknown))}: use {', '.join(CallOptions.__annotations__)}")
 
 
-def check_reading(budget: int | None, chunk_size: int | None, selection: str, error: type[FinchError]) -> None:
+def chunk_tokens(chunk_size: ChunkSize) -> int | None:
+    """Tokens of a chunk that were asked for; None where Finch chooses."""
+    return None if chunk_size == "auto" else chunk_size
+
+
+def check_reading(budget: int | None, chunk_size: ChunkSize, selection: str, error: type[FinchError]) -> None:
     """Raises ``error`` if a setting cannot work with any model.
 
     Args:
         budget: Document tokens kept per layer, or None.
-        chunk_size: Document tokens read per step, or None.
+        chunk_size: Document tokens read per step, or "auto" or None.
         selection: Name of the selection.
         error: What to raise.
     """
-    for name, value in (("budget", budget), ("chunk_size", chunk_size)):
+    for name, value in (("budget", budget), ("chunk_size", chunk_tokens(chunk_size))):
         if value is not None and not isinstance(value, int):
-            raise error(f"{name} is {value!r}: pass a whole number of tokens, or None")
+            default = "None" if name == "budget" else '"auto"'
+            raise error(f"{name} is {value!r}: pass a whole number of tokens, or {default}")
         if value is not None and value < 1:
             raise error(f"{name} is {value}: the least is 1 token; leave it out for a default that fits the model")
     if selection not in SELECTIONS:

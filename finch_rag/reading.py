@@ -13,7 +13,7 @@ import torch
 from .attention import input_embedding
 from .cache import CachedDocument, CompressedCache
 from .errors import InputError, NumericsError
-from .options import check_length, check_names, check_reading
+from .options import check_length, check_names, check_reading, chunk_tokens
 from .planning import FixedTokens, PrefillPlan, chunk_within, default_chunk_size, fit
 from .prefill import Prefilled, prefill
 
@@ -78,7 +78,8 @@ class Reading:
         default = usual_chunk_size(finch.model)
         longest = max(map(len, prompt.passages), default=0) if self._selection == "passage" else 0
         document = sum(map(len, prompt.passages))
-        self._budget, self._chunk_size = fit(finch.window, fixed, budget, chunk_size, default, longest, document)
+        sizes = budget, chunk_tokens(chunk_size), default, longest, document
+        self._budget, self._chunk_size = fit(finch.window, fixed, *sizes)
 
     @cached_property
     def plan(self) -> PrefillPlan:

@@ -200,6 +200,13 @@ def test_none_stands_for_a_default_in_a_call(finch: Finch) -> None:
     assert made.chunk_size > finch.chunk_size  # type: ignore[operator]
 
 
+def test_auto_lets_finch_choose_the_chunk_size(finch: Finch) -> None:
+    chosen = finch.ask(QUESTION, texts(9), chunk_size="auto").report
+    assert chosen.chunk_size == finch.ask(QUESTION, texts(9), chunk_size=None).report.chunk_size
+    assert chosen.chunk_size > 64  # the engine's
+    assert small_finch(chunk_size="auto").ask(QUESTION, texts(9)).report.chunk_size == chosen.chunk_size
+
+
 def test_settings_of_the_engine_are_used() -> None:
     brief = small_finch(instructions="Answer.", system_prompt="Be brief.")
     prefix = brief.prompts.decode(brief.prompts.build(QUESTION, [Passage("x")], "Answer.", "Be brief.").prefix)
@@ -271,6 +278,7 @@ def test_a_misspelt_option_is_not_ignored(finch: Finch) -> None:
     [
         ({"budget": 0}, "budget is 0"),
         ({"chunk_size": -1}, "chunk_size is -1"),
+        ({"chunk_size": "large"}, "chunk_size is 'large': pass a whole number of tokens, or \"auto\""),
         ({"selection": "best"}, "'best'"),
         ({"heads": "some"}, "'some'"),
         ({"heads": [(9, 9)]}, r"\(9, 9\)"),

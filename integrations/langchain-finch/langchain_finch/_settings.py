@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from finch_rag import FinchError, InputError, SettingsError
 from finch_rag.decode import Sampling
 from finch_rag.engine import Finch
-from finch_rag.options import check_reading
+from finch_rag.options import ChunkSize, check_reading
 from finch_rag.selection import Selection
 from finch_rag.sharing import shared_engine
 
@@ -80,7 +80,7 @@ class CallSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     budget: int | None = Field(default=None, description="Document tokens kept per layer.")
-    chunk_size: int | None = Field(default=None, description="Document tokens read per step.")
+    chunk_size: ChunkSize = Field(default=None, description='Document tokens read per step; "auto" chooses.')
     selection: Selection | None = Field(default=None, description='What is kept: "passage" (whole ones) or "token".')
     reread: bool | None = Field(default=None, description="Whether kept passages are read once more at the end.")
     instructions: str | None = Field(default=None, description="Read before the passages.")

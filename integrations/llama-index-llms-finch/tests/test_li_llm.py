@@ -222,6 +222,7 @@ def test_options_of_a_call_are_obeyed() -> None:
     llm = finch_llm(stop="no such text", generate_kwargs={"seed": 0})
     assert llm.complete(QUESTION, max_tokens=3).raw["report"]["new_tokens"] == 3
     assert llm.complete(QUESTION, max_new_tokens=2).raw["report"]["new_tokens"] == 2
+    assert llm.complete(QUESTION, chunk_size="auto").raw["report"]["chunk_size"] > 64
     assert llm.chat([MESSAGE], budget=33, selection="token").raw["report"]["kept_tokens"] == 33
     hot: dict[str, Any] = {"temperature": 1.5, "top_k": 300, "top_p": 0.99}
     assert llm.complete(QUESTION, seed=1, **hot).text == llm.complete(QUESTION, seed=1, **hot).text

@@ -129,6 +129,7 @@ def test_options_of_a_call_stand_in_for_the_models(llm: FinchLLM, documents: lis
     assert report(budget=None)["budget"] == 60  # None leaves it to the model
     assert report(selection="token")["selection"] == "token"
     assert report(chunk_size=128)["chunk_size"] == 128
+    assert report(chunk_size="auto")["chunk_size"] > 128
     assert report(reread=False)["reread"] is False
 
 

@@ -27,7 +27,7 @@ from llama_index.core.llms.llm import default_completion_to_prompt
 from finch_rag import Finch, SettingsError
 from finch_rag.chat_template import Message, Render
 from finch_rag.decode import Sampling
-from finch_rag.options import check_reading
+from finch_rag.options import ChunkSize, check_reading
 from finch_rag.sharing import shared_engine
 from finch_rag.stream import AnswerStream, AsyncAnswerStream
 
@@ -59,7 +59,7 @@ class FinchLLM(CustomLLM):
         device_map: "auto" (the first GPU, else the CPU), a device, or a device map as transformers takes it.
         max_new_tokens: The most tokens of an answer.
         budget: Document tokens kept per layer; derived from the window when None.
-        chunk_size: Document tokens read per step; derived from device and window when None.
+        chunk_size: Document tokens read per step; "auto" or None derives it from device, memory, model and window.
         selection: "passage" keeps whole passages, "token" single tokens.
         max_context_tokens: What Finch reads in one call; LlamaIndex packs nodes by it.
         instructions: Read before the passages; a default that asks for a short answer when None.
@@ -82,7 +82,7 @@ class FinchLLM(CustomLLM):
     device_map: str | dict[str, Any] = Field(default="auto", description="Where the model runs.")
     max_new_tokens: int = Field(default=DEFAULT_NUM_OUTPUTS, description="The most tokens of an answer.")
     budget: int | None = Field(default=None, description="Document tokens kept per layer.")
-    chunk_size: int | None = Field(default=None, description="Document tokens read per step.")
+    chunk_size: ChunkSize = Field(default=None, description='Document tokens read per step; "auto" chooses.')
     selection: str = Field(default="passage", description='"passage" or "token".')
     max_context_tokens: int = Field(default=1_000_000, description="Document tokens that one call reads.", gt=0)
     instructions: str | None = Field(default=None, description="Read before the passages.")
@@ -105,7 +105,7 @@ class FinchLLM(CustomLLM):
         device_map: str | dict[str, Any] | None = "auto",
         max_new_tokens: int = DEFAULT_NUM_OUTPUTS,
         budget: int | None = None,
-        chunk_size: int | None = None,
+        chunk_size: ChunkSize = None,
         selection: Selection = "passage",
         max_context_tokens: int = 1_000_000,
         instructions: str | None = None,
