@@ -14,7 +14,14 @@ from .tables import METRIC_NAMES
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter, StrMethodFormatter
+    from matplotlib.ticker import (
+        FixedLocator,
+        LogLocator,
+        NullFormatter,
+        NullLocator,
+        PercentFormatter,
+        StrMethodFormatter,
+    )
 except ModuleNotFoundError as missing:
     raise MissingExtraError.of(missing.name or "matplotlib", "bench") from missing
 
@@ -119,7 +126,9 @@ def plot_speed(summary: Mapping[str, Any], file: Path) -> None:
         axis.set_xlabel("passage tokens")
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         _label_powers_of_two(axis, lengths)
         for method, (colour, mark) in _styles(rows).items():
             of_method = sorted(rows[method], key=lambda row: int(row["tokens"]))
