@@ -86,6 +86,16 @@ def test_a_question_of_several_steps_and_one_without_passages_are_read_alone() -
     same(setup.together(prompts, plans), setup.alone(prompts, plans))
 
 
+def test_a_reading_that_ends_at_the_last_head_is_not_mixed_with_one_that_runs_all_layers() -> None:
+    setup = Setup()
+    prompts = prompts_of([9, 2, 8, 7])  # the second evicts nothing, so it is answered from its first reading
+    plans = [PrefillPlan(60, 2000, "passage", {0: [1, 2]}, True)] * 4
+    expected = setup.alone(prompts, plans)
+    assert [len(found.cache.layers) for found in expected] == [2] * 4
+    same(setup.together(prompts, plans), expected)
+    assert len(setup.passes) == 5  # first and second readings of the first, of the last two, and the second's only one
+
+
 def test_where_two_have_no_memory_each_is_read_alone() -> None:
     setup = Setup()
     prompts = prompts_of([6, 7])
