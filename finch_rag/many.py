@@ -53,7 +53,7 @@ def _read(finch: Finch, readings: Sequence[Reading], shared: bool) -> list[Compr
     if shared and shares_reading(least, [len(its) for its in prompts[0].passages], len(readings)):
         read = prefill_shared(finch.model, prompts, least, finch.rotation, readings[0].on_progress)
     else:
-        read = prefill_many(finch.model, prompts, plans, finch.rotation)
+        read = prefill_many(finch.model, prompts, plans, finch.rotation, readings[0].on_progress)
     seconds = (time.perf_counter() - start) / len(readings)
     return [reading.finish(its, seconds) for reading, its in zip(readings, read, strict=True)]
 

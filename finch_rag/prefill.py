@@ -155,6 +155,19 @@ def read_in_chunks(
     return Steps(steps, chunk_size)
 
 
+def document_of(passages: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """All passages' tokens and the passage of each, both of shape [tokens].
+
+    Args:
+        passages: Token ids of each.
+        device: Where to put them.
+    """
+    document = torch.tensor([token for passage in passages for token in passage], dtype=torch.long, device=device)
+    lengths = torch.tensor([len(passage) for passage in passages], dtype=torch.long, device=device)
+    numbers = torch.arange(len(passages), device=device)
+    return document, torch.repeat_interleave(numbers, lengths, output_size=len(document))
+
+
 class Reader:
     """What one question keeps of the chunks that are read, and reads again.
 
@@ -178,12 +191,7 @@ class Reader:
         self.plan, self.rotation, self.rows = plan, rotation.on(self.device), prompt.question_rows
         self.lengths = [len(passage) for passage in prompt.passages]
         self.prefix, self.question = self._tensor(prompt.prefix), self._tensor(prompt.question)
-        self.document = self._tensor([token for passage in prompt.passages for token in passage])
-        self.passage_of = torch.repeat_interleave(
-            torch.arange(len(self.lengths), device=self.device),
-            self._tensor(self.lengths),
-            output_size=len(self.document),
-        )
+        self.document, self.passage_of = document_of(prompt.passages, self.device)
         self.attention = torch.zeros(len(self.lengths), device=self.device)
         self.chooses_only = plan.chooses_only(self.lengths)
         self.layers = model.config.num_hidden_layers

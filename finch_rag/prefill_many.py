@@ -22,7 +22,7 @@ from .cache import CompressedCache
 from .chunking import plan_chunks
 from .errors import DeviceMemoryError
 from .forward import Segment, forward_packed
-from .prefill import Document, Prefilled, Progress, Reader, Steps, prefill, read_in_chunks
+from .prefill import Document, Prefilled, Progress, Reader, Steps, document_of, prefill, read_in_chunks
 from .scoring import QuestionObserver, Until, passage_sums
 
 if TYPE_CHECKING:
@@ -101,7 +101,11 @@ def prefill_shared(
 
 @torch.inference_mode()
 def prefill_many(
-    model: PreTrainedModel, prompts: Sequence[Prompt], plans: Sequence[PrefillPlan], rotation: KeyRotation
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    plans: Sequence[PrefillPlan],
+    rotation: KeyRotation,
+    on_progress: Progress = lambda done, total: None,
 ) -> list[Prefilled]:
     """Reads for each of several questions, side by side where a step has room for more than one.
 
@@ -110,6 +114,7 @@ def prefill_many(
         prompts: One a question.
         plans: One a question.
         rotation: How the model rotates keys.
+        on_progress: Called with the document tokens read so far and in all, those of all questions.
 
     Returns:
         What was read, for each question; the same as if each had been read alone.
@@ -117,15 +122,23 @@ def prefill_many(
     Raises:
         DeviceMemoryError: If the device has no memory for the smallest step.
     """
+    ends = list(accumulate(sum(map(len, prompt.passages)) for prompt in prompts))
     read: list[Prefilled] = []
+
+    def tell(done: int, total: int) -> None:
+        """Of one question's reading."""
+        on_progress(ends[len(read)] - total + done, ends[-1])
+
     for pack in _packs(prompts, plans):
         if len(pack) > 1:
             try:
                 read += _side_by_side(model, [prompts[i] for i in pack], [plans[i] for i in pack], rotation)
+                on_progress(ends[pack[-1]], ends[-1])
                 continue
             except DeviceMemoryError:  # one by one it takes less, and goes on in halves
                 pass
-        read += [prefill(model, prompts[i], plans[i], rotation) for i in pack]
+        for i in pack:
+            read.append(prefill(model, prompts[i], plans[i], rotation, tell))
     return read
 
 
@@ -171,13 +184,10 @@ def _attention(
     """What each question pays to each passage behind the prefix and its chunk, [questions, passages] on the CPU."""
     device = input_embedding(model).device
     lengths = [len(passage) for passage in prompts[0].passages]
-    flat = [token for passage in prompts[0].passages for token in passage]
-    prefix, document, *questions = (
+    document, passage_of = document_of(prompts[0].passages, device)
+    prefix, *questions = (
         torch.tensor(ids, dtype=torch.long, device=device)
-        for ids in (prompts[0].prefix, flat, *(prompt.question for prompt in prompts))
-    )
-    passage_of = torch.repeat_interleave(
-        torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device), output_size=len(document)
+        for ids in (prompts[0].prefix, *(prompt.question for prompt in prompts))
     )
     layers = max(plan.heads) + 1 if plan.heads else model.config.num_hidden_layers
     longest = max(map(len, plan_chunks(lengths, plan.chunk_size)))

@@ -91,6 +91,19 @@ def test_a_shared_list_of_ten_times_the_window_is_read() -> None:
     assert all(answer.report.chunk_size == 200 for answer in answers)
 
 
+def test_progress_counts_the_tokens_of_all_lists() -> None:
+    finch = small_finch()
+    lists = [texts(count, seed=count) for count in (2, 2, 12, 0, 3)]  # side by side, alone in several steps, nothing
+    seen: list[tuple[str, int, int]] = []
+    answers = finch.ask_many(QUESTIONS[:5], lists, chunk_size=150, on_progress=lambda *step: seen.append(step))
+    ends = [answer.report.context_tokens for answer in answers]
+    done = [step[1] for step in seen]
+    assert done == sorted(set(done))
+    assert {step[2] for step in seen} == {done[-1]} == {sum(ends)}
+    assert len(done) > 4
+    assert sum(ends[:2]) in done
+
+
 def test_no_questions_have_no_answers(finch: Finch) -> None:
     assert finch.ask_many([], texts(3)) == []
     assert finch.ask_many([], []) == []
