@@ -7,6 +7,7 @@ needs to run again.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
@@ -84,8 +85,10 @@ class LoadedCompressor(PromptCompressor):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = ListCaches(model)
-        self.tokenizer = tokenizer
-        self.oai_tokenizer = tokenizer  # counts tokens for a report that nobody reads
+        # llmlingua asserts that decoding gives back the text, and some tokenizers take the space before a "?" away.
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.clean_up_tokenization_spaces = False
+        self.oai_tokenizer = self.tokenizer  # counts tokens for a report that nobody reads
         self.device = model.device
         self.max_position_embeddings = model.config.max_position_embeddings
         self.use_llmlingua2 = False
@@ -109,7 +112,7 @@ class LoadedCompressor(PromptCompressor):
             tokens: The target, which llmlingua may miss.
         """
         self.used = list(range(len(texts)))  # a single passage is not chosen
-        # llmlingua asserts that decoding gives back the text, but some tokenizers (Qwen's) read the normal form of it.
+        # The same assertion fails where a tokenizer reads the normal form of a text, as Qwen's does.
         texts, question = [normalize("NFC", text) for text in texts], normalize("NFC", question)
         result = self.compress_prompt(texts, question=question, target_token=tokens, concate_question=False, **SETTINGS)
         return str(result["compressed_prompt"])
