@@ -69,7 +69,7 @@ class Finch:
         max_new_tokens: The most tokens of an answer.
         instructions: Read before the passages; a default that asks for a short answer when None.
         system_prompt: System message; a default when None, the chat template's own when empty.
-        compile_layers: Fuse kernels by ``torch.compile``: faster readings and steps on a GPU, for tens of seconds
+        compile_layers: Fuse norms and MLPs by ``torch.compile``: faster readings on a GPU, for some ten seconds
             before the first answer, see docs/benchmarks.md. It changes ``model`` for good.
         on_progress: Called with a stage ("heads", "prefill") and the steps done and in all.
 
@@ -113,7 +113,7 @@ class Finch:
         self.rotation = KeyRotation.of(model, self.window)
         use_finch_attention(model)
         self.prompts = PromptBuilder(tokenizer)
-        self.step_graphs = StepGraphs(model, compile_layers)
+        self.step_graphs = StepGraphs(model)
         if compile_layers:
             compiling.compile_layers(model)
         self._heads: Heads = heads if isinstance(heads, str) else list(heads)

@@ -3,7 +3,8 @@
 A step of one token launches some hundred small kernels, and launching them takes the CPU several times as long as
 running them takes the GPU. Their shapes never change, so the launches are recorded once and replayed. What does change
 lives in tensors: the token, its position, and keys and values in buffers of fixed size, of which a mask hides what is
-not filled yet. A step may serve several answers at once, each a row of a batch at a position of its own.
+not filled yet. A step may serve several answers at once, each a row of a batch at a position of its own. What is
+recorded is the model's own forward, or for one answer of a model that `finch_rag.fused_step` knows its fewer kernels.
 
 A recorded step is kept and used again by every answer that fits into its buffers.
 """
@@ -21,6 +22,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from .attention import input_embedding
+from .fused_step import FusedStep, can_fuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,11 +95,11 @@ class FixedStep:
         like: A cache of the model, for the shapes.
         answers: Answers that a step serves.
         capacity: Tokens that the buffers hold for each.
-        compiled: Whether to fuse the step's kernels before it is recorded.
+        fused: Whether to run it by `FusedStep`, which takes one answer.
     """
 
     def __init__(
-        self, model: PreTrainedModel, like: CompressedCache, answers: int, capacity: int, compiled: bool = False
+        self, model: PreTrainedModel, like: CompressedCache, answers: int, capacity: int, fused: bool = False
     ) -> None:
         device = input_embedding(model).device
         self.answers, self.capacity = answers, capacity
@@ -115,7 +117,10 @@ class FixedStep:
         self._cache = Cache(layers=list(self._layers))
         self._logits: torch.Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._run: Callable[[], torch.Tensor] = torch.compile(self._step, dynamic=False) if compiled else self._step
+        self._forward: Callable[[], torch.Tensor] = self._plain
+        if fused:
+            its_step = FusedStep(model)
+            self._forward = lambda: its_step(self._tokens, self._position, self._layers)
         if device.type == "cuda":
             self._record(device)
 
@@ -153,13 +158,18 @@ class FixedStep:
         """
         self._tokens.copy_(torch.tensor(tokens)[:, None])
         if self._graph is None:
-            return self._run()
+            return self._step()
         self._graph.replay()
         if self._logits is None:
             raise RuntimeError("the step was not recorded")
         return self._logits
 
     def _step(self) -> torch.Tensor:
+        logits = self._forward()
+        self._position.add_(1)
+        return logits
+
+    def _plain(self) -> torch.Tensor:
         hidden = (self._columns > self._position[:, None])[:, None, None]  # [answers, 1, 1, capacity]
         # Added to the products: of a mask of truth values SDPA would make this anew in every layer.
         mask = torch.zeros_like(hidden, dtype=self._model.dtype).masked_fill_(hidden, float("-inf"))
@@ -171,7 +181,6 @@ class FixedStep:
             use_cache=True,
             logits_to_keep=1,
         )
-        self._position.add_(1)
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 
@@ -182,13 +191,13 @@ class FixedStep:
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UPS):
-                    self._run()
+                    self._step()
             torch.cuda.current_stream().wait_stream(side)
             self._position.zero_()
             graph = torch.cuda.CUDAGraph()
             # Other threads may allocate meanwhile, in streams of their own.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._logits = self._run()
+                self._logits = self._step()
             self._graph = graph
 
 
@@ -197,14 +206,13 @@ class StepGraphs:
 
     Args:
         model: Steps are recorded where all of it is on one CUDA device.
-        compiled: Whether to fuse a step's kernels before it is recorded.
     """
 
-    def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._compiled = compiled
         devices = {parameter.device for parameter in model.parameters()}
         self._usable = len(devices) == 1 and next(iter(devices)).type == "cuda"
+        self._fused = self._usable and can_fuse(model)
         self._free: list[FixedStep] = []
         self._lock = threading.Lock()
 
@@ -235,7 +243,7 @@ class StepGraphs:
             if step is not None:
                 self._free.remove(step)
         try:
-            step = step or FixedStep(self._model, caches[0], len(caches), capacity, self._compiled)
+            step = step or self._make(caches[0], len(caches), capacity)
         except RuntimeError as error:  # a layer that asks the device for a value, a library that cannot be recorded
             self._usable = False
             _log.warning(
@@ -244,3 +252,18 @@ class StepGraphs:
             return None
         step.load(caches)
         return step
+
+    def _make(self, like: CompressedCache, answers: int, capacity: int) -> FixedStep:
+        if self._fused and answers == 1:
+            try:
+                return FixedStep(self._model, like, answers, capacity, fused=True)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # Triton raises what its compilers do; it needs a C compiler, too
+                self._fused = False
+                _log.warning(
+                    "%s decodes by its own kernels, which is slower, because Triton's failed: %s",
+                    type(self._model).__name__,
+                    error,
+                )
+        return FixedStep(self._model, like, answers, capacity)

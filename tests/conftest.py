@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
+
 from finch_rag.cache import CompressedCache
 from finch_rag.engine import Finch
 

@@ -20,14 +20,15 @@ CUDA = torch.cuda.is_available()
 def filled(model: Any, tokens: list[int], room: int = 10) -> CompressedCache:
     cache = CompressedCache(model.config.num_hidden_layers, len(tokens) + room)
     with torch.inference_mode():
-        forward(model, torch.tensor(tokens), cache)
+        forward(model, torch.tensor(tokens, device=model.device), cache)
     return cache
 
 
 def plain(model: Any, cache: CompressedCache, tokens: list[int]) -> list[torch.Tensor]:
     """Logits after each token, by passes on the cache itself."""
+    ids = torch.tensor(tokens, device=model.device)[:, None, None]
     with torch.inference_mode():
-        return [model(torch.tensor([[t]]), past_key_values=cache, use_cache=True).logits[:, -1] for t in tokens]
+        return [model(token, past_key_values=cache, use_cache=True).logits[:, -1] for token in ids]
 
 
 def model_of(kind: str) -> Any:

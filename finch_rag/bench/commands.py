@@ -95,7 +95,7 @@ def bench_speed(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="Of: full (one plain forward pass), finch, finch-compiled (fused kernels), kvpress (needs the "
+            help="Of: full (one plain forward pass), finch, finch-compiled (norms and MLPs fused), kvpress (needs the "
             "environment of make bench-peers).",
         ),
     ] = "full,finch",

@@ -130,7 +130,7 @@ class Subject:
         rotation = KeyRotation.of(model, window_of(model.config))
         use_finch_attention(model)
         heads = worst_heads(model)
-        graphs = StepGraphs(model, case.method == COMPILED)
+        graphs = StepGraphs(model)
         if case.method == COMPILED:
             compile_layers(model)
         return cls(model, rotation, heads, graphs, lambda tokens: random_prompt(model, tokens), case.shape)

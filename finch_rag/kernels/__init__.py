@@ -1,0 +1,1 @@
+"""Triton kernels of a decoding step, see `finch_rag.fused_step`."""

@@ -1,0 +1,216 @@
+"""The fused step computes what the model's own forward does.
+
+Its kernels run on the GPU where there is one, and else in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from finch_rag import step_graph
+from finch_rag.attention import use_finch_attention
+from finch_rag.fused_step import can_fuse
+from finch_rag.step_graph import FixedStep, StepGraphs
+
+from .small import ARCHITECTURES, small_finch, small_model, texts
+from .test_step_graph import filled, plain
+
+pytest.importorskip("triton", reason="Triton is not made for this platform")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts the work into fewer programs: the interpreter takes milliseconds for each."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr("finch_rag.kernels.products._ROWS", 32)
+        monkeypatch.setattr("finch_rag.kernels.attention._PROGRAMS", 4)
+
+
+def model_of(kind: str = "llama", **changes: Any) -> Any:
+    model = small_model(kind, **changes).to(DEVICE)
+    use_finch_attention(model)
+    return model
+
+
+def check(model: Any, length: int, capacity: int = 256) -> None:
+    """Three tokens by a fused step, on a cache of so many tokens, against passes on the cache itself."""
+    cache = filled(model, [token % 390 for token in range(7, 7 + length)])
+    step = FixedStep(model, cache, 1, capacity, fused=True)
+    step.load([cache])
+    for token, expected in zip([5, 9, 300], plain(model, cache, [5, 9, 300]), strict=True):
+        torch.testing.assert_close(step([token]), expected.float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_fused_step_computes_what_the_model_computes(kind: str) -> None:
+    check(model_of(kind), 137)
+
+
+@pytest.mark.parametrize("length", [1, 62, 63, 64, 65, 190])
+def test_a_cache_of_any_length_is_split_among_programs(length: int) -> None:
+    check(model_of(), length)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True, "mlp_bias": True},
+        {"num_key_value_heads": 4},
+        {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
+        {"head_dim": 32},
+        {"hidden_size": 36, "head_dim": 16, "intermediate_size": 70},
+        {"intermediate_size": 1100},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+        {"tie_word_embeddings": True},
+    ],
+    ids=["biases", "a key for each head", "three heads a key", "wide heads", "odd sizes", "two tiles", "rope", "tied"],
+)
+def test_shapes_may_be_any(changes: dict[str, Any]) -> None:
+    model = model_of(**changes)
+    for parameter in model.parameters():  # biases and norms are made as zeros and ones
+        if parameter.dim() == 1:
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            parameter.data.copy_(1 + 0.3 * drawn)
+    assert can_fuse(model)
+    check(model, 70)
+
+
+def test_what_it_writes_into_the_cache_is_what_a_pass_writes() -> None:
+    model = model_of("qwen3")
+    cache = filled(model, list(range(20, 57)))
+    step = FixedStep(model, cache, 1, 64, fused=True)
+    step.load([cache])
+    step([5])
+    plain(model, cache, [5])
+    for mine, its in zip(step._layers, cache.layers, strict=True):
+        for buffer, states in ((mine.keys, its.keys), (mine.values, its.values)):
+            assert buffer is not None
+            assert states is not None
+            torch.testing.assert_close(buffer[:, :, :38], states[:, :, :38], atol=1e-5, rtol=1e-5)
+            assert not buffer[:, :, 38:].any()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        pytest.param(
+            torch.bfloat16,
+            marks=pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter multiplies bfloat16 as integers"),
+        ),
+    ],
+)
+def test_half_precision_differs_by_rounding_alone(dtype: torch.dtype) -> None:
+    model = model_of().to(dtype)
+    cache = filled(model, list(range(20, 157)))
+    step = FixedStep(model, cache, 1, 256, fused=True)
+    step.load([cache])
+    got, expected = step([5]).float(), plain(model, cache, [5])[0].float()
+    assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+def test_only_what_it_computes_exactly_is_fused() -> None:
+    assert can_fuse(model_of())
+    assert not can_fuse(model_of(hidden_act="gelu"))
+    assert not can_fuse(model_of(hidden_size=96, head_dim=24))
+    assert not can_fuse(model_of(head_dim=8))
+    model = model_of()
+
+    class Other(type(model)):  # type: ignore[misc]
+        """It could compute something else."""
+
+    model.__class__ = Other
+    assert not can_fuse(model)
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_quantised_and_adapted_weights_are_not_fused(name: str) -> None:
+    class Adapted(torch.nn.Linear):
+        """As bitsandbytes and PEFT do."""
+
+    model = model_of()
+    model.model.layers[1].get_submodule(name).__class__ = Adapted
+    assert not can_fuse(model)
+    model = model_of()
+    linear = model.model.layers[1].get_submodule(name)
+    linear.weight = torch.nn.Parameter(linear.weight.t().contiguous().t())
+    assert not can_fuse(model)
+
+
+def test_without_triton_models_decode_by_their_own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    assert not can_fuse(model_of())
+
+
+@pytest.fixture
+def fused_steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every step that is made, whether it is fused."""
+    made: list[bool] = []
+    init = FixedStep.__init__
+
+    def noted(step: FixedStep, *args: Any, **options: Any) -> None:
+        made.append(options.get("fused", False))
+        init(step, *args, **options)
+
+    monkeypatch.setattr(FixedStep, "__init__", noted)
+    return made
+
+
+def graphs_of(model: Any) -> StepGraphs:
+    """Its steps are lent on any device."""
+    graphs = StepGraphs(model)
+    graphs._usable = graphs._fused = True
+    return graphs
+
+
+def test_an_answer_is_decoded_by_fused_steps(monkeypatch: pytest.MonkeyPatch, fused_steps: list[bool]) -> None:
+    expected = small_finch(max_new_tokens=12).ask("When?", texts(8)).text
+    finch = small_finch(max_new_tokens=12)
+    torch.nn.Module.to(finch.model, DEVICE)
+    monkeypatch.setattr(finch, "step_graphs", graphs_of(finch.model))
+    assert finch.ask("When?", texts(8)).text == expected
+    assert fused_steps == [True]
+
+
+def test_several_answers_are_decoded_by_the_models_own_kernels(fused_steps: list[bool]) -> None:
+    graphs = graphs_of(model_of())
+    cache = filled(graphs._model, [3, 4])
+    with graphs.lend([cache, cache], 8):
+        assert fused_steps == [False]
+
+
+def test_where_triton_fails_models_decode_by_their_own_kernels(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fused_steps: list[bool]
+) -> None:
+    def fail(model: Any) -> None:
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(step_graph, "FusedStep", fail)
+    graphs = graphs_of(model_of())
+    cache = filled(graphs._model, [3, 4])
+    with caplog.at_level(logging.WARNING), graphs.lend([cache], 8) as first, graphs.lend([cache], 8) as second:
+        assert first is not None
+        assert second is not None
+    assert fused_steps == [True, False, False]
+    assert [record.message for record in caplog.records] == [
+        "LlamaForCausalLM decodes by its own kernels, which is slower, because Triton's failed: no C compiler"
+    ]
+
+
+def test_memory_that_runs_out_is_no_failure_of_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(step_graph, "FusedStep", fail)
+    graphs = graphs_of(model_of())
+    with graphs.lend([filled(graphs._model, [3, 4])], 8) as step:
+        assert step is None
+    assert graphs._fused
