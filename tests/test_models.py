@@ -288,6 +288,26 @@ def test_a_damaged_manifest_is_not_intact(tmp_path: Path, manifest: str) -> None
     assert not module._is_intact(tmp_path)
 
 
+def test_a_transformers_that_misreads_the_tokenizer_converts_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "version", lambda name: "5.5.4")
+    with pytest.raises(ModelError, match=r"^transformers 5\.5\.4 misreads .*: install transformers>=5\.6 \(once"):
+        module._convert_gguf(tmp_path / "x.gguf", tmp_path / "folder")
+    monkeypatch.setattr(module, "version", lambda name: "5.10.0rc1")
+    with pytest.raises(Exception, match=r"x\.gguf"):  # it goes on to the file, which is missing
+        module._convert_gguf(tmp_path / "x.gguf", tmp_path / "folder")
+
+
+@pytest.mark.embedded
+def test_the_converted_tokenizer_gives_back_what_it_read() -> None:
+    tokenizer = load_model("embedded").tokenizer
+    text = "The ferry of 1874 ? A naïve café.\n\n東京"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode(text) == ids  # nothing is put before it
+
+
 @pytest.mark.embedded
 def test_the_embedded_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = embedded_folder()
