@@ -2,8 +2,8 @@
 
 transformers runs a layer of a Llama as some fifty kernels, and for one token most of their time is spent between them.
 Here it is six: normed queries, keys and values; attention and its join; the output's product with the residual; the
-gated products; the last product with the residual. What the operations are is written down once more, so
-only exact classes are taken, with plain weights; everything else decodes by its own forward.
+gated products; the last product with the residual. What the operations are is written down once more, so only exact
+classes are taken, with plain weights; everything else decodes by its own forward.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -117,10 +117,7 @@ class FixedStep:
         self._cache = Cache(layers=list(self._layers))
         self._logits: torch.Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._forward: Callable[[], torch.Tensor] = self._plain
-        if fused:
-            its_step = FusedStep(model)
-            self._forward = lambda: its_step(self._tokens, self._position, self._layers)
+        self._fused = FusedStep(model) if fused else None
         if device.type == "cuda":
             self._record(device)
 
@@ -165,11 +162,11 @@ class FixedStep:
         return self._logits
 
     def _step(self) -> torch.Tensor:
-        logits = self._forward()
+        logits = self._forward() if self._fused is None else self._fused(self._tokens, self._position, self._layers)
         self._position.add_(1)
         return logits
 
-    def _plain(self) -> torch.Tensor:
+    def _forward(self) -> torch.Tensor:
         hidden = (self._columns > self._position[:, None])[:, None, None]  # [answers, 1, 1, capacity]
         # Added to the products: of a mask of truth values SDPA would make this anew in every layer.
         mask = torch.zeros_like(hidden, dtype=self._model.dtype).masked_fill_(hidden, float("-inf"))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -81,6 +83,18 @@ def test_a_step_is_used_again_by_an_answer_of_its_size(graphs: StepGraphs) -> No
     with graphs.lend([cache], 600) as larger:
         assert larger is not None
         assert larger.capacity == 1024
+
+
+def test_a_step_that_is_dropped_frees_its_buffers_at_once(graphs: StepGraphs) -> None:
+    with graphs.lend([filled(graphs._model, [3, 4])], 8) as step:
+        dropped = weakref.ref(step)
+    del step
+    gc.disable()
+    try:
+        graphs._free.clear()
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 def test_a_step_goes_back_when_its_answer_fails(graphs: StepGraphs) -> None:
