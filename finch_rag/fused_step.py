@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .kernels.products import Linear, Norm
-    from .step_graph import FixedLayer
 
 _MODELS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -101,14 +100,15 @@ class FusedStep:
         self._logits = row(self._head.weight.shape[0], torch.float32)
         self._partial = attention.Partial.empty(heads, kv_heads, attended // heads, model.device)
 
-    @torch.inference_mode()
-    def __call__(self, token: torch.Tensor, position: torch.Tensor, cache: Sequence[FixedLayer]) -> torch.Tensor:
+    def __call__(
+        self, token: torch.Tensor, position: torch.Tensor, cache: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
         """Appends a token to a cache.
 
         Args:
             token: Its id, shape [1, 1].
             position: Its column, shape [1].
-            cache: Buffers of every layer, of one answer.
+            cache: Keys and values of every layer, buffers of shape [1, kv_heads, capacity, head_dim].
 
         Returns:
             Logits after it, float32, shape [1, vocabulary]; overwritten by the next call.
@@ -117,15 +117,13 @@ class FusedStep:
         embedded = self._embed(token)  # [1, 1, hidden]
         rotary = self._rotary(embedded, position[None])
         hidden = embedded.view(-1)
-        for layer, its in zip(self._layers, cache, strict=True):
-            if its.keys is None or its.values is None:
-                raise RuntimeError("a layer of fixed size lost its buffers")
+        for layer, (keys, values) in zip(self._layers, cache, strict=True):
             products.linear(hidden, layer.qkv, self._qkv, norm=layer.attention_norm)
             self._attention.attend(
                 self._qkv,
                 rotary,
-                its.keys,
-                its.values,
+                keys,
+                values,
                 position,
                 self._partial,
                 self._attended,

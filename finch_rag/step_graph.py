@@ -107,14 +107,14 @@ class FixedStep:
         self._position = torch.zeros(answers, dtype=torch.long, device=device)
         self._tokens = torch.zeros(answers, 1, dtype=torch.long, device=device)
         self._columns = torch.arange(capacity, device=device)
-        self._layers = []
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values of each layer
         for layer in like.layers:
             if layer.keys is None or layer.values is None:
                 raise RuntimeError("the cache is empty")
             # Zeros, because a masked column's weight of 0 does not hide a NaN in its value.
-            buffers = [b.new_zeros(answers, b.shape[1], capacity, b.shape[3]) for b in (layer.keys, layer.values)]
-            self._layers.append(FixedLayer(buffers[0], buffers[1], self._position))
-        self._cache = Cache(layers=list(self._layers))
+            keys, values = (b.new_zeros(answers, b.shape[1], capacity, b.shape[3]) for b in (layer.keys, layer.values))
+            self._buffers.append((keys, values))
+        self._cache = Cache(layers=[FixedLayer(keys, values, self._position) for keys, values in self._buffers])
         self._logits: torch.Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._fused = FusedStep(model) if fused else None
@@ -137,9 +137,9 @@ class FixedStep:
             caches: One an answer, of at most ``capacity`` tokens.
         """
         for row, cache in enumerate(caches):
-            for mine, its in zip(self._layers, cache.layers, strict=True):
-                for buffer, states in ((mine.keys, its.keys), (mine.values, its.values)):
-                    if buffer is not None and states is not None:
+            for (keys, values), its in zip(self._buffers, cache.layers, strict=True):
+                for buffer, states in ((keys, its.keys), (values, its.values)):
+                    if states is not None:
                         buffer[row, :, : cache.length].copy_(states[0, :, : cache.length])
             self._position[row] = cache.length
 
@@ -162,7 +162,7 @@ class FixedStep:
         return self._logits
 
     def _step(self) -> torch.Tensor:
-        logits = self._forward() if self._fused is None else self._fused(self._tokens, self._position, self._layers)
+        logits = self._forward() if self._fused is None else self._fused(self._tokens, self._position, self._buffers)
         self._position.add_(1)
         return logits
 

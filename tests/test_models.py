@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +20,7 @@ from transformers import (
 
 from finch_rag import models as module
 from finch_rag.engine import Finch
-from finch_rag.errors import FinchError, MissingExtraError, ModelError, SettingsError
+from finch_rag.errors import MissingExtraError, ModelError, SettingsError
 from finch_rag.models import embedded_folder, load_model, resolve_device, resolve_dtype
 
 from .small import chat_tokenizer, model_of, small_config, small_model, texts, tokenizer_with
@@ -268,89 +265,3 @@ def test_without_gguf_a_gguf_file_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"finch-rag\[gguf\]"):
         load_model(tmp_path / "x.gguf")
-
-
-def test_a_folder_is_intact_only_while_every_file_is_as_it_was_written(tmp_path: Path) -> None:
-    (tmp_path / "weights").write_bytes(b"abc")
-    assert not module._is_intact(tmp_path)
-    (tmp_path / "finch-manifest.json").write_text(json.dumps({"weights": module._sha256(tmp_path / "weights")}))
-    assert module._is_intact(tmp_path)
-    (tmp_path / "weights").write_bytes(b"abd")
-    assert not module._is_intact(tmp_path)
-    (tmp_path / "weights").unlink()
-    assert not module._is_intact(tmp_path)
-    assert not module._is_intact(tmp_path / "missing")
-
-
-@pytest.mark.parametrize("manifest", ["", "[]", "7", "{"])
-def test_a_damaged_manifest_is_not_intact(tmp_path: Path, manifest: str) -> None:
-    (tmp_path / "finch-manifest.json").write_text(manifest)
-    assert not module._is_intact(tmp_path)
-
-
-def test_a_transformers_that_misreads_the_tokenizer_converts_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(module, "version", lambda name: "5.5.4")
-    with pytest.raises(ModelError, match=r"^transformers 5\.5\.4 misreads .*: install transformers>=5\.6 \(once"):
-        module._convert_gguf(tmp_path / "x.gguf", tmp_path / "folder")
-    monkeypatch.setattr(module, "version", lambda name: "5.10.0rc1")
-    with pytest.raises(Exception, match=r"x\.gguf"):  # it goes on to the file, which is missing
-        module._convert_gguf(tmp_path / "x.gguf", tmp_path / "folder")
-
-
-@pytest.mark.embedded
-def test_the_converted_tokenizer_gives_back_what_it_read() -> None:
-    tokenizer = load_model("embedded").tokenizer
-    text = "The ferry of 1874 ? A naïve café.\n\n東京"
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.encode(text) == ids  # nothing is put before it
-
-
-@pytest.mark.embedded
-def test_the_embedded_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = embedded_folder()
-
-    def again(*_: Any) -> None:
-        raise FinchError("converted again")
-
-    monkeypatch.setattr(module, "_convert_gguf", again)
-    assert embedded_folder() == folder
-    assert load_model("embedded").name == "SmolLM2-135M-Instruct"
-
-
-@pytest.mark.embedded
-def test_a_damaged_conversion_is_made_again_once_by_two_processes(tmp_path: Path) -> None:
-    good = embedded_folder()
-    copy = tmp_path / "finch-rag" / "models" / good.name
-    shutil.copytree(good, copy)
-    weights = copy / "model.safetensors"
-    with weights.open("r+b") as file:
-        file.seek(-1000, os.SEEK_END)
-        file.write(b"\xff" * 100)
-    assert not module._is_intact(copy)
-
-    code = "from finch_rag.models import embedded_folder, _is_intact; f = embedded_folder(); print(f, _is_intact(f))"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    ends = [process.communicate(timeout=240) for process in both]
-    assert [out.strip().splitlines()[-1:] for out, _ in ends] == [[f"{copy} True"]] * 2, ends
-    assert sum(err.count("converting the embedded model") for _, err in ends) == 1
-    assert module._sha256(weights) == module._sha256(good / "model.safetensors")
-
-
-@pytest.mark.embedded
-def test_a_cache_folder_that_cannot_be_written_is_one_clear_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocked = tmp_path / "cache"
-    blocked.write_text("a file where a folder is needed")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    with pytest.raises(ModelError, match="XDG_CACHE_HOME"):
-        embedded_folder()

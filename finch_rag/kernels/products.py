@@ -120,14 +120,12 @@ def _linear(
     for start in tl.range(0, columns, COLUMNS, num_stages=STAGES):
         column = start + tl.arange(0, COLUMNS)
         is_column = column < columns
-        places = row[:, None].to(tl.int64) * columns + column[None, :]
-        inside = is_row[:, None] & is_column[None, :]
-        weights = tl.load(weight + places, mask=inside, other=0.0, eviction_policy="evict_first")
+        weights = _tile(weight, row, column, columns, is_row, is_column)
         value = tl.load(x + column, mask=is_column, other=0.0).to(tl.float32)
         if HAS_NORM:  # its factor is known at the end, and common to all columns
             squares += value * value
             value *= tl.load(norm + column, mask=is_column, other=0.0).to(tl.float32)
-        sums += weights.to(tl.float32) * value[None, :]
+        sums += weights * value[None, :]
     result = tl.sum(sums, axis=1)
     if HAS_NORM:
         result *= tl.rsqrt(tl.sum(squares, axis=0) / columns + eps)
@@ -194,15 +192,13 @@ def _gated_linear(
     for start in tl.range(0, columns, COLUMNS, num_stages=STAGES):
         column = start + tl.arange(0, COLUMNS)
         is_column = column < columns
-        places = row[:, None].to(tl.int64) * columns + column[None, :]
-        inside = is_row[:, None] & is_column[None, :]
-        gate_weights = tl.load(gate + places, mask=inside, other=0.0, eviction_policy="evict_first")
-        up_weights = tl.load(up + places, mask=inside, other=0.0, eviction_policy="evict_first")
+        gate_weights = _tile(gate, row, column, columns, is_row, is_column)
+        up_weights = _tile(up, row, column, columns, is_row, is_column)
         value = tl.load(x + column, mask=is_column, other=0.0).to(tl.float32)
         squares += value * value
         value *= tl.load(norm + column, mask=is_column, other=0.0).to(tl.float32)
-        gates += gate_weights.to(tl.float32) * value[None, :]
-        ups += up_weights.to(tl.float32) * value[None, :]
+        gates += gate_weights * value[None, :]
+        ups += up_weights * value[None, :]
     factor = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps)
     gated = tl.sum(gates, axis=1) * factor
     result = tl.sum(ups, axis=1) * factor
@@ -211,3 +207,11 @@ def _gated_linear(
         result += tl.load(up_bias + row, mask=is_row, other=0.0).to(tl.float32)
     result *= gated * tl.sigmoid(gated)
     tl.store(out + row, result.to(out.dtype.element_ty), mask=is_row)
+
+
+@triton.jit
+def _tile(matrix, row, column, columns, is_row, is_column):
+    """Some rows and columns of a matrix, in float32; 0 beyond its end."""
+    places = row[:, None].to(tl.int64) * columns + column[None, :]
+    inside = is_row[:, None] & is_column[None, :]
+    return tl.load(matrix + places, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
