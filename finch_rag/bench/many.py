@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from ..errors import InputError
 from ..prefill import Prefilled, prefill
 from ..prefill_many import prefill_many, prefill_shared, shares_reading
 from ..prompt import Prompt
+from .clock import Clock
 from .shapes import SHAPES
 from .timing import Case, Subject, plan_of
 
@@ -125,18 +125,14 @@ def _timed(
 ) -> _Timed:
     """Reads for some questions and answers them side by side."""
     writers = [Writer(Sampling(new_tokens), frozenset(), lambda tokens: "") for _ in prompts]
-    start = _now(subject)
+    clock = Clock(subject.model.device)
     caches = [its.cache.fork(len(prompts[0].question) + len(prompts[0].tail) + new_tokens) for its in read(prompts)]
-    between = _now(subject)
+    clock.mark()
     last = [[*prompt.question, *prompt.tail] for prompt in prompts]
     decode_many(subject.model, caches, last, writers, new_tokens, subject.graphs)
-    return _Timed(between - start, _now(subject) - between)
-
-
-def _now(subject: Subject) -> float:
-    if subject.model.device.type == "cuda":
-        torch.cuda.synchronize(subject.model.device)
-    return time.perf_counter()
+    clock.mark()
+    read_seconds, seconds = clock.seconds()
+    return _Timed(read_seconds, seconds - read_seconds)
 
 
 def _print(summary: dict[str, Any]) -> None:

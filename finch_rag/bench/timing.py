@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,7 @@ from ..prompt import Prompt
 from ..reading import usual_chunk_size
 from ..rope import KeyRotation
 from ..step_graph import StepGraphs
+from .clock import Clock
 from .memory import in_use, peak_memory
 from .peer_methods import compression_ratio
 from .shapes import random_model, random_prompt, text_prompt, worst_heads
@@ -191,36 +192,31 @@ class Measurement:
     def _measure(self, prompt: Prompt) -> tuple[float, float, float, int]:
         """Seconds to the cache and to the first token's logits, milliseconds of a step, layers x tokens."""
         case, model = self._case, self._subject.model
-        start = self._now()
+        clock = Clock(self._device)
         try:
             with memory_guard(self._device, f"{case.method} on {case.tokens:,} tokens"):
                 read = METHODS[case.method](self._subject, plan_of(case, self._subject, prompt), prompt)
-                prefill_seconds = self._now() - start
+                clock.mark()
                 logits = read.logits
                 if logits is None:
                     logits = _logits(model, read.cache, [*prompt.question, *prompt.tail])
                 token = int(logits.argmax())
-                first_token_seconds = self._now() - start
+                clock.mark()
                 steps = self._steps(read.cache, token)
         except FinchError as error:
             raise SkippedError(str(error)) from error
+        prefill_seconds, first_token_seconds = clock.seconds()
         return prefill_seconds, first_token_seconds, 1e3 * statistics.median(steps), read.layer_tokens
 
     def _steps(self, cache: Any, token: int) -> list[float]:
-        seconds = []
         graphs = self._subject.graphs
         with graphs.lend([cache], _DECODED) if self._case.by_finch else contextlib.nullcontext() as step:
+            clock = Clock(self._device)
             for _ in range(_DECODED):
-                start = self._now()
                 logits = _logits(self._subject.model, cache, [token]) if step is None else step([token])
                 token = int(logits.argmax())
-                seconds.append(self._now() - start)
-        return seconds
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+                clock.mark()
+        return [after - before for before, after in pairwise((0.0, *clock.seconds()))]
 
 
 def plan_of(case: Case, subject: Subject, prompt: Prompt, new_tokens: int = _DECODED) -> PrefillPlan:
@@ -318,13 +314,10 @@ def matrix_rate(model: PreTrainedModel) -> float:
     seconds = []
     with torch.inference_mode():
         for _ in range(_RATE_RUNS):
-            if rows.is_cuda:
-                torch.cuda.synchronize(rows.device)
-            start = time.perf_counter()
+            clock = Clock(rows.device)
             torch.nn.functional.linear(rows, weight)
-            if rows.is_cuda:
-                torch.cuda.synchronize(rows.device)
-            seconds.append(time.perf_counter() - start)
+            clock.mark()
+            seconds += clock.seconds()
     return 2 * _RATE_TOKENS * weight.numel() / statistics.median(seconds)
 
 
