@@ -12,7 +12,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from .attention import input_embedding
 from .errors import FinchError, InputError, NumericsError
-from .forward import Segment, memory_guard, packed_logits
+from .forward import Segment, memory_guard, on_device, packed_logits
 from .text_stream import StopStrings, TextStream, strip_stream
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class Decoder:
         device = input_embedding(self._model).device
         with memory_guard(device, f"{len(token_ids)} tokens on a cache of {self._cache.length}"):
             output = self._model(
-                input_ids=torch.tensor([token_ids], device=device),
+                input_ids=on_device(token_ids, device)[None],
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -237,7 +237,7 @@ def decode_many(
     device = input_embedding(model).device
 
     def forward(rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> dict[int, torch.Tensor]:
-        ids = [torch.tensor(its, device=device) for its in tokens]
+        ids = [on_device(its, device) for its in tokens]
         segments = [Segment.onto(caches[row], its) for row, its in zip(rows, ids, strict=True)]
         return dict(zip(rows, packed_logits(model, segments).split(1), strict=True))
 

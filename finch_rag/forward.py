@@ -165,7 +165,7 @@ def packed_logits(model: PreTrainedModel, segments: Sequence[Segment]) -> torch.
     Raises:
         DeviceMemoryError: If the device has no memory for it.
     """
-    lengths = torch.tensor([len(segment.token_ids) for segment in segments], device=input_embedding(model).device)
+    lengths = on_device([len(segment.token_ids) for segment in segments], input_embedding(model).device)
     with _guard(model, segments):
         output = model(**_inputs(model, segments), logits_to_keep=lengths.cumsum(0) - 1)
     logits: torch.Tensor = output.logits[0].float()
@@ -208,6 +208,20 @@ def forward(
         model.base_model(
             input_ids=token_ids[None].to(device), past_key_values=cache, use_cache=True, finch_observer=observer
         )
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Numbers on a device, without waiting for what it is busy with: a copy from pageable memory would.
+
+    Args:
+        numbers: Token ids or lengths.
+        device: Where to put them.
+
+    Returns:
+        Int64, shape [numbers].
+    """
+    tensor = torch.tensor(numbers, dtype=torch.long)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @contextmanager

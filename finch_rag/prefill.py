@@ -12,7 +12,7 @@ from .attention import input_embedding
 from .cache import CompressedCache
 from .chunking import plan_chunks
 from .errors import DeviceMemoryError
-from .forward import forward, memory_guard
+from .forward import forward, memory_guard, on_device
 from .scoring import QuestionObserver, passage_sums
 from .selection import select_passages, select_to_reread, select_tokens
 
@@ -162,8 +162,8 @@ def document_of(passages: Sequence[Sequence[int]], device: torch.device) -> tupl
         passages: Token ids of each.
         device: Where to put them.
     """
-    document = torch.tensor([token for passage in passages for token in passage], dtype=torch.long, device=device)
-    lengths = torch.tensor([len(passage) for passage in passages], dtype=torch.long, device=device)
+    document = on_device([token for passage in passages for token in passage], device)
+    lengths = on_device([len(passage) for passage in passages], device)
     numbers = torch.arange(len(passages), device=device)
     return document, torch.repeat_interleave(numbers, lengths, output_size=len(document))
 
@@ -190,7 +190,7 @@ class Reader:
         self.device = input_embedding(model).device
         self.plan, self.rotation, self.rows = plan, rotation.on(self.device), prompt.question_rows
         self.lengths = [len(passage) for passage in prompt.passages]
-        self.prefix, self.question = self._tensor(prompt.prefix), self._tensor(prompt.question)
+        self.prefix, self.question = on_device(prompt.prefix, self.device), on_device(prompt.question, self.device)
         self.document, self.passage_of = document_of(prompt.passages, self.device)
         self.attention = torch.zeros(len(self.lengths), device=self.device)
         self.chooses_only = plan.chooses_only(self.lengths)
@@ -262,6 +262,3 @@ class Reader:
         if self.plan.selection == "token":
             return select_tokens(scores, self.plan.budget)
         return select_passages(scores.sum(0), competing[0], self.plan.budget, len(self.lengths))
-
-    def _tensor(self, numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.long, device=self.device)

@@ -21,7 +21,7 @@ from .attention import input_embedding
 from .cache import CompressedCache
 from .chunking import plan_chunks
 from .errors import DeviceMemoryError
-from .forward import Segment, forward_packed
+from .forward import Segment, forward_packed, on_device
 from .prefill import Document, Prefilled, Progress, Reader, Steps, document_of, prefill, read_in_chunks
 from .scoring import QuestionObserver, Until, passage_sums
 
@@ -186,8 +186,7 @@ def _attention(
     lengths = [len(passage) for passage in prompts[0].passages]
     document, passage_of = document_of(prompts[0].passages, device)
     prefix, *questions = (
-        torch.tensor(ids, dtype=torch.long, device=device)
-        for ids in (prompts[0].prefix, *(prompt.question for prompt in prompts))
+        on_device(ids, device) for ids in (prompts[0].prefix, *(prompt.question for prompt in prompts))
     )
     layers = max(plan.heads) + 1 if plan.heads else model.config.num_hidden_layers
     longest = max(map(len, plan_chunks(lengths, plan.chunk_size)))

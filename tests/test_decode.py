@@ -287,3 +287,17 @@ def test_nan_weights_do_not_rank(finch: Finch) -> None:
         broken.model.get_parameter("model.layers.0.self_attn.q_proj.weight").fill_(float("nan"))
     with pytest.raises(NumericsError):
         broken.rank("When?", texts(6))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_a_gpu_the_prompt_is_launched_while_the_passages_are_still_read() -> None:
+    finch = small_finch()
+    torch.nn.Module.to(finch.model, "cuda")
+    cache = finch.compress("When?", texts(8)).fork(8)
+    passes = Decoder(finch.model, cache, [7, 8], finch.writer(Sampling(2)), 2)._logits()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logits = next(passes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert logits.isfinite().all()

@@ -8,7 +8,7 @@ import torch
 from finch_rag.attention import SeenEnough, use_finch_attention
 from finch_rag.cache import CompressedCache
 from finch_rag.errors import DeviceMemoryError
-from finch_rag.forward import Segment, forward, forward_packed, packed_logits
+from finch_rag.forward import Segment, forward, forward_packed, on_device, packed_logits
 from finch_rag.scoring import Until
 
 from .small import ARCHITECTURES, small_model
@@ -109,3 +109,18 @@ def test_other_signals_of_an_observer_pass() -> None:
     with pytest.raises(KeyError), torch.inference_mode():
         forward_packed(model, [Segment.onto(empty(model), torch.tensor([3]), fail)])
     assert not issubclass(KeyError, SeenEnough)
+
+
+def test_numbers_are_put_on_a_device() -> None:
+    for numbers in ([3, 4], []):
+        tensor = on_device(numbers, torch.device("cpu"))
+        assert (tensor.tolist(), tensor.dtype) == (numbers, torch.int64)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_numbers_are_put_on_a_gpu_while_it_is_busy() -> None:
+    torch.cuda._sleep(1_000_000_000)  # cycles, half a second or so
+    tensor = on_device([3, 4], torch.device("cuda"))
+    assert not torch.cuda.current_stream().query()
+    assert tensor.tolist() == [3, 4]
+    assert on_device([], torch.device("cuda")).tolist() == []

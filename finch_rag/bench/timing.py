@@ -21,7 +21,7 @@ from ..attention import use_finch_attention
 from ..compiling import compile_layers
 from ..engine import Finch
 from ..errors import FinchError, InputError, MissingExtraError
-from ..forward import memory_guard
+from ..forward import memory_guard, on_device
 from ..models import resolve_device, resolve_dtype
 from ..planning import FixedTokens, PrefillPlan, RetrievalHeads, fit, window_of
 from ..prefill import prefill
@@ -336,6 +336,6 @@ def _document(prompt: Prompt) -> list[int]:
 
 
 def _logits(model: PreTrainedModel, cache: Any, tokens: list[int]) -> torch.Tensor:
-    ids = torch.tensor([tokens], device=model.device)
+    ids = on_device(tokens, model.device)[None]
     logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits
