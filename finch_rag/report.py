@@ -60,7 +60,7 @@ class CompressionReport:
         kv_bytes_kept: Bytes that the kept ones take.
         chunks: Steps of the prefill.
         prefill_seconds: Seconds spent reading passages; where several questions were read for together, this one's
-            part of them.
+            part of them. On an accelerator the end of the last pass may count as decoding.
         decode_seconds: Seconds spent on the question and the answer, likewise.
         new_tokens: Tokens generated, the end token included.
         stop_reason: "eos", "stop" (a stop string) or "length"; empty before decoding.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import torch
 
@@ -34,9 +35,9 @@ class Clock:
         event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
 
-    def seconds(self) -> list[float]:
-        """Seconds from the start to each mark; waits for the last one."""
+    def laps(self) -> list[float]:
+        """Seconds from the start to the first mark, and from each mark to the next; waits for the last one."""
         if self._device.type != "cuda":
-            return [time - self._times[0] for time in self._times[1:]]
+            return [after - before for before, after in pairwise(self._times)]
         torch.cuda.synchronize(self._device)
-        return [self._events[0].elapsed_time(event) / 1e3 for event in self._events[1:]]
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._events)]

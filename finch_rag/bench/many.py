@@ -131,8 +131,7 @@ def _timed(
     last = [[*prompt.question, *prompt.tail] for prompt in prompts]
     decode_many(subject.model, caches, last, writers, new_tokens, subject.graphs)
     clock.mark()
-    read_seconds, seconds = clock.seconds()
-    return _Timed(read_seconds, seconds - read_seconds)
+    return _Timed(*clock.laps())
 
 
 def _print(summary: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +20,7 @@ from ..models import LoadedModel
 from ..planning import window_of
 from ..prompt import Passage, Prompt, PromptBuilder
 from .cases import Case
+from .clock import Clock
 from .methods import DoesNotFitError, Outcome
 
 
@@ -91,12 +91,6 @@ class Reader:
             step = [token]
         return self.prompts.decode(generated).strip()
 
-    def now(self) -> float:
-        """Seconds on a clock, with the accelerator's work done."""
-        if self.loaded.model.device.type == "cuda":
-            torch.cuda.synchronize(self.loaded.model.device)
-        return time.perf_counter()
-
     @cached_property
     def _eos(self) -> frozenset[int]:
         return end_tokens(self.loaded.model, self.loaded.tokenizer)
@@ -143,18 +137,19 @@ def _pressed(reader: Reader, press: Any, case: Case, budget: int, separator: lis
     read = len(_context(prompt))
     kept = read - documents + budget  # the prefix competes, the question stays: see compression_ratio
     press.compression_ratio = compression_ratio(read, kept)
-    start = reader.now()
+    clock = Clock(reader.loaded.model.device)
     seen = _watch(press, read, kept, reader.loaded.model.device)
     with press(reader.loaded.model):
         cache = reader.read(_context(prompt, separator))
     length = cache.get_seq_length()
-    middle = reader.now()
+    clock.mark()
     text = reader.answer(cache, prompt.tail, length if moves_keys else read)
-    end = reader.now()
+    clock.mark()
+    read_seconds, answer_seconds = clock.laps()
     alive = seen.tolist() if kept < read else [True] * read
     lengths = [len(tokens) for tokens in prompt.passages]
     kept_ids = passages_with(alive[len(prompt.prefix) :], lengths, case.passages)
-    return Outcome(text, kept_ids, length - read + documents, middle - start, end - middle)
+    return Outcome(text, kept_ids, length - read + documents, read_seconds, answer_seconds)
 
 
 def compression_ratio(tokens: int, kept: int) -> float:
@@ -203,16 +198,17 @@ def _watch(press: Any, read: int, kept: int, device: torch.device) -> torch.Tens
 def longllmlingua(reader: Reader, case: Case, budget: int) -> Outcome:
     """LongLLMLingua with the same model, then the plain model on what it left."""
     texts = [f"{p.title}\n{p.text}" if p.title else p.text for p in case.passages]
-    start, before = reader.now(), reader.compressor.model.calls
+    clock, before = Clock(reader.loaded.model.device), reader.compressor.model.calls
     text = reader.compressor.compress(texts, case.question.question.strip(), budget)
     prompt = reader.build(case, [Passage(text)])
     cache = reader.read(_context(prompt))
-    middle = reader.now()
+    clock.mark()
     answer = reader.answer(cache, prompt.tail, cache.get_seq_length())
-    end = reader.now()
+    clock.mark()
+    read_seconds, answer_seconds = clock.laps()
     kept_ids = [case.passages[place].id for place in reader.compressor.used]
     calls = reader.compressor.model.calls - before + 1
-    return Outcome(answer, kept_ids, len(prompt.passages[0]), middle - start, end - middle, calls)
+    return Outcome(answer, kept_ids, len(prompt.passages[0]), read_seconds, answer_seconds, calls)
 
 
 def _context(prompt: Prompt, separator: Sequence[int] = ()) -> list[int]:

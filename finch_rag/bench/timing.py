@@ -11,7 +11,6 @@ import contextlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,8 +204,8 @@ class Measurement:
                 steps = self._steps(read.cache, token)
         except FinchError as error:
             raise SkippedError(str(error)) from error
-        prefill_seconds, first_token_seconds = clock.seconds()
-        return prefill_seconds, first_token_seconds, 1e3 * statistics.median(steps), read.layer_tokens
+        prefill_seconds, question_seconds = clock.laps()
+        return prefill_seconds, prefill_seconds + question_seconds, 1e3 * statistics.median(steps), read.layer_tokens
 
     def _steps(self, cache: Any, token: int) -> list[float]:
         graphs = self._subject.graphs
@@ -216,7 +215,7 @@ class Measurement:
                 logits = _logits(self._subject.model, cache, [token]) if step is None else step([token])
                 token = int(logits.argmax())
                 clock.mark()
-        return [after - before for before, after in pairwise((0.0, *clock.seconds()))]
+        return clock.laps()
 
 
 def plan_of(case: Case, subject: Subject, prompt: Prompt, new_tokens: int = _DECODED) -> PrefillPlan:
@@ -317,7 +316,7 @@ def matrix_rate(model: PreTrainedModel) -> float:
             clock = Clock(rows.device)
             torch.nn.functional.linear(rows, weight)
             clock.mark()
-            seconds += clock.seconds()
+            seconds += clock.laps()
     return 2 * _RATE_TOKENS * weight.numel() / statistics.median(seconds)
 
 
