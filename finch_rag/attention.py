@@ -31,6 +31,14 @@ ATTENTION_NAME = "finch"
 _CPU_BLOCK_ROWS = 256
 
 
+class AppendedLength(int):
+    """How many columns a cache shows when the last of them are the rows of the forward pass.
+
+    Up to transformers 5.2 a mask is asked for by the rows' positions, which are on the device. A cache that tells its
+    columns by this class saves asking for them: that would wait for all the device's work, at every pass.
+    """
+
+
 class SeenEnough(Exception):  # noqa: N818 - no error
     """Raised by an observer that needs no further layer; it ends the forward pass, see `finch_rag.forward.forward`."""
 
@@ -215,7 +223,8 @@ def attention_mask(
 ) -> torch.Tensor | None:
     """Mask in the signature of transformers' ``AttentionMaskInterface``.
 
-    Up to transformers 5.2, ``cache_position``, the rows' positions, is in the place of ``q_length`` and ``q_offset``.
+    Up to transformers 5.2, ``cache_position``, the rows' positions, is in the place of ``q_length`` and ``q_offset``,
+    see `AppendedLength`.
 
     Returns:
         None for plain causal attention on a cache, which ``attention_forward`` does without a mask; otherwise
@@ -226,7 +235,10 @@ def attention_mask(
     if cache_position is not None:
         rows = {"cache_position": cache_position}
         q_length = cache_position.shape[0]
-        q_offset = int(cache_position[0]) if plain else 0
+        if isinstance(kv_length, AppendedLength):
+            q_offset = kv_length - q_length
+        else:
+            q_offset = int(cache_position[0]) if plain else 0
     if plain and isinstance(q_offset, int) and q_length is not None and q_offset + q_length == kv_length:
         return None
     # SDPA's own reading of a missing mask on a longer cache (upper-left) is not `causal_attention`'s (lower-right).

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from .attention import AppendedLength
 from .errors import InputError
 from .rope import KeyRotation
 
@@ -104,7 +105,7 @@ class CompressedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """Columns and their offset when so many tokens are appended (up to transformers 5.2: tokens at positions)."""
         appended = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.length + appended, 0
+        return AppendedLength(self.length + appended), 0
 
     def get_seq_length(self) -> int:
         """Tokens in use."""

@@ -62,6 +62,16 @@ def test_masks_are_asked_for_in_the_words_of_all_versions_of_transformers_5() ->
     assert layer.get_max_cache_shape() == layer.get_max_length() == 12
 
 
+def test_up_to_transformers_5_2_nobody_asks_the_device_for_the_rows_positions() -> None:
+    out_of_reach = torch.arange(6, 9, device="meta")  # raises when asked for a number
+    layer = CompressedLayer(12)
+    layer.length = 6
+    columns, offset = layer.get_mask_sizes(out_of_reach)
+    assert attention_mask(1, cache_position=out_of_reach, kv_length=columns, kv_offset=offset) is None
+    with pytest.raises(RuntimeError, match="meta"):  # another cache may show more columns than are filled
+        attention_mask(1, cache_position=out_of_reach, kv_length=9)
+
+
 @pytest.mark.parametrize("heads", [(4, 2), (6, 1), (4, 4)])
 @pytest.mark.parametrize("additive", [False, True])
 def test_one_row_sees_what_the_mask_lets_it_see(heads: tuple[int, int], additive: bool) -> None:
