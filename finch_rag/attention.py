@@ -38,6 +38,16 @@ class AppendedLength(int):
     columns by this class saves asking for them: that would wait for all the device's work, at every pass.
     """
 
+    @classmethod
+    def of(cls, before: int, rows: int | torch.Tensor) -> AppendedLength:
+        """The columns before the rows, and the rows.
+
+        Args:
+            before: Columns in use before the pass.
+            rows: How many; up to transformers 5.2 their positions, shape [rows].
+        """
+        return cls(before + (rows if isinstance(rows, int) else rows.shape[0]))
+
 
 class SeenEnough(Exception):  # noqa: N818 - no error
     """Raised by an observer that needs no further layer; it ends the forward pass, see `finch_rag.forward.forward`."""

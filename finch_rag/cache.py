@@ -104,8 +104,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """Columns and their offset when so many tokens are appended (up to transformers 5.2: tokens at positions)."""
-        appended = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return AppendedLength(self.length + appended), 0
+        return AppendedLength.of(self.length, query_length), 0
 
     def get_seq_length(self) -> int:
         """Tokens in use."""

@@ -123,7 +123,7 @@ class _PassingLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """No column beside those of the pass (up to transformers 5.2 it is told by the tokens' places)."""
-        return AppendedLength(query_length if isinstance(query_length, int) else query_length.shape[0]), 0
+        return AppendedLength.of(0, query_length), 0
 
     def get_seq_length(self) -> int:
         """Nothing is kept."""

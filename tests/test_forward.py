@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionMaskInterface
 
-from finch_rag.attention import SeenEnough, use_finch_attention
+from finch_rag.attention import ATTENTION_NAME, AppendedLength, SeenEnough, attention_mask, use_finch_attention
 from finch_rag.cache import CompressedCache
 from finch_rag.errors import DeviceMemoryError
 from finch_rag.forward import Segment, forward, forward_packed, on_device, packed_logits
@@ -109,6 +110,24 @@ def test_other_signals_of_an_observer_pass() -> None:
     with pytest.raises(KeyError), torch.inference_mode():
         forward_packed(model, [Segment.onto(empty(model), torch.tensor([3]), fail)])
     assert not issubclass(KeyError, SeenEnough)
+
+
+def test_every_pass_tells_the_mask_that_its_columns_end_with_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    told: list[object] = []
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+        told.append(kwargs["kv_length"])
+        return attention_mask(*args, **kwargs)
+
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, ATTENTION_NAME, spy)
+    cache, tokens = empty(model), torch.tensor([3, 4])
+    with torch.inference_mode():
+        forward(model, tokens, cache)
+        forward(model, tokens, cache)
+        packed_logits(model, [Segment.onto(cache, tokens), Segment.onto(empty(model), tokens)])
+    assert told == [2, 4, 4]
+    assert all(isinstance(columns, AppendedLength) for columns in told)
 
 
 def test_numbers_are_put_on_a_device() -> None:
