@@ -31,8 +31,8 @@ def split_context(context: str) -> list[Passage]:
     if len(numbered) > 1:
         sources = zip(numbered[1::3], numbered[2::3], numbered[3::3], strict=True)
         opening = [Passage(numbered[0].strip())] if numbered[0].strip() else []
-        found = ((source, f"{metadata or ''}{text}".strip()) for metadata, source, text in sources if text.strip())
-        return opening + [Passage(text, title=source) for source, text in found]
+        found = ((source, f"{metadata or ''}{text}".strip()) for metadata, source, text in sources)
+        return opening + [Passage(text, title=source) for source, text in found if text]
     if key:
         starts = [found.start() for found in re.finditer(f"^{key} ", context, re.MULTILINE)]
         starts = [start for start in starts if _METADATA.match(context, start)]

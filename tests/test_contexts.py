@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from finch_rag.contexts import split_context
@@ -119,6 +119,7 @@ PIECES = [LONG, OTHER, "\n", "\n\n", "Source 1:\n", "Source 22:\n", "file: a\n",
 
 
 @given(st.lists(st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)).map("".join))
+@example("file: a\n\nSource 1:\n")  # a source of metadata alone
 @settings(deadline=None)
 def test_no_text_is_lost_added_or_moved(context: str) -> None:
     assume(context[:2] not in ("['", '["'))
