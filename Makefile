@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := $(wildcard integrations/*)
 
-.PHONY: setup demo test lint types format check notebooks bench bench-peers clean
+.PHONY: setup demo test quick lint types format check house notebooks bench bench-peers clean
 
 setup: .venv/.installed
 
@@ -18,8 +18,12 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/finch-rag demo
 
+# One process a core; each process' threads are set by the tests.
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
+
+quick: setup
+	$(BIN)/pytest -n auto --dist worksteal -m 'not slow'
 
 lint: setup
 	$(BIN)/ruff check .
@@ -33,6 +37,9 @@ check: lint types test
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+house: setup
+	$(BIN)/python -m finch_rag.house
 
 notebooks: setup
 	$(BIN)/python examples/run_notebooks.py

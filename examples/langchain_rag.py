@@ -21,9 +21,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import pipeline
 
 from finch_rag.corpus import read_corpus
-from finch_rag.demo import example_corpus
-from finch_rag.models import embedded_folder
-from finch_rag.retrieval import embedding_model_folder
+from finch_rag.corpus.example import example_corpus
+from finch_rag.corpus.retrieval import embedding_model_folder
+from finch_rag.models.embedded import embedded_folder
 
 QUESTION = "Who is the captain of the ferry that is licensed for 38 passengers?"
 

@@ -16,8 +16,8 @@ from llama_index.vector_stores.faiss import FaissVectorStore
 from transformers.utils import logging
 
 from finch_rag.corpus import read_corpus
-from finch_rag.demo import example_corpus
-from finch_rag.retrieval import embedding_model_folder
+from finch_rag.corpus.example import example_corpus
+from finch_rag.corpus.retrieval import embedding_model_folder
 
 logging.disable_progress_bar()  # of loading weights
 

@@ -23,12 +23,12 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .cache import CompressedCache
+    from .answer import Answer, Citation, CompressionReport
     from .engine import Finch
-    from .heads import find_heads
-    from .prompt import Passage
-    from .report import Answer, Citation, CompressionReport
-    from .stream import AnswerStream
+    from .heads.search import find_heads
+    from .models.cache import CompressedCache
+    from .prompts.passages import Passage
+    from .streaming import AnswerStream
 
 __version__ = "0.1.0"
 
@@ -53,14 +53,14 @@ __all__ = [
 ]
 
 _LAZY = {  # torch and transformers take seconds to import, so these wait until they are used
-    "Answer": "report",
-    "AnswerStream": "stream",
-    "Citation": "report",
-    "CompressedCache": "cache",
-    "CompressionReport": "report",
+    "Answer": "answer",
+    "AnswerStream": "streaming",
+    "Citation": "answer",
+    "CompressedCache": "models.cache",
+    "CompressionReport": "answer",
     "Finch": "engine",
-    "Passage": "prompt",
-    "find_heads": "heads",
+    "Passage": "prompts.passages",
+    "find_heads": "heads.search",
 }
 
 

@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from . import compiling
-from .attention import use_finch_attention
-from .chat_template import Message
-from .decode import Decoder, Sampling, Writer, end_tokens
-from .errors import InputError, ModelError, SettingsError, WindowError
-from .heads import Heads, check_heads, fingerprint, resolve_heads
-from .many import answer_many
-from .models import load_model
-from .options import (
-    CallOptions,
-    ChunkSize,
-    Progress,
-    ReadingOptions,
-    SamplingOptions,
-    check_reading,
-    chunk_tokens,
-    sampling_of,
-)
-from .planning import FixedTokens, RetrievalHeads, window_of
-from .prompt import Passage, PromptBuilder, as_passages
-from .reading import Reading, usual_chunk_size
-from .report import citations
-from .rope import KeyRotation
-from .step_graph import StepGraphs
-from .stream import AnswerStream, AsyncAnswerStream, Cancellation
-from .templates import APART, take_apart
+from .answer import Answer, Citation, citations
+from .batch import answer_together, requests_of
+from .errors import SettingsError
+from .heads.pairs import Heads, check_heads
+from .models.cache import CompressedCache
+from .models.loading import load_model
+from .prefill.planning import ChunkSize, RetrievalHeads
+from .prefill.selection import Selection
+from .prompts.builder import PromptBuilder
+from .prompts.chat_template import Message
+from .prompts.parsing import parse_prompt
+from .prompts.passages import Passage, as_passages
+from .request import Cancellation, Progress
+from .runtime import Runtime
+from .settings import CallOptions, EngineSettings, ReadingOptions, SamplingOptions, Settings
+from .streaming import AnswerStream, AsyncAnswerStream, in_thread
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .cache import CompressedCache
-    from .report import Answer, Citation
-    from .selection import Selection
 
 
 class Finch:
@@ -57,13 +41,13 @@ class Finch:
         tokenizer: Its tokenizer; its chat template is used where it has one.
         name: Name in reports; the model's own when None.
         budget: Document tokens kept per layer; derived from the window and the longest passage when None.
-        chunk_size: Document tokens read per step; "auto" derives it from device, free memory, model and window. Where
-            the device's memory runs out, a reading goes on with half of it.
+        chunk_size: Document tokens scanned per step; "auto" derives it from device, free memory, model and window.
+            Where the device's memory runs out, a scan goes on with half of it.
         selection: "passage" keeps whole passages, "token" keeps tokens layer by layer as in the paper.
-        reread: With passage selection, read the best passages that fit whole into the budget once more at the end, and
-            answer from them alone; those that are far below the best one are left out. Keys and values of the first
-            reading have seen the passages that were evicted since, and fragments lack their sentences; a model mixes
-            both up in its answer.
+        reread: With passage selection, prefill the best passages that fit whole into the budget again at the end,
+            and answer from them alone; those that are far below the best one are left out. Keys and values of the scan
+            have seen the passages that were evicted since, and fragments lack their sentences; a model mixes both up
+            in its answer.
         heads: Heads that rank passages: "auto" (the model's retrieval heads, found at the first use of a model),
             "all", or (layer, head) pairs. Token selection sums all heads.
         max_new_tokens: The most tokens of an answer.
@@ -72,6 +56,10 @@ class Finch:
         compile_layers: Fuse norms and MLPs by ``torch.compile``: faster readings on a GPU, for some ten seconds
             before the first answer, see docs/benchmarks.md. It changes ``model`` for good.
         on_progress: Called with a stage ("heads", "prefill") and the steps done and in all.
+
+    Attributes:
+        settings: What a call does where its options do not say otherwise.
+        runtime: Executes the calls.
 
     Raises:
         SettingsError: If a setting cannot work.
@@ -95,29 +83,23 @@ class Finch:
         compile_layers: bool = False,
         on_progress: Progress | None = None,
     ) -> None:
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ModelError(f"{type(model).__name__} is an encoder-decoder; Finch runs decoder-only models")
         if not isinstance(heads, (str, list, tuple)) and isinstance(heads, Iterable):
             heads = list(heads)
-        check_reading(budget, chunk_size, selection, SettingsError)
+        self.settings = Settings().updated(
+            {
+                "budget": budget,
+                "chunk_size": chunk_size,
+                "selection": selection,
+                "reread": reread,
+                "max_new_tokens": max_new_tokens,
+                "instructions": instructions,
+                "system_prompt": system_prompt,
+                "on_progress": on_progress,
+            },
+            SettingsError,
+        )
         check_heads(heads, model.config, SettingsError)
-        Sampling(max_new_tokens=max_new_tokens).check(SettingsError)
-        self.model = model
-        self.tokenizer = tokenizer
-        self.name = name or str(getattr(model, "name_or_path", "") or type(model).__name__)
-        self.budget, self.chunk_size, self.selection, self.reread = budget, chunk_size, selection, reread
-        self.max_new_tokens = max_new_tokens
-        self.instructions, self.system_prompt = instructions, system_prompt
-        self.on_progress: Progress = on_progress or (lambda stage, done, total: None)
-        self.window = window_of(model.config)
-        self.rotation = KeyRotation.of(model, self.window)
-        use_finch_attention(model)
-        self.prompts = PromptBuilder(tokenizer)
-        self.step_graphs = StepGraphs(model)
-        if compile_layers:
-            compiling.compile_layers(model)
-        self._heads: Heads = heads if isinstance(heads, str) else list(heads)
-        self._lock = threading.Lock()
+        self.runtime = Runtime(model, tokenizer, name=name, heads=heads, compile_layers=compile_layers)
 
     @classmethod
     def from_pretrained(
@@ -129,17 +111,17 @@ class Finch:
         device: str | torch.device = "auto",
         trust_remote_code: bool = False,
         model_kwargs: Mapping[str, Any] | None = None,
-        **settings: Any,
+        **settings: Unpack[EngineSettings],
     ) -> Finch:
         """Loads a model and builds an engine on it.
 
         Args:
             model: A hub id, a local folder, a GGUF file, "embedded", or a loaded model (pass its tokenizer too).
             tokenizer: A loaded one, or a hub id or folder; needed with a loaded model, else the model's own.
-            dtype: See `finch_rag.models.load_model`.
-            device: See `finch_rag.models.load_model`.
+            dtype: See `finch_rag.models.loading.load_model`.
+            device: See `finch_rag.models.loading.load_model`.
             trust_remote_code: Whether code that comes with the model may run.
-            model_kwargs: See `finch_rag.models.load_model`.
+            model_kwargs: See `finch_rag.models.loading.load_model`.
             settings: The keyword arguments of `Finch`.
 
         Raises:
@@ -153,7 +135,9 @@ class Finch:
         named = tokenizer if isinstance(tokenizer, (str, Path)) else None
         loaded = load_model(model, dtype, device, trust_remote_code, named, model_kwargs)
         ready = loaded.tokenizer if tokenizer is None or isinstance(tokenizer, (str, Path)) else tokenizer
-        return cls(loaded.model, ready, **{"name": loaded.name, **settings})
+        if settings.get("name") is None:
+            settings["name"] = loaded.name
+        return cls(loaded.model, ready, **settings)
 
     def ask(self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]) -> Answer:
         """Answers a question from passages.
@@ -183,7 +167,8 @@ class Finch:
             passages: See `ask`.
             options: See `ask`.
         """
-        return self._stream(question, as_passages(passages), options, APART)
+        request = self.runtime.request(question, as_passages(passages), self.settings.updated(options))
+        return AnswerStream(self.runtime, request)
 
     def chat(
         self, messages: str | Iterable[Message], passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]
@@ -191,7 +176,7 @@ class Finch:
         """Answers the last message of a conversation, or a flat prompt.
 
         Without ``passages`` they are looked for in the messages, where RAG frameworks put them, see
-        `finch_rag.templates`; the report's ``parse_mode`` says how they were found.
+        `finch_rag.prompts.parsing`; the report's ``parse_mode`` says how they were found.
 
         Args:
             messages: Dictionaries with "role" and "content" as chat templates take them, or a prompt.
@@ -215,11 +200,17 @@ class Finch:
             passages: See `chat`.
             options: See `chat`.
         """
-        check_reading(options.get("budget"), options.get("chunk_size"), self.selection, InputError)
-        own = options.pop("instructions", self.instructions)
-        request = take_apart(messages, as_passages(passages), lambda texts: self._are_short(texts, options), own)
-        merged = {"instructions": own, **request.options, **options}
-        return self._stream(request.question, request.passages, merged, request.parse_mode)
+        settings = self.settings.updated(options)
+        parsed = parse_prompt(
+            messages,
+            as_passages(passages),
+            lambda texts: self._are_short(texts, settings.reading.chunk_tokens),
+            settings.prompt.instructions,
+        )
+        own = {name: value for name, value in options.items() if name != "instructions"}  # the parsed ones hold them
+        settings = settings.updated({**parsed.options, **own})
+        request = self.runtime.request(parsed.question, parsed.passages, settings, parse_mode=parsed.parse_mode)
+        return AnswerStream(self.runtime, request)
 
     def ask_many(
         self,
@@ -231,7 +222,7 @@ class Finch:
 
         The answers are written side by side, and short lists of passages are read side by side, with the same outcome
         as one by one, up to rounding. A long list that all questions share is read once for all of them, and each
-        question then reads the part of it that got most of its attention, see `finch_rag.prefill_many`. For exactly
+        question then reads the part of it that got most of its attention, see `finch_rag.prefill.shared`. For exactly
         what `ask` reads, pass ``[passages] * len(questions)``.
 
         Args:
@@ -247,7 +238,30 @@ class Finch:
             NumericsError: If the model computes NaN.
             DeviceMemoryError: If the device runs out of memory.
         """
-        return answer_many(self, questions, passages, options)
+        requests, shared = requests_of(self.runtime, questions, passages, self.settings.updated(options))
+        return answer_together(self.runtime, requests, shared=shared)
+
+    async def aask_many(
+        self,
+        questions: Iterable[str],
+        passages: Iterable[str | Passage] | Iterable[Iterable[str | Passage]],
+        **options: Unpack[CallOptions],
+    ) -> list[Answer]:
+        """Like `ask_many`, for an event loop: a cancelled task ends the reading or the generation under way.
+
+        Args:
+            questions: See `ask_many`.
+            passages: See `ask_many`.
+            options: See `ask_many`.
+        """
+        cancellation = Cancellation()
+
+        def answers() -> list[Answer]:
+            settings = self.settings.updated(options)
+            requests, shared = requests_of(self.runtime, questions, passages, settings, cancellation)
+            return answer_together(self.runtime, requests, shared=shared)
+
+        return await in_thread(answers, cancellation.cancel)
 
     def astream(
         self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]
@@ -287,7 +301,8 @@ class Finch:
             passages: See `ask`.
             options: What differs from the engine's settings for this call.
         """
-        return Reading(self, question, as_passages(passages), self.max_new_tokens, options).run().fork(0)
+        settings = self.settings.updated(options)
+        return self.runtime.read(self.runtime.request(question, as_passages(passages), settings)).fork(0)
 
     def ask_cached(
         self, cache: CompressedCache, question: str | None = None, **options: Unpack[SamplingOptions]
@@ -303,23 +318,9 @@ class Finch:
             InputError: If the cache is another model's.
             WindowError: If question and answer do not fit behind the cache.
         """
-        if cache.document.model != self.fingerprint:
-            raise InputError(f"the cache was filled by another model than {self.name}: compress the passages again")
-        keys = cache.layers[0].keys
-        if keys is not None and keys.dtype != self.model.dtype:
-            raise InputError(
-                f"the cache holds {keys.dtype} and {self.name} is loaded in {self.model.dtype}: load the model with "
-                "that dtype, or compress the passages again"
-            )
-        sampling = sampling_of(options, self.max_new_tokens)
-        prompt = self.prompts.build(cache.document.question if question is None else question, [])
-        fixed = FixedTokens(cache.length, len(prompt.question), len(prompt.tail), sampling.max_new_tokens)
-        if fixed.total > self.window:
-            raise WindowError(
-                f"the cache has {cache.length} tokens, the question {fixed.question + fixed.tail} and the answer up to "
-                f"{fixed.new}, more than the window of {self.window}: shorten the question or lower max_new_tokens"
-            )
-        return self._answer(lambda: cache, [*prompt.question, *prompt.tail], sampling, Cancellation()).read()
+        sampling = self.settings.updated(options).sampling
+        request = self.runtime.request_cached(cache, question, sampling)
+        return AnswerStream(self.runtime, request, cache).read()
 
     def rank(
         self, question: str, passages: Iterable[str | Passage], **options: Unpack[ReadingOptions]
@@ -334,66 +335,91 @@ class Finch:
         Returns:
             One citation a passage, by falling share; ``index`` is its place in ``passages``.
         """
-        options["reread"] = False  # nothing will be answered from the cache
-        return citations(Reading(self, question, as_passages(passages), 0, options).run())
+        settings = self.settings.updated(options)
+        request = self.runtime.request(question, as_passages(passages), settings, ranks_only=True)
+        return citations(self.runtime.read(request))
+
+    def retrieval_heads(self) -> RetrievalHeads | None:
+        """The heads that rank passages, by layer; None when all are summed. Found on the first call if need be."""
+        return self.runtime.retrieval_heads(self.settings.on_progress)
 
     @property
     def heads(self) -> Heads:
         """The heads as they were asked for; `retrieval_heads` says which ones they are."""
-        return self._heads
+        return self.runtime.heads
 
-    def retrieval_heads(self) -> RetrievalHeads | None:
-        """The heads that rank passages, by layer; None when all are summed. Found on the first call if need be."""
-        with self._lock:
-            return self._resolved_heads
-
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Identifies the model's weights."""
-        return fingerprint(self.model)
+        """Identifies the model."""
+        return self.runtime.fingerprint
 
-    @cached_property
-    def _resolved_heads(self) -> RetrievalHeads | None:
-        def on_progress(done: int, total: int) -> None:
-            self.on_progress("heads", done, total)
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+        return self.runtime.model
 
-        return resolve_heads(self._heads, self.model, self.tokenizer, self.name, on_progress)
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return self.runtime.tokenizer
 
-    def writer(self, sampling: Sampling) -> Writer:
-        """What makes an answer of the model's logits."""
-        return Writer(sampling, self._eos, self.prompts.decode)
+    @property
+    def name(self) -> str:
+        """Its name in reports."""
+        return self.runtime.name
 
-    @cached_property
-    def _eos(self) -> frozenset[int]:
-        return end_tokens(self.model, self.tokenizer)
+    @property
+    def window(self) -> int:
+        """Positions that the model has."""
+        return self.runtime.window
 
-    def _are_short(self, texts: Sequence[str], options: Mapping[str, Any]) -> bool:
+    @property
+    def prompts(self) -> PromptBuilder:
+        """Builds the model's prompts."""
+        return self.runtime.prompts
+
+    @property
+    def budget(self) -> int | None:
+        """Document tokens kept per layer; None where the window decides."""
+        return self.settings.reading.budget
+
+    @property
+    def chunk_size(self) -> ChunkSize:
+        """Document tokens scanned per step."""
+        return self.settings.reading.chunk_size
+
+    @property
+    def selection(self) -> Selection:
+        """What is kept."""
+        return self.settings.reading.selection
+
+    @property
+    def reread(self) -> bool:
+        """Whether the best passages are prefilled again."""
+        return self.settings.reading.reread
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The most tokens of an answer."""
+        return self.settings.sampling.max_new_tokens
+
+    @property
+    def instructions(self) -> str | None:
+        """Read before the passages; None for the default."""
+        return self.settings.prompt.instructions
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system message; None for the default."""
+        return self.settings.prompt.system_prompt
+
+    @property
+    def on_progress(self) -> Progress:
+        """Told of a stage, and of its steps done and in all."""
+        return self.settings.on_progress
+
+    def _are_short(self, texts: Sequence[str], chunk_size: int | None) -> bool:
         """Whether each text fits into one chunk and all of them into half the window."""
-        default = usual_chunk_size(self.model)
-        chunk_size = chunk_tokens(options.get("chunk_size", self.chunk_size)) or default
         lengths = [len(tokens) for tokens in self.prompts.encode(texts)]
-        return max(lengths) <= chunk_size and sum(lengths) <= self.window // 2
-
-    def _stream(
-        self, question: str, passages: list[Passage], options: Mapping[str, Any], parse_mode: str
-    ) -> AnswerStream:
-        sampling, cancellation = sampling_of(options, self.max_new_tokens), Cancellation()
-        reading = Reading(self, question, passages, sampling.max_new_tokens, options, cancellation.check)
-        return self._answer(reading.run, reading.answer_prompt, sampling, cancellation, passages, parse_mode)
-
-    def _answer(
-        self,
-        open_cache: Callable[[], CompressedCache],
-        prompt: Sequence[int],
-        sampling: Sampling,
-        cancellation: Cancellation,
-        passages: Sequence[Passage] = (),
-        parse_mode: str = APART,
-    ) -> AnswerStream:
-        def decoder(cache: CompressedCache) -> Decoder:
-            how = sampling.max_new_tokens, self.step_graphs, cancellation.__bool__
-            return Decoder(self.model, cache, prompt, self.writer(sampling), *how)
-
-        return AnswerStream(
-            open_cache, decoder, len(prompt), sampling.max_new_tokens, cancellation, passages, parse_mode
-        )
+        most = self.runtime.usual_chunk_size if chunk_size is None else chunk_size
+        return max(lengths) <= most and sum(lengths) <= self.window // 2

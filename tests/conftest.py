@@ -14,8 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
 
-from finch_rag.cache import CompressedCache
 from finch_rag.engine import Finch
+from finch_rag.models.cache import CompressedCache
 
 from .small import chat_tokenizer, plain_tokenizer, small_finch
 

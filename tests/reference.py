@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from finch_rag.chunking import plan_chunks
-from finch_rag.prompt import Prompt
+from finch_rag.prefill.chunking import plan_chunks
+from finch_rag.prompts.builder import Prompt
 
 Token = tuple[torch.Tensor, torch.Tensor]  # key before its rotation and value, each [kv_heads, head_dim]
 
@@ -74,7 +74,7 @@ def read(
             values = its.values[0, :, past:]
             for number, position in enumerate(chunk):
                 kept[layer][position] = (keys[:, number], values[:, number])
-            rows = output.attentions[layer][0][:, len(chunk) :][:, prompt.question_rows]
+            rows = output.attentions[layer][0][:, len(chunk) :][:, prompt.own_tokens]
             scored = range(rows.shape[0]) if heads is None else heads.get(layer, ())
             scores.append(
                 {

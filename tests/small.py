@@ -16,7 +16,8 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from finch_rag.engine import Finch
-from finch_rag.prompt import Passage, Prompt, PromptBuilder
+from finch_rag.prompts.builder import Prompt, PromptBuilder
+from finch_rag.prompts.passages import Passage
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StaticCache
 
-from finch_rag.attention import (
+from finch_rag.models.attention import (
     attention_forward,
     attention_mask,
     causal_attention,
-    one_row_attention,
+    one_query_attention,
     use_finch_attention,
 )
-from finch_rag.cache import CompressedLayer
+from finch_rag.models.cache import CompressedLayer
 
 from .small import ARCHITECTURES, chat_tokenizer, small_model
 
@@ -81,11 +81,11 @@ def test_one_row_sees_what_the_mask_lets_it_see(heads: tuple[int, int], additive
     )
     mask = torch.arange(9)[None, None, None] <= 5
     seen = torch.zeros(1, 1, 1, 9).masked_fill(~mask, float("-inf")) if additive else mask
-    found = one_row_attention(query, key, value, seen, 0.3)
+    found = one_query_attention(query, key, value, seen, 0.3)
     expected = by_hand(query, key[:, :, :6], value[:, :, :6], 0.3).transpose(1, 2)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     # and so it does in a batch, each row with a mask of its own
-    both = one_row_attention(
+    both = one_query_attention(
         query.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1),
         torch.cat((mask, torch.arange(9)[None, None, None] <= 2)), 0.3,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from finch_rag.bench import plots, positions, quality
 from finch_rag.bench.cases import read_cases
 from finch_rag.bench.methods import METHODS
 from finch_rag.bench.positions import by_method, places
-from finch_rag.commands import app
+from finch_rag.cli.app import app
 from finch_rag.engine import Finch
 
 from .small import small_finch, texts

@@ -11,15 +11,16 @@ import torch
 from transformers import DynamicCache
 
 from finch_rag.bench import peer_methods, peers
-from finch_rag.bench.cases import Case, read_cases, write_cases
+from finch_rag.bench.cases import QualityCase, read_cases, write_cases
 from finch_rag.bench.methods import Contestant, Outcome, run
-from finch_rag.bench.peer_methods import Reader, compression_ratio, passages_with
+from finch_rag.bench.peer_methods import PlainModel, compression_ratio, passages_with
 from finch_rag.bench.quality import Settings
 from finch_rag.corpus import Question
 from finch_rag.engine import Finch
 from finch_rag.errors import InputError, MissingExtraError
-from finch_rag.models import LoadedModel
-from finch_rag.prompt import Passage, PromptBuilder
+from finch_rag.models.loading import LoadedModel
+from finch_rag.prompts.builder import PromptBuilder
+from finch_rag.prompts.passages import Passage
 
 from .small import chat_tokenizer, small_model, texts
 
@@ -64,19 +65,19 @@ def loaded() -> LoadedModel:
 
 
 @pytest.fixture
-def reader(loaded: LoadedModel) -> Reader:
-    return Reader(loaded, max_new_tokens=6)
+def reader(loaded: LoadedModel) -> PlainModel:
+    return PlainModel(loaded, max_new_tokens=6)
 
 
 @pytest.fixture
-def cases() -> list[Case]:
+def cases() -> list[QualityCase]:
     passages = [Passage(text, id=f"p{n}", title="Elmsworth" if n % 2 else None) for n, text in enumerate(texts(COUNT))]
     questions = [Question(f"q{n}", text, ("x",), (f"p{n}",)) for n, text in enumerate(texts(4, seed=1))]
-    return [Case(q, passages[n:] + passages[:n], [*range(COUNT)]) for n, q in enumerate(questions)]
+    return [QualityCase(q, passages[n:] + passages[:n], [*range(COUNT)]) for n, q in enumerate(questions)]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, cases: list[Case]) -> Path:
+def folder(tmp_path: Path, cases: list[QualityCase]) -> Path:
     """What finch-rag bench quality leaves behind."""
     settings = Settings("small", "made", "bm25", COUNT, "rank", 4, seed=0, max_new_tokens=7)
     (tmp_path / "settings.json").write_text(json.dumps(asdict(settings)))
@@ -89,7 +90,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel) -> list[tuple[st
     """Peers that need nothing, and what they were asked: question, budget, longest answer."""
     calls = []
 
-    def answer(reader: Reader, case: Case, budget: int) -> Outcome:
+    def answer(reader: PlainModel, case: QualityCase, budget: int) -> Outcome:
         calls.append((case.question.id, budget, reader.max_new_tokens))
         if case.question.id == "q3":
             reader.build(case, [Passage("much " * 2000)])
@@ -119,11 +120,11 @@ def test_a_passage_is_kept_if_one_of_its_tokens_is() -> None:
     assert passages_with(alive, [2, 3, 1], passages) == ["a", "c"]
 
 
-def test_without_a_press_the_reader_is_the_plain_model(reader: Reader, cases: list[Case]) -> None:
+def test_without_a_press_the_reader_is_the_plain_model(reader: PlainModel, cases: list[QualityCase]) -> None:
     contestant = Contestant(Finch(reader.loaded.model, chat_tokenizer(), heads=[(0, 1)]), 60, 6)
     answers = set()
     for case in cases:
-        outcome = peer_methods._pressed(reader, KeepsTheLast(), case, 10_000, [], moves_keys=False)
+        outcome = peer_methods.pressed(reader, KeepsTheLast(), case, 10_000, [], rotates_keys=False)
         full = run("full", contestant, case)
         assert (outcome.prediction, outcome.kv_tokens) == (full.prediction, full.kv_tokens)
         assert set(outcome.kept_ids) == set(full.kept_ids) == {f"p{n}" for n in range(COUNT)}
@@ -131,29 +132,29 @@ def test_without_a_press_the_reader_is_the_plain_model(reader: Reader, cases: li
     assert len(answers) > 1  # else every prompt would do
 
 
-def test_a_press_leaves_the_budget_beside_prefix_and_question(reader: Reader, cases: list[Case]) -> None:
+def test_a_press_leaves_the_budget_beside_prefix_and_question(reader: PlainModel, cases: list[QualityCase]) -> None:
     prompt = reader.build(cases[0], cases[0].passages)
     # The last tokens are the question, and before it passages: the prefix goes, and its room is theirs.
     behind = [sum(map(len, prompt.passages[n + 1 :])) for n in range(COUNT)]
     for first in (1, 5):
         budget = behind[first] + 1 - len(prompt.prefix)  # room for one token of this passage
-        outcome = peer_methods._pressed(reader, KeepsTheLast(), cases[0], budget, [], moves_keys=False)
+        outcome = peer_methods.pressed(reader, KeepsTheLast(), cases[0], budget, [], rotates_keys=False)
         assert outcome.kv_tokens == budget
         assert outcome.kept_ids == [f"p{n}" for n in range(first, COUNT)]
 
 
-@pytest.mark.parametrize("moves_keys", [True, False])
+@pytest.mark.parametrize("rotates_keys", [True, False])
 def test_the_answer_goes_on_where_the_keys_end(
-    reader: Reader, cases: list[Case], moves_keys: bool, monkeypatch: pytest.MonkeyPatch
+    reader: PlainModel, cases: list[QualityCase], rotates_keys: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Reader, "answer", lambda self, cache, tail, position: str(position))
-    outcome = peer_methods._pressed(reader, KeepsTheLast(), cases[0], 20, [], moves_keys=moves_keys)
+    monkeypatch.setattr(PlainModel, "answer", lambda self, cache, tail, position: str(position))
+    outcome = peer_methods.pressed(reader, KeepsTheLast(), cases[0], 20, [], rotates_keys=rotates_keys)
     prompt = reader.build(cases[0], cases[0].passages)
     fixed = len(prompt.prefix) + len(prompt.question)
-    assert int(outcome.prediction) == fixed + (20 if moves_keys else sum(map(len, prompt.passages)))
+    assert int(outcome.prediction) == fixed + (20 if rotates_keys else sum(map(len, prompt.passages)))
 
 
-def test_generation_uses_the_positions_it_is_told(reader: Reader, cases: list[Case]) -> None:
+def test_generation_uses_the_positions_it_is_told(reader: PlainModel, cases: list[QualityCase]) -> None:
     prompt = reader.build(cases[0], cases[0].passages)
     context = [*prompt.prefix, *prompt.passages[0], *prompt.question]
 
@@ -172,9 +173,11 @@ def test_generation_uses_the_positions_it_is_told(reader: Reader, cases: list[Ca
     assert [step for steps in seen[1:] for step in steps] == [500 + len(prompt.tail) + n for n in range(len(seen) - 1)]
 
 
-def test_an_end_token_ends_the_answer(loaded: LoadedModel, cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_token_ends_the_answer(
+    loaded: LoadedModel, cases: list[QualityCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(PromptBuilder, "decode", lambda self, tokens: json.dumps(tokens))
-    long, short = Reader(loaded, 6), Reader(loaded, 6)
+    long, short = PlainModel(loaded, 6), PlainModel(loaded, 6)
     prompt = long.build(cases[0], cases[0].passages)
     tokens = json.loads(long.answer(long.read(prompt.prefix), prompt.tail, len(prompt.prefix)))
     assert len(tokens) == 6
@@ -263,7 +266,7 @@ def test_a_missing_package_is_named_before_the_model_is_loaded(
     assert not records(folder)
 
 
-def test_finch_press_without_its_separator_is_refused(reader: Reader, folder: Path) -> None:
+def test_finch_press_without_its_separator_is_refused(reader: PlainModel, folder: Path) -> None:
     case = next(read_cases(folder / "cases.jsonl.gz"))
     with pytest.raises(InputError, match="add_separator"):
         peer_methods.finch_press(reader, case, 60)

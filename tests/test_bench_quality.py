@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from finch_rag.bench import memory, methods, quality
-from finch_rag.bench.cases import Case, DataSet, make_cases, read_cases, write_cases
+from finch_rag.bench import memory, quality
+from finch_rag.bench.bootstrap import bootstrap
+from finch_rag.bench.cases import DataSet, QualityCase, make_cases, read_cases, write_cases
 from finch_rag.bench.memory import in_use, peak_memory
 from finch_rag.bench.methods import METHODS, Contestant, DoesNotFitError, run
-from finch_rag.bench.statistics import bootstrap
 from finch_rag.bench.summary import summarise
 from finch_rag.engine import Finch
 from finch_rag.errors import CorpusError, InputError
@@ -45,7 +45,7 @@ def data(folder: Path) -> DataSet:
     return DataSet.read(folder)
 
 
-def cases(data: DataSet, **changes: Any) -> list[Case]:
+def cases(data: DataSet, **changes: Any) -> list[QualityCase]:
     return make_cases(data, **{"retriever": "bm25", "top_k": 6, **changes})
 
 
@@ -295,6 +295,6 @@ def test_each_answer_has_its_peak_of_memory(run_main: Any, monkeypatch: pytest.M
     def planted(device: torch.device, before: int) -> Iterator[list[float]]:
         yield [12.5]
 
-    monkeypatch.setattr(methods, "peak_memory", planted)
+    monkeypatch.setattr(quality, "peak_memory", planted)
     summary, _ = run_main()
     assert {row["peak_mib"] for row in summary["methods"].values()} == {12.5}

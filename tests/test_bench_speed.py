@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from finch_rag.bench import plots, speed
 from finch_rag.bench.shapes import SHAPES, random_model, random_prompt, worst_heads
-from finch_rag.bench.timing import METHODS, Case, Measurement, SkippedError, matrix_rate
-from finch_rag.commands import app
+from finch_rag.bench.timing import READINGS, Measurement, SkippedError, SpeedCase, matrix_rate
+from finch_rag.cli.app import app
 from finch_rag.errors import InputError, MissingExtraError
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_ratios_compare_with_the_plain_pass_and_with_the_shortest_text() -> None
         for (method, tokens), taken in seconds.items()
     ]
     rows.append({"method": "full", "tokens": 400, "skipped": "no memory"})
-    assert speed._ratios(rows) == {
+    assert speed.ratios(rows) == {
         "seconds finch/full at 100": 0.5,
         "memory finch/full at 100": 1.0,
         "seconds finch 400/100": 3.5,
@@ -78,7 +78,7 @@ def test_a_random_prompt_has_so_many_tokens(tokens: int) -> None:
 
 
 def test_the_heads_of_a_shape_are_laid_where_a_reading_ends_last() -> None:
-    assert worst_heads(tiny()) == {0: [0], 1: [0], 2: [0]}  # of four layers the lower two thirds
+    assert worst_heads(tiny()) == [(0, 0), (1, 0), (2, 0)]  # of four layers the lower two thirds
 
 
 def test_shapes_have_the_sizes_of_their_models() -> None:
@@ -90,7 +90,7 @@ def test_shapes_have_the_sizes_of_their_models() -> None:
 
 @pytest.mark.parametrize("method", ["full", "finch"])
 def test_a_method_without_memory_is_skipped_with_the_reason(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    measurement = Measurement(Case(method, 600, "", "tiny", 128, 256))
+    measurement = Measurement(SpeedCase(method=method, tokens=600, model="", shape="tiny", budget=128, chunk_size=256))
     run = measurement.run()
     assert run.peak_mib >= 0
     assert run.matrix_share > 0
@@ -98,7 +98,7 @@ def test_a_method_without_memory_is_skipped_with_the_reason(method: str, monkeyp
     def starve(*args: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    layers: Any = measurement._subject.model.base_model.layers
+    layers: Any = measurement.subject.finch.model.base_model.layers
     layers[0].register_forward_pre_hook(starve)
     with pytest.raises(SkippedError, match="no memory left"):
         measurement.run()
@@ -111,7 +111,7 @@ def test_the_measured_matrix_rate_is_one_of_a_computer() -> None:
 def test_help_names_every_shape_and_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     shown = CliRunner().invoke(app, ["bench", "speed", "--help"]).stdout
-    assert all(name in shown for name in (*SHAPES, *METHODS))
+    assert all(name in shown for name in (*SHAPES, *READINGS))
 
 
 def test_unknown_shapes_and_methods_are_named() -> None:

@@ -9,9 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finch_rag.cache import CachedDocument, CompressedCache, CompressedLayer
 from finch_rag.engine import Finch
 from finch_rag.errors import InputError, WindowError
+from finch_rag.models.cache import CompressedCache, CompressedLayer
+from finch_rag.models.cached_document import CachedDocument, ReadingFigures
 
 from .small import small_finch, small_model, texts
 
@@ -233,5 +234,29 @@ def test_the_largest_budget_still_leaves_room_for_the_same_question(finch: Finch
 
 
 def test_a_document_survives_json() -> None:
-    document = CachedDocument(("a", None), (None, "t"), (3, 4), (0.25, 0.75), "q", "f", {"heads": [[1, 2]]})
+    document = CachedDocument(("a", None), (None, "t"), (3, 4), (0.25, 0.75), "q", "f", ReadingFigures(heads=((1, 2),)))
     assert CachedDocument.from_json(document.to_json()) == document
+
+
+def test_a_cache_goes_to_the_device_of_what_is_appended(cache: CompressedCache) -> None:
+    elsewhere = cache.fork(3)  # "meta" stands in for a GPU
+    for layer in elsewhere.layers:
+        keys, values = layer.update(torch.ones(1, 2, 2, 16, device="meta"), torch.ones(1, 2, 2, 16, device="meta"))
+        assert (keys.device.type, values.device.type) == ("meta", "meta")
+        assert keys.shape[2] == elsewhere.length
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_cache_that_was_loaded_on_the_cpu_is_asked_on_a_gpu(tmp_path: Path) -> None:
+    finch = small_finch()
+    torch.nn.Module.to(finch.model, "cuda")
+    cache = finch.compress(QUESTION, texts(8))
+    expected = finch.ask_cached(cache).text
+    cache.save(tmp_path / "cache")
+    assert finch.ask_cached(CompressedCache.load(tmp_path / "cache")).text == expected
+
+
+def test_a_cache_of_an_earlier_release_is_told(cache: CompressedCache, tmp_path: Path) -> None:
+    save_file({"kept": torch.zeros(1, 1)}, str(tmp_path / "old"), metadata={"format": "finch-cache-1"})
+    with pytest.raises(InputError, match=r"earlier finch-rag: compress the passages again"):
+        CompressedCache.load(tmp_path / "old")

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
-from finch_rag.chat_template import Message, check_history, frame, plain_frame, without_system
 from finch_rag.engine import Finch
 from finch_rag.errors import InputError, ModelError
-from finch_rag.prompt import Passage, Prompt, PromptBuilder
+from finch_rag.prompts.builder import Prompt, PromptBuilder
+from finch_rag.prompts.chat_template import Message, check_history, frame, plain_frame, without_system
+from finch_rag.prompts.passages import Passage
 
 from .small import CHATML, chat_tokenizer, plain_tokenizer, tokenizer_with
-from .test_prompt import ADVERSARIAL, NO_SYSTEM_ROLE, SYSTEM_ROLE_IGNORED, controls, everything, raw
+from .test_builder import ADVERSARIAL, NO_SYSTEM_ROLE, SYSTEM_ROLE_IGNORED, controls, everything, raw
 
 SYSTEM_LAST = (  # as Mistral's: the system message opens the last message of the user
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
@@ -184,7 +185,7 @@ def test_history_stands_in_the_prefix() -> None:
     with_history = builder.build("when?", [Passage("the bridge")], "Answer.", "", HISTORY)
     without = builder.build("when?", [Passage("the bridge")], "Answer.", "")
     assert "Novak." in raw(builder, with_history.prefix)
-    for part in ("passages", "question", "question_rows", "tail"):
+    for part in ("passages", "question", "own_tokens", "tail"):
         assert getattr(with_history, part) == getattr(without, part)
 
 

@@ -5,7 +5,7 @@ from itertools import accumulate, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finch_rag.chunking import plan_chunks
+from finch_rag.prefill.chunking import plan_chunks
 
 lengths_and_size = st.integers(1, 40).flatmap(
     lambda size: st.tuples(st.lists(st.integers(0, 3 * size), max_size=12), st.just(size))

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from finch_rag import Finch, __version__, cli, display, retrieval, session
-from finch_rag.commands import app
-from finch_rag.heads import load_heads
+from finch_rag import Finch, __version__, cli
+from finch_rag.cli import session
+from finch_rag.cli.app import app
+from finch_rag.corpus import retrieval
+from finch_rag.heads.stored import load_heads
+from finch_rag.terminal import output as display
 
 from .hashed import hashed_embedder
 from .small import chat_tokenizer, small_model
@@ -309,7 +312,7 @@ def test_a_missing_extra_is_one_line(
 
 def test_version_and_help_load_no_model_library() -> None:
     assert run("--version").stdout == f"finch-rag {__version__}\n"
-    code = "import sys, finch_rag.commands; print(*sys.modules)"
+    code = "import sys, finch_rag.cli.app; print(*sys.modules)"
     modules = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )
@@ -337,7 +340,7 @@ def test_control_characters_of_untrusted_text_do_not_reach_the_terminal() -> Non
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
 def test_progress_is_on_stderr_of_a_terminal_only() -> None:
     code = (
-        "from finch_rag.display import ProgressBars, say_json\n"
+        "from finch_rag.terminal.output import say_json\nfrom finch_rag.terminal.progress import ProgressBars\n"
         "with ProgressBars() as bars:\n"
         "    bars('prefill', 1, 2)\n"
         "    with bars.busy('loading'): pass\n"

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from finch_rag.compiling import compile_layers
 from finch_rag.errors import ModelError
+from finch_rag.models.compiling import compile_layers
 
 from .small import small_finch, small_model, texts
 
@@ -32,10 +32,10 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
 @pytest.mark.parametrize("steps", [False, True])
 def test_answers_are_the_same_compiled(steps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fused = small_finch(max_new_tokens=12), small_finch(max_new_tokens=12, compile_layers=True)
-    monkeypatch.setattr(fused.step_graphs, "_usable", steps)  # as on a GPU, but for the recording
+    monkeypatch.setattr(fused.runtime.graphs, "_usable", steps)  # as on a GPU, but for the recording
     asked, compiled = plain.ask("When was it?", texts(30)), fused.ask("When was it?", texts(30))
     assert compiled.text == asked.text
     assert [citation.index for citation in compiled.citations] == [citation.index for citation in asked.citations]
-    assert len(fused.step_graphs._free) == steps
+    assert len(fused.runtime.graphs.idle) == steps
     layers: Any = fused.model.base_model.layers
     assert layers[0].mlp._compiled_call_impl is not None

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from finch_rag.contexts import split_context
-from finch_rag.prompt import Passage
+from finch_rag.prompts.contexts import split_context
+from finch_rag.prompts.passages import Passage
 
 LONG = "The bridge was built in 1874 by the engineer Clara Novak, who had drawn maps of the whole coast before."
 OTHER = "The museum opened in 1931 and holds a large collection of instruments; its director is Hugo Kessler now."

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from finch_rag import CorpusError
 from finch_rag.corpus import Question, load_questions, read_corpus
-from finch_rag.splitting import MAX_WORDS, count_words, markdown_sections, split_text
+from finch_rag.corpus.splitting import MAX_WORDS, count_words, markdown_sections, split_text
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "corpus"
 

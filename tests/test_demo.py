@@ -1,4 +1,5 @@
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -6,10 +7,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from finch_rag import CorpusError, Passage, commands, demo, retrieval, session
-from finch_rag.corpus import Question, read_corpus
-from finch_rag.demo import METHODS, Contest, FullWindow, run_contest, summary
-from finch_rag.retrieval import Retriever, in_rank_order
+from finch_rag import CorpusError, Passage
+from finch_rag.cli import app as commands
+from finch_rag.cli import demo
+from finch_rag.cli.contest import METHODS, Contest, FullWindow, run_contest, summary
+from finch_rag.corpus import Question, example, read_corpus, retrieval
+from finch_rag.corpus.example import example_corpus
+from finch_rag.corpus.retrieval import Retriever, in_rank_order
 
 from .hashed import hashed_embedder
 from .small import chat_tokenizer, small_finch, small_model, texts
@@ -24,13 +28,11 @@ QUESTIONS = [
 @pytest.fixture
 def contest(monkeypatch: pytest.MonkeyPatch) -> Contest:
     monkeypatch.setattr(retrieval, "_load_embedder", lambda: hashed_embedder)
-    monkeypatch.setattr(demo, "BUDGET", 100)
-    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 6)
-    return Contest(small_finch(), Retriever.build(PASSAGES), PASSAGES, QUESTIONS)
+    return Contest(small_finch(), Retriever.build(PASSAGES), PASSAGES, QUESTIONS, 100, 6)
 
 
 def test_the_demos_question_is_one_of_the_example_corpus() -> None:
-    questions = [json.loads(line) for line in (demo.example_corpus() / "questions.jsonl").read_text().splitlines()]
+    questions = [json.loads(line) for line in (example_corpus() / "questions.jsonl").read_text().splitlines()]
     assert demo.QUESTION_ID in {question["id"] for question in questions}
     assert demo.BUDGET <= 1024
 
@@ -38,19 +40,18 @@ def test_the_demos_question_is_one_of_the_example_corpus() -> None:
 def test_the_example_corpus_of_an_installed_package_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "finch_rag" / "demo.py"))
+    monkeypatch.setattr(example, "__file__", str(tmp_path / "finch_rag" / "corpus" / "example.py"))
     with pytest.raises(CorpusError, match="install finch-rag again"):
-        demo.example_corpus()
+        example_corpus()
     (tmp_path / "examples" / "corpus").mkdir(parents=True)
-    assert demo.example_corpus() == tmp_path / "examples" / "corpus"
+    assert example_corpus() == tmp_path / "examples" / "corpus"
     (tmp_path / "finch_rag" / "example_corpus").mkdir(parents=True)
-    assert demo.example_corpus() == tmp_path / "finch_rag" / "example_corpus"
+    assert example_corpus() == tmp_path / "finch_rag" / "example_corpus"
 
 
-def test_the_full_window_is_the_models_own_generation_on_a_full_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 6)
+def test_the_full_window_is_the_models_own_generation_on_a_full_window() -> None:
     finch, plain = small_finch(), small_model()
-    window = FullWindow(finch, PASSAGES, [question.question for question in QUESTIONS])
+    window = FullWindow(finch, PASSAGES, [question.question for question in QUESTIONS], 6)
     longest = 0
     for question in (*QUESTIONS, QUESTIONS[0]):  # the first again: asking leaves no trace
         prompt = finch.prompts.build(question.question, PASSAGES)
@@ -59,8 +60,8 @@ def test_the_full_window_is_the_models_own_generation_on_a_full_window(monkeypat
         longest = max(longest, len(context) + 6)
         output = plain.generate(torch.tensor([context]), max_new_tokens=6, do_sample=False)
         expected = str(chat_tokenizer().decode(output[0, len(context) :], skip_special_tokens=True))
-        assert window.answer(question.question) == expected.strip()
-    assert longest == finch.window
+        assert window.answer(question.question).text == expected.strip()
+    assert longest == finch.window - 2  # what a reading must leave free
     lengths = [len(passage) for passage in finch.prompts.build("x", PASSAGES).passages]
     whole = {f"p{number}" for number in range(60) if sum(lengths[: number + 1]) <= window.tokens}
     assert window.passage_ids == whole
@@ -72,12 +73,10 @@ def test_each_method_sees_what_it_claims(contest: Contest) -> None:
     for question in QUESTIONS:
         outcomes = contest.run(question)
         assert list(outcomes) == list(METHODS)
-        ranked = in_rank_order(contest._retriever, PASSAGES, question.question, 60)
-        fitting = contest._that_fit(question.question, ranked)
-        lengths = [len(passage) for passage in small_finch().prompts.build("x", ranked).passages]
-        assert fitting == ranked[: len(fitting)]
-        assert sum(lengths[: len(fitting)]) <= 100 < sum(lengths[: len(fitting) + 1])
-        assert outcomes["top_passages"].tokens == sum(lengths[: len(fitting)])  # nothing evicted
+        ranked = in_rank_order(Retriever.build(PASSAGES), PASSAGES, question.question, 60)
+        ends = list(accumulate(len(passage) for passage in small_finch().prompts.build("x", ranked).passages))
+        fitting = ranked[: sum(end <= 100 for end in ends)]
+        assert outcomes["top_passages"].tokens == ends[len(fitting) - 1]  # nothing evicted
         assert outcomes["top_passages"].has_gold == any(p.id == question.gold_ids[0] for p in fitting)
         assert outcomes["finch"].tokens == 100
         assert outcomes["full_window"].has_gold == (question.id == "q1")
@@ -117,7 +116,7 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "QUESTION_ID", "q2")
     monkeypatch.setattr(demo, "BUDGET", 100)
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 6)
-    monkeypatch.setattr(session, "load_finch", lambda name, bars, **settings: small_finch(**settings))
+    monkeypatch.setattr(demo, "load_finch", lambda name, bars, **settings: small_finch(**settings))
     monkeypatch.setattr(retrieval, "_load_embedder", lambda: hashed_embedder)
 
 
@@ -148,5 +147,5 @@ def test_demo_all_compares_the_methods() -> None:
 
 
 def test_the_example_corpus_is_larger_than_the_embedded_models_window() -> None:
-    words = sum(len(passage.text.split()) for passage in read_corpus(demo.example_corpus()).passages)
+    words = sum(len(passage.text.split()) for passage in read_corpus(example_corpus()).passages)
     assert words > 8192  # and a token is at most a word

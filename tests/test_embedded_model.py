@@ -12,27 +12,28 @@ from typing import Any
 
 import pytest
 
-from finch_rag import models as module
 from finch_rag.errors import FinchError, ModelError
-from finch_rag.models import embedded_folder, load_model
+from finch_rag.models import embedded as module
+from finch_rag.models.embedded import embedded_folder
+from finch_rag.models.loading import load_model
 
 
 def test_a_folder_is_intact_only_while_every_file_is_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"abc")
-    assert not module._is_intact(tmp_path)
-    (tmp_path / "finch-manifest.json").write_text(json.dumps({"weights": module._sha256(tmp_path / "weights")}))
-    assert module._is_intact(tmp_path)
+    assert not module.is_intact(tmp_path)
+    (tmp_path / "finch-manifest.json").write_text(json.dumps({"weights": module.sha256(tmp_path / "weights")}))
+    assert module.is_intact(tmp_path)
     (tmp_path / "weights").write_bytes(b"abd")
-    assert not module._is_intact(tmp_path)
+    assert not module.is_intact(tmp_path)
     (tmp_path / "weights").unlink()
-    assert not module._is_intact(tmp_path)
-    assert not module._is_intact(tmp_path / "missing")
+    assert not module.is_intact(tmp_path)
+    assert not module.is_intact(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "7", "{"])
 def test_a_damaged_manifest_is_not_intact(tmp_path: Path, manifest: str) -> None:
     (tmp_path / "finch-manifest.json").write_text(manifest)
-    assert not module._is_intact(tmp_path)
+    assert not module.is_intact(tmp_path)
 
 
 def test_a_transformers_that_misreads_the_tokenizer_converts_nothing(
@@ -40,10 +41,10 @@ def test_a_transformers_that_misreads_the_tokenizer_converts_nothing(
 ) -> None:
     monkeypatch.setattr(module, "version", lambda name: "5.5.4")
     with pytest.raises(ModelError, match=r"^transformers 5\.5\.4 misreads .*: install transformers>=5\.6 \(once"):
-        module._convert_gguf(tmp_path / "x.gguf", tmp_path / "folder")
+        module.convert_gguf(tmp_path / "x.gguf", tmp_path / "folder")
     monkeypatch.setattr(module, "version", lambda name: "5.10.0rc1")
     with pytest.raises(Exception, match=r"x\.gguf"):  # it goes on to the file, which is missing
-        module._convert_gguf(tmp_path / "x.gguf", tmp_path / "folder")
+        module.convert_gguf(tmp_path / "x.gguf", tmp_path / "folder")
 
 
 @pytest.mark.embedded
@@ -76,9 +77,9 @@ def test_a_damaged_conversion_is_made_again_once_by_two_processes(tmp_path: Path
     with weights.open("r+b") as file:
         file.seek(-1000, os.SEEK_END)
         file.write(b"\xff" * 100)
-    assert not module._is_intact(copy)
+    assert not module.is_intact(copy)
 
-    code = "from finch_rag.models import embedded_folder, _is_intact; f = embedded_folder(); print(f, _is_intact(f))"
+    code = "import finch_rag.models.embedded as m; f = m.embedded_folder(); print(f, m.is_intact(f))"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     both = [
         subprocess.Popen(
@@ -89,7 +90,7 @@ def test_a_damaged_conversion_is_made_again_once_by_two_processes(tmp_path: Path
     ends = [process.communicate(timeout=240) for process in both]
     assert [out.strip().splitlines()[-1:] for out, _ in ends] == [[f"{copy} True"]] * 2, ends
     assert sum(err.count("converting the embedded model") for _, err in ends) == 1
-    assert module._sha256(weights) == module._sha256(good / "model.safetensors")
+    assert module.sha256(weights) == module.sha256(good / "model.safetensors")
 
 
 @pytest.mark.embedded

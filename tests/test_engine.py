@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -7,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-import finch_rag.forward
-import finch_rag.prefill
-from finch_rag.chat_template import Message
+import finch_rag.models.forward
+import finch_rag.prefill.loop
 from finch_rag.engine import Finch
 from finch_rag.errors import FinchError, InputError, ModelError, SettingsError, WindowError
-from finch_rag.prompt import Passage
+from finch_rag.prompts.chat_template import Message
+from finch_rag.prompts.passages import Passage
 
 from .small import ARCHITECTURES, chat_tokenizer, model_of, small_config, small_finch, small_model, texts
 
@@ -127,13 +129,13 @@ def test_reading_again_costs_one_more_pass_and_only_where_something_was_evicted(
 ) -> None:
     finch = small_finch(heads="all", reread=True)
     passes: list[int] = []
-    plain = finch_rag.forward.forward
+    plain = finch_rag.models.forward.forward
 
     def counted(model: Any, token_ids: torch.Tensor, cache: Any, observer: Any = None) -> None:
         passes.append(len(token_ids))
         plain(model, token_ids, cache, observer)
 
-    monkeypatch.setattr(finch_rag.prefill, "forward", counted)
+    monkeypatch.setattr(finch_rag.prefill.loop, "forward", counted)
 
     def count(method: Any, **options: Any) -> int:
         passes.clear()
@@ -496,3 +498,74 @@ def test_the_embedded_model_finds_a_needle(embedded: Finch) -> None:
     assert answer.report.chunks >= 2
     assert answer.report.compression_factor > 1.5
     assert answer.text
+
+
+@pytest.mark.parametrize(
+    ("heads", "selection", "deepest"), [([(0, 1)], "passage", 0), ([(0, 1)], "token", 1), ("all", "passage", 1)]
+)
+def test_ranking_runs_no_layer_above_the_last_head(heads: Any, selection: Any, deepest: int) -> None:
+    finch = small_finch(heads=heads)
+    expected = [(c.index, c.kept_tokens) for c in finch.rank(QUESTION, texts(9), selection=selection)]
+    assert any(kept for _, kept in expected)
+    reached: list[int] = []
+    layers: Any = finch.model.base_model.layers
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda _, args, number=number: reached.append(number))
+    chunks = finch.ask(QUESTION, texts(9), selection=selection).report.chunks
+    for passages in (texts(9), texts(2)):  # with and without eviction
+        reached.clear()
+        finch.rank(QUESTION, passages, selection=selection)
+        assert max(reached) == deepest
+    reached.clear()
+    finch.rank(QUESTION, texts(9), selection=selection)
+    assert reached.count(0) == chunks  # and no re-prefill
+
+
+def test_a_ranking_is_the_order_of_a_full_reading() -> None:
+    finch = small_finch(heads=[(0, 1)])
+    shares = {citation.index: citation.share for citation in finch.rank(QUESTION, texts(12))}
+    read = finch.compress(QUESTION, texts(12), reread=False)
+    assert [shares[n] for n in range(12)] == pytest.approx(list(read.document.shares), abs=1e-6)
+
+
+def test_many_questions_are_answered_for_an_event_loop() -> None:
+    finch = small_finch()
+    questions = [f"When {n}?" for n in range(3)]
+    expected = [answer.text for answer in finch.ask_many(questions, texts(6))]
+    assert [answer.text for answer in asyncio.run(finch.aask_many(questions, texts(6)))] == expected
+
+
+@pytest.mark.parametrize("lists", [texts(60), [texts(60)] * 10], ids=["shared", "own"])
+def test_a_cancelled_task_ends_many_answers(lists: Any) -> None:
+    steps: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        steps.append(done)
+        begun.set()
+        go_on.wait(10)
+
+    async def run() -> None:
+        asking = small_finch(on_progress=on_progress).aask_many([f"When {n}?" for n in range(10)], lists)
+        task = asyncio.create_task(asking)
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+
+    asyncio.run(run())  # which waits for the thread
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_report_shows_the_budget_that_was_used(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finch_rag.prefill.shared._SHORTLIST_TOKENS", 120)
+    finch = small_finch(budget=None, chunk_size=None, max_new_tokens=4)
+    questions = ["When?", f"When {'was it ' * 60}?"]  # the longer one leaves less room
+    alone = [finch.ask(question, texts(60)).report.budget for question in questions]
+    assert alone[0] > alone[1]
+    answers = finch.ask_many(questions, texts(60) if shared else [texts(60)] * 2)
+    assert [answer.report.budget for answer in answers] == ([alone[1]] * 2 if shared else alone)
+    assert all(answer.report.kept_tokens <= answer.report.budget for answer in answers)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AttentionMaskInterface
 
-from finch_rag.attention import ATTENTION_NAME, AppendedLength, SeenEnough, attention_mask, use_finch_attention
-from finch_rag.cache import CompressedCache
 from finch_rag.errors import DeviceMemoryError
-from finch_rag.forward import Segment, forward, forward_packed, on_device, packed_logits
-from finch_rag.scoring import Until
+from finch_rag.models.attention import ATTENTION_NAME, AppendedLength, SeenEnough, attention_mask, use_finch_attention
+from finch_rag.models.cache import CompressedCache
+from finch_rag.models.forward import forward, forward_varlen, on_device, varlen_logits
+from finch_rag.models.varlen import VarlenSequence
+from finch_rag.prefill.scoring import StopAt
 
 from .small import ARCHITECTURES, small_model
 
@@ -37,8 +38,8 @@ def test_sequences_side_by_side_are_read_as_each_alone(kind: str) -> None:
             for cache in (mine, its):
                 if cache.length == 0:
                     forward(model, torch.tensor(tokens[:length]), cache)
-    segments = [Segment.onto(cache, torch.tensor(its)) for cache, its in zip(packed, SEQUENCES, strict=True)]
-    logits = packed_logits(model, segments)
+    segments = [VarlenSequence.onto(cache, torch.tensor(its)) for cache, its in zip(packed, SEQUENCES, strict=True)]
+    logits = varlen_logits(model, segments)
     for row, cache, mine, tokens in zip(logits, alone, packed, SEQUENCES, strict=True):
         expected = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits[0, -1]
         torch.testing.assert_close(row, expected, atol=1e-4, rtol=1e-4)
@@ -56,11 +57,11 @@ def test_an_observer_sees_its_own_rows_and_what_they_see() -> None:
 
     first, second = empty(model), empty(model)
     forward(model, torch.tensor([8, 9]), second)
-    forward_packed(
+    forward_varlen(
         model,
         [
-            Segment.onto(first, torch.tensor([3, 4, 5]), watch("first")),
-            Segment.onto(second, torch.tensor([6]), watch("second")),
+            VarlenSequence.onto(first, torch.tensor([3, 4, 5]), watch("first")),
+            VarlenSequence.onto(second, torch.tensor([6]), watch("second")),
         ],
     )
     assert seen == {"first": [(0, 3, 3), (1, 3, 3)], "second": [(0, 1, 3), (1, 1, 3)]}
@@ -70,7 +71,7 @@ def test_an_observer_sees_its_own_rows_and_what_they_see() -> None:
 def test_a_pass_that_has_seen_enough_ends_with_every_sequence_in_its_cache() -> None:
     model = model_of("llama")
     caches = [CompressedCache(1, 8), CompressedCache(1, 8)]  # no layer above the first is asked for
-    forward_packed(model, [Segment.onto(cache, torch.tensor([3, 4]), Until(0)) for cache in caches])
+    forward_varlen(model, [VarlenSequence.onto(cache, torch.tensor([3, 4]), StopAt(0)) for cache in caches])
     assert [cache.length for cache in caches] == [2, 2]
 
 
@@ -85,8 +86,8 @@ def test_a_sequence_may_see_what_another_has_just_appended() -> None:
         torch.testing.assert_close(key, expected.layers[layer].in_use()[0][:, :, 3:], atol=1e-4, rtol=1e-4)
         return torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2)
 
-    question = Segment(torch.tensor([7, 8]), torch.tensor([3, 4]), behind)
-    forward_packed(model, [Segment.onto(text, torch.tensor([5, 9, 300])), question])
+    question = VarlenSequence(torch.tensor([7, 8]), torch.tensor([3, 4]), behind)
+    forward_varlen(model, [VarlenSequence.onto(text, torch.tensor([5, 9, 300])), question])
     assert text.length == 3
 
 
@@ -96,9 +97,9 @@ def test_memory_that_runs_out_says_how_much_was_tried() -> None:
     def fail(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    segments = [Segment.onto(empty(model), torch.tensor([3, 4]), fail) for _ in range(2)]
+    segments = [VarlenSequence.onto(empty(model), torch.tensor([3, 4]), fail) for _ in range(2)]
     with pytest.raises(DeviceMemoryError, match="4 tokens in 2 sequences"), torch.inference_mode():
-        forward_packed(model, segments)
+        forward_varlen(model, segments)
 
 
 def test_other_signals_of_an_observer_pass() -> None:
@@ -108,7 +109,7 @@ def test_other_signals_of_an_observer_pass() -> None:
         raise KeyError
 
     with pytest.raises(KeyError), torch.inference_mode():
-        forward_packed(model, [Segment.onto(empty(model), torch.tensor([3]), fail)])
+        forward_varlen(model, [VarlenSequence.onto(empty(model), torch.tensor([3]), fail)])
     assert not issubclass(KeyError, SeenEnough)
 
 
@@ -125,7 +126,7 @@ def test_every_pass_tells_the_mask_that_its_columns_end_with_its_rows(monkeypatc
     with torch.inference_mode():
         forward(model, tokens, cache)
         forward(model, tokens, cache)
-        packed_logits(model, [Segment.onto(cache, tokens), Segment.onto(empty(model), tokens)])
+        varlen_logits(model, [VarlenSequence.onto(cache, tokens), VarlenSequence.onto(empty(model), tokens)])
     assert told == [2, 4, 4]
     assert all(isinstance(columns, AppendedLength) for columns in told)
 

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from finch_rag import step_graph
-from finch_rag.attention import use_finch_attention
-from finch_rag.fused_step import can_fuse
-from finch_rag.step_graph import FixedStep, StepGraphs
+from finch_rag.decode import static_step
+from finch_rag.decode.cuda_graphs import CudaGraphs
+from finch_rag.decode.fused_step import can_fuse
+from finch_rag.decode.static_step import StaticStep
+from finch_rag.models.attention import use_finch_attention
 
 from .small import ARCHITECTURES, small_finch, small_model, texts
-from .test_step_graph import filled, plain
+from .test_cuda_graphs import filled, plain
 
 pytest.importorskip("triton", reason="Triton is not made for this platform")
 
@@ -29,8 +30,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts the work into fewer programs: the interpreter takes milliseconds for each."""
     if DEVICE == "cpu":
-        monkeypatch.setattr("finch_rag.kernels.products._ROWS", 32)
-        monkeypatch.setattr("finch_rag.kernels.attention._PROGRAMS", 4)
+        monkeypatch.setattr("finch_rag.decode.kernels.products._ROWS", 32)
+        monkeypatch.setattr("finch_rag.decode.kernels.attention._PROGRAMS", 4)
 
 
 def model_of(kind: str = "llama", **changes: Any) -> Any:
@@ -42,7 +43,7 @@ def model_of(kind: str = "llama", **changes: Any) -> Any:
 def check(model: Any, length: int, capacity: int = 256) -> None:
     """Three tokens by a fused step, on a cache of so many tokens, against passes on the cache itself."""
     cache = filled(model, [token % 390 for token in range(7, 7 + length)])
-    step = FixedStep(model, cache, 1, capacity, fused=True)
+    step = StaticStep(model, cache, 1, capacity, fused=True)
     step.load([cache])
     for token, expected in zip([5, 9, 300], plain(model, cache, [5, 9, 300]), strict=True):
         torch.testing.assert_close(step([token]), expected.float(), atol=1e-4, rtol=1e-4)
@@ -85,11 +86,11 @@ def test_shapes_may_be_any(changes: dict[str, Any]) -> None:
 def test_what_it_writes_into_the_cache_is_what_a_pass_writes() -> None:
     model = model_of("qwen3")
     cache = filled(model, list(range(20, 57)))
-    step = FixedStep(model, cache, 1, 64, fused=True)
+    step = StaticStep(model, cache, 1, 64, fused=True)
     step.load([cache])
     step([5])
     plain(model, cache, [5])
-    for (keys, values), its in zip(step._buffers, cache.layers, strict=True):
+    for (keys, values), its in zip(step.buffers, cache.layers, strict=True):
         for buffer, states in ((keys, its.keys), (values, its.values)):
             assert states is not None
             torch.testing.assert_close(buffer[:, :, :38], states[:, :, :38], atol=1e-5, rtol=1e-5)
@@ -109,7 +110,7 @@ def test_what_it_writes_into_the_cache_is_what_a_pass_writes() -> None:
 def test_half_precision_differs_by_rounding_alone(dtype: torch.dtype) -> None:
     model = model_of().to(dtype)
     cache = filled(model, list(range(20, 157)))
-    step = FixedStep(model, cache, 1, 256, fused=True)
+    step = StaticStep(model, cache, 1, 256, fused=True)
     step.load([cache])
     got, expected = step([5]).float(), plain(model, cache, [5])[0].float()
     assert (got - expected).norm() < 0.02 * expected.norm()
@@ -153,20 +154,20 @@ def test_without_triton_models_decode_by_their_own_kernels(monkeypatch: pytest.M
 def fused_steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of every step that is made, whether it is fused."""
     made: list[bool] = []
-    init = FixedStep.__init__
+    init = StaticStep.__init__
 
-    def noted(step: FixedStep, *args: Any, **options: Any) -> None:
+    def noted(step: StaticStep, *args: Any, **options: Any) -> None:
         made.append(options.get("fused", False))
         init(step, *args, **options)
 
-    monkeypatch.setattr(FixedStep, "__init__", noted)
+    monkeypatch.setattr(StaticStep, "__init__", noted)
     return made
 
 
-def graphs_of(model: Any) -> StepGraphs:
+def graphs_of(model: Any) -> CudaGraphs:
     """Its steps are lent on any device."""
-    graphs = StepGraphs(model)
-    graphs._usable = graphs._fused = True
+    graphs = CudaGraphs(model)
+    graphs.enabled = graphs.fused = True
     return graphs
 
 
@@ -174,14 +175,14 @@ def test_an_answer_is_decoded_by_fused_steps(monkeypatch: pytest.MonkeyPatch, fu
     expected = small_finch(max_new_tokens=12).ask("When?", texts(8)).text
     finch = small_finch(max_new_tokens=12)
     torch.nn.Module.to(finch.model, DEVICE)
-    monkeypatch.setattr(finch, "step_graphs", graphs_of(finch.model))
+    monkeypatch.setattr(finch.runtime, "graphs", graphs_of(finch.model))
     assert finch.ask("When?", texts(8)).text == expected
     assert fused_steps == [True]
 
 
 def test_several_answers_are_decoded_by_the_models_own_kernels(fused_steps: list[bool]) -> None:
     graphs = graphs_of(model_of())
-    cache = filled(graphs._model, [3, 4])
+    cache = filled(graphs.model, [3, 4])
     with graphs.lend([cache, cache], 8):
         assert fused_steps == [False]
 
@@ -192,9 +193,9 @@ def test_where_triton_fails_models_decode_by_their_own_kernels(
     def fail(model: Any) -> None:
         raise OSError("no C compiler")
 
-    monkeypatch.setattr(step_graph, "FusedStep", fail)
+    monkeypatch.setattr(static_step, "FusedStep", fail)
     graphs = graphs_of(model_of())
-    cache = filled(graphs._model, [3, 4])
+    cache = filled(graphs.model, [3, 4])
     with caplog.at_level(logging.WARNING), graphs.lend([cache], 8) as first, graphs.lend([cache], 8) as second:
         assert first is not None
         assert second is not None
@@ -208,8 +209,8 @@ def test_memory_that_runs_out_is_no_failure_of_tritons(monkeypatch: pytest.Monke
     def fail(model: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(step_graph, "FusedStep", fail)
+    monkeypatch.setattr(static_step, "FusedStep", fail)
     graphs = graphs_of(model_of())
-    with graphs.lend([filled(graphs._model, [3, 4])], 8) as step:
+    with graphs.lend([filled(graphs.model, [3, 4])], 8) as step:
         assert step is None
-    assert graphs._fused
+    assert graphs.fused

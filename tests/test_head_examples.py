@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finch_rag.errors import InputError
-from finch_rag.head_examples import HeadExample, make_examples, read_examples
+from finch_rag.heads.examples import HeadExample, make_examples, read_examples
 
 
 def named(question: str) -> list[str]:
@@ -70,9 +70,9 @@ def test_examples_are_read_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("{", r"mine.jsonl, line 2 is not JSON .*each line is"),
+        ("{", r"mine.jsonl, line 2 is not JSON: .*each line is"),
         ('"\\ud800"', r"line 2 is not JSON"),
-        ("[1]", r"line 2 is no example: each line is"),
+        ("[1]", r"line 2 is a JSON list: .*each line is"),
         (line(passages="text"), r"line 2 is no example: each line is"),
         (line(question=" "), r"line 2: the question is empty"),
         (line(question=3), r"line 2: the question is empty"),

@@ -2,29 +2,26 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from finch_rag import heads as module
-from finch_rag.attention import use_finch_attention
 from finch_rag.engine import Finch
 from finch_rag.errors import InputError, ModelError, SettingsError, WindowError
-from finch_rag.head_examples import HeadExample, make_examples
-from finch_rag.heads import (
-    HeadScore,
-    check_heads,
-    find_heads,
-    fingerprint,
-    heads_by_layer,
-    load_heads,
-    resolve_heads,
-    save_heads,
-)
-from finch_rag.prompt import PromptBuilder
+from finch_rag.heads import search as module
+from finch_rag.heads import stored
+from finch_rag.heads.examples import HeadExample, make_examples
+from finch_rag.heads.pairs import check_heads, heads_by_layer
+from finch_rag.heads.search import HeadScore, find_heads
+from finch_rag.heads.stored import load_heads, resolve_heads, save_heads
+from finch_rag.models.attention import use_finch_attention
+from finch_rag.models.fingerprint import fingerprint
+from finch_rag.prompts.builder import PromptBuilder
 
 from .small import chat_tokenizer, small_config, small_model, texts
 
@@ -45,7 +42,7 @@ def finds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("found")
         return FOUND
 
-    monkeypatch.setattr(module, "find_heads", fake)
+    monkeypatch.setattr(stored, "find_heads", fake)
     return calls
 
 
@@ -78,7 +75,7 @@ def test_a_head_that_looks_at_the_right_passage_wins(monkeypatch: pytest.MonkeyP
         attention[1, 3, example.gold] = 0.2
         return attention
 
-    monkeypatch.setattr(module, "_attention_by_passage", planted)
+    monkeypatch.setattr(module, "attention_by_passage", planted)
     found = find_heads(roomy_model(), chat_tokenizer(), n=2, examples=24)
     assert [(head.layer, head.head) for head in found] == [(1, 2), (1, 3)]
     passages = 10
@@ -89,13 +86,13 @@ def test_attention_by_passage_is_eager_attention_of_the_questions_rows() -> None
     model, example = roomy_model(), make_examples(1, 3)[0]
     use_finch_attention(model)
     builder = PromptBuilder(chat_tokenizer())
-    found = module._attention_by_passage(model, builder, example)
+    found = module.attention_by_passage(model, builder, example)
     prompt = builder.build(example.question, module_passages(example))
     tokens = [*prompt.prefix, *(t for passage in prompt.passages for t in passage), *prompt.question]
     with torch.inference_mode():
         eager = small_model("llama", "eager", max_position_embeddings=4096)
         weights = torch.stack(eager(torch.tensor([tokens]), output_attentions=True).attentions)[:, 0]
-    rows = weights[:, :, -len(prompt.question) :][:, :, prompt.question_rows].mean(dim=2)
+    rows = weights[:, :, -len(prompt.question) :][:, :, prompt.own_tokens].mean(dim=2)
     start = len(prompt.prefix)
     for number, passage in enumerate(prompt.passages):
         expected = rows[..., start : start + len(passage)].sum(-1)
@@ -104,7 +101,7 @@ def test_attention_by_passage_is_eager_attention_of_the_questions_rows() -> None
 
 
 def module_passages(example: HeadExample) -> Any:
-    from finch_rag.prompt import as_passages
+    from finch_rag.prompts.passages import as_passages
 
     return as_passages(example.passages)
 
@@ -143,7 +140,7 @@ def test_ones_own_examples_decide(monkeypatch: pytest.MonkeyPatch) -> None:
         attention[1, 2, example.gold] = 0.6
         return attention
 
-    monkeypatch.setattr(module, "_attention_by_passage", planted)
+    monkeypatch.setattr(module, "attention_by_passage", planted)
     found = find_heads(small_model(), chat_tokenizer(), 1, own, lambda done, total: seen.append((done, total)))
     assert read == own
     assert seen == [(1, 2), (2, 2)]
@@ -173,7 +170,7 @@ def searched(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[HeadExample]:
         seen.append(example)
         return torch.zeros(2, 4, len(example.passages))
 
-    monkeypatch.setattr(module, "_attention_by_passage", watch)
+    monkeypatch.setattr(module, "attention_by_passage", watch)
     find_heads(model, chat_tokenizer(), n=1, examples=2)
     return seen
 
@@ -186,7 +183,7 @@ def test_a_small_window_is_searched_with_fewer_passages(monkeypatch: pytest.Monk
 def test_a_sliding_window_bounds_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     examples = searched(monkeypatch, small_model("mistral", max_position_embeddings=4096, sliding_window=1500))
     builder = PromptBuilder(chat_tokenizer())
-    lengths = [module._tokens(builder, example) for example in examples]
+    lengths = [module.prompt_tokens(builder, example) for example in examples]
     assert max(lengths) <= 1500
 
 
@@ -378,3 +375,67 @@ def test_heads_that_cannot_be_stored_are_used_all_the_same(
     found = resolve_heads("auto", small_model(max_position_embeddings=4096), chat_tokenizer(), "small")
     assert found
     assert "cannot be stored" in caplog.text
+
+
+def test_a_call_hears_of_the_search_that_it_waits_for() -> None:
+    finch = Finch(small_model(max_position_embeddings=1024), chat_tokenizer(), max_new_tokens=2)
+    seen: list[str] = []
+    finch.ask("When?", texts(3), on_progress=lambda stage, done, total: seen.append(stage))
+    assert seen.count("heads") == module.EXAMPLES
+    assert "prefill" in seen
+
+
+def test_a_cancelled_call_ends_the_search() -> None:
+    finch = Finch(small_model(max_position_embeddings=1024), chat_tokenizer(), max_new_tokens=2)
+    seen: list[str] = []
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        seen.append(stage)
+        stream.cancel()
+
+    stream = finch.stream("When?", texts(3), on_progress=on_progress)
+    assert list(stream) == []
+    assert seen == ["heads"]
+    assert finch.ask("When?", texts(3)).report.heads  # found by the next call
+
+
+def test_a_call_that_waits_for_anothers_search_can_be_cancelled() -> None:
+    finch = Finch(small_model(max_position_embeddings=1024), chat_tokenizer(), max_new_tokens=2)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        begun.set()
+        go_on.wait(10)
+
+    waiting = finch.stream("When?", texts(3))
+    with ThreadPoolExecutor(2) as pool:
+        searching = pool.submit(finch.ask, "When?", texts(3), on_progress=on_progress)
+        begun.wait(10)
+        given_up = pool.submit(list, waiting)
+        waiting.cancel()
+        assert given_up.result(5) == []
+        assert not searching.done()
+        go_on.set()
+        assert searching.result(60).report.heads
+
+
+def test_a_fingerprint_differs_with_what_the_configuration_computes() -> None:
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    models = [
+        small_model(),
+        small_model(rope_parameters=rope),
+        small_model(rope_parameters={**rope, "factor": 2.0}),
+        small_model(rope_parameters={"rope_type": "default", "rope_theta": 20000.0}),
+        small_model(rms_norm_eps=1e-3),
+        small_model(hidden_act="gelu"),
+    ]
+    assert len({fingerprint(model) for model in models}) == 6
+
+
+@pytest.mark.parametrize("row", [1, 30, 63])
+def test_a_fingerprint_differs_when_rows_beyond_the_first_do(row: int) -> None:
+    model = small_model()
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.self_attn.q_proj.weight")[row] += 0.1
+    assert fingerprint(model) != before

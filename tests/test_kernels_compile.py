@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from finch_rag.attention import use_finch_attention
-from finch_rag.fused_step import FusedStep
+from finch_rag.decode.fused_step import FusedStep
+from finch_rag.models.attention import use_finch_attention
 
 from .small import small_model
 

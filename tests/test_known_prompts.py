@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from finch_rag.known_prompts import IN_ONE_MESSAGE, IN_SYSTEM_MESSAGE, Template, first_match
+from finch_rag.prompts.known_prompts import IN_ONE_MESSAGE, IN_SYSTEM_MESSAGE, Template, first_match
 
 # The frameworks' own words: llama-index-core 0.14, langchain-classic 1.0, LangChain's hub and tutorials.
 CITATION_RULES = (

@@ -1,6 +1,6 @@
 import pytest
 
-from finch_rag.metrics import contains_answer, normalise, token_f1
+from finch_rag.corpus.metrics import contains_answer, normalise, token_f1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,10 +20,11 @@ from transformers import (
     TorchAoConfig,
 )
 
-from finch_rag import models as module
 from finch_rag.engine import Finch
 from finch_rag.errors import MissingExtraError, ModelError, SettingsError
-from finch_rag.models import embedded_folder, load_model, resolve_device, resolve_dtype
+from finch_rag.models import loading as module
+from finch_rag.models.embedded import embedded_folder
+from finch_rag.models.loading import load_model, resolve_device, resolve_dtype
 
 from .small import chat_tokenizer, model_of, small_config, small_model, texts, tokenizer_with
 
@@ -265,3 +268,33 @@ def test_without_gguf_a_gguf_file_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"finch-rag\[gguf\]"):
         load_model(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.", "model.layers.0.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_checkpoint_that_lacks_weights_is_a_model_error(lost: str, tmp_path: Path) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    chat_tokenizer().save_pretrained(tmp_path)
+    kept = {name: weight for name, weight in model.state_dict().items() if not name.startswith(lost)}
+    save_file(kept, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"lacks \d+ of the weights.*{re.escape(lost)}") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_shape_are_a_model_error(tmp_path: Path) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    chat_tokenizer().save_pretrained(tmp_path)
+    weights = {**model.state_dict(), "model.norm.weight": torch.ones(32)}
+    save_file(weights, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    for options in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ModelError, match=r"model\.norm\.weight|size|shape") as caught:
+            load_model(tmp_path, model_kwargs=options)
+        assert "\n" not in str(caught.value)
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+    small_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    chat_tokenizer().save_pretrained(tmp_path)
+    assert load_model(tmp_path).model.config.tie_word_embeddings

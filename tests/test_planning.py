@@ -9,9 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finch_rag.errors import WindowError
-from finch_rag.planning import FixedTokens, chunk_within, default_chunk_size, fit, window_of
+from finch_rag.models.inspection import window_of
+from finch_rag.prefill import planning
+from finch_rag.prefill.planning import FixedTokens, chunk_within, default_chunk_size
 
 FIXED = FixedTokens(prefix=30, question=20, tail=10, new=40)
+
+
+def fit(
+    positions: int,
+    fixed: FixedTokens,
+    budget: int | None,
+    chunk_size: int | None,
+    usual: int,
+    longest: int = 0,
+    document: int = 0,
+) -> tuple[int, int]:
+    return planning.fit(
+        fixed,
+        window=positions,
+        budget=budget,
+        chunk_size=chunk_size,
+        usual_chunk_size=usual,
+        longest_passage=longest,
+        document=document,
+    )
 
 
 def window(**config: Any) -> int:

@@ -10,15 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finch_rag.attention import use_finch_attention
-from finch_rag.cache import CompressedCache, CompressedLayer
 from finch_rag.errors import DeviceMemoryError
-from finch_rag.forward import forward, memory_guard
-from finch_rag.planning import PrefillPlan
-from finch_rag.prefill import prefill
-from finch_rag.prompt import Prompt
-from finch_rag.rope import KeyRotation
-from finch_rag.selection import SELECTIONS, Selection
+from finch_rag.models.attention import use_finch_attention
+from finch_rag.models.cache import CompressedCache, CompressedLayer
+from finch_rag.models.forward import forward, memory_guard
+from finch_rag.models.rope import KeyRotation
+from finch_rag.prefill.loop import prefill
+from finch_rag.prefill.planning import PrefillPlan
+from finch_rag.prefill.selection import SELECTIONS, Selection
+from finch_rag.prompts.builder import Prompt
 
 from . import reference
 from .small import ARCHITECTURES, small_model, small_prompt, texts
@@ -102,7 +102,7 @@ def test_the_layers_of_token_selection_choose_their_own() -> None:
 def test_kept_tokens_compete_again() -> None:
     prompt = small_prompt(texts(10))
     first, _ = Reader().read(prompt, 70, 90, "passage")
-    begun, _ = Reader().read(Prompt(prompt.prefix, prompt.passages[:2], prompt.question, prompt.question_rows, []), 70,
+    begun, _ = Reader().read(Prompt(prompt.prefix, prompt.passages[:2], prompt.question, prompt.own_tokens, []), 70,
                              90, "passage")  # fmt: skip
     assert not set(begun.kept[0].tolist()) <= set(first.kept[0].tolist())
 
@@ -276,7 +276,7 @@ def test_no_passages_leave_only_the_prefix() -> None:
 
 def test_an_empty_prefix_is_no_obstacle() -> None:
     full = small_prompt(texts(10))
-    cache, _ = Reader().read(Prompt([], full.passages, full.question, full.question_rows, []), 40, 32, "passage")
+    cache, _ = Reader().read(Prompt([], full.passages, full.question, full.own_tokens, []), 40, 32, "passage")
     assert (cache.prefix, cache.length) == (0, 40)
 
 
@@ -297,7 +297,7 @@ def test_attention_by_passage_is_what_each_got_when_it_last_competed() -> None:
     with torch.inference_mode():
         tokens = torch.tensor([[*prompt.prefix, *document, *prompt.question]])
         weights = torch.stack(small_model("llama", "eager")(tokens, output_attentions=True).attentions)[:, 0]
-    rows = weights[:, :, -len(prompt.question) :][:, :, prompt.question_rows].sum(dim=(0, 1, 2))
+    rows = weights[:, :, -len(prompt.question) :][:, :, prompt.own_tokens].sum(dim=(0, 1, 2))
     start = len(prompt.prefix)
     for passage, share in zip(prompt.passages, attention.tolist(), strict=True):
         assert share == pytest.approx(float(rows[start : start + len(passage)].sum()), rel=1e-4)

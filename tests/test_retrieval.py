@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finch_rag import InputError, MissingExtraError, Passage, retrieval
-from finch_rag.retrieval import Retriever
+from finch_rag import InputError, MissingExtraError, Passage
+from finch_rag.corpus import retrieval
+from finch_rag.corpus.retrieval import Retriever
 
 from .hashed import hashed_embedder
 
@@ -166,7 +167,7 @@ def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_module_is_light_to_import() -> None:
-    code = "import sys, finch_rag.retrieval, finch_rag.corpus; print(*sys.modules)"
+    code = "import sys, finch_rag.corpus.retrieval, finch_rag.corpus; print(*sys.modules)"
     modules = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )

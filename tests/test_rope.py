@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, DynamicCache, T5Config
 
-from finch_rag.cache import CompressedCache
 from finch_rag.engine import Finch
 from finch_rag.errors import ModelError
-from finch_rag.planning import window_of
-from finch_rag.rope import KeyRotation
+from finch_rag.models.cache import CompressedCache
+from finch_rag.models.inspection import window_of
+from finch_rag.models.rope import KeyRotation
 
 from .small import ARCHITECTURES, chat_tokenizer, model_of, small_config, small_model
 
@@ -76,18 +76,18 @@ def own_keys(model: Any, token: int = 33) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_moved_keys_are_those_that_the_model_makes_at_the_new_position(name: str) -> None:
+def test_re_rotated_keys_are_those_that_the_model_makes_at_the_new_position(name: str) -> None:
     model = model_of(config_of(name))
     rotation = KeyRotation.of(model, window_of(model.config))
     positions = torch.tensor(POSITIONS)
     for layer, keys in enumerate(own_keys(model)):
         for shift in range(1, len(POSITIONS)):  # every position to every other one
-            moved = rotation.move(keys, rotation.turn(positions, positions.roll(shift)), layer)
-            torch.testing.assert_close(moved, keys.roll(shift, dims=1), atol=2e-4, rtol=1e-4)
+            re_rotated = rotation.re_rotate(keys, rotation.between(positions, positions.roll(shift)), layer)
+            torch.testing.assert_close(re_rotated, keys.roll(shift, dims=1), atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SCALED)
-def test_moved_random_keys_are_those_of_the_models_rotary_module(name: str) -> None:
+def test_re_rotated_random_keys_are_those_of_the_models_rotary_module(name: str) -> None:
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     model = model_of(config_of(name))
@@ -100,8 +100,8 @@ def test_moved_random_keys_are_those_of_the_models_rotary_module(name: str) -> N
         return rotated
 
     rotation = KeyRotation.of(model, 512)
-    moved = rotation.move(at(old), rotation.turn(old, new), 0)
-    torch.testing.assert_close(moved, at(new), atol=1e-4, rtol=1e-4)
+    re_rotated = rotation.re_rotate(at(old), rotation.between(old, new), 0)
+    torch.testing.assert_close(re_rotated, at(new), atol=1e-4, rtol=1e-4)
 
 
 def test_the_rotations_that_were_found() -> None:
@@ -124,16 +124,16 @@ def test_the_rotation_is_found_in_bfloat16_too(name: str) -> None:
 def test_elements_that_do_not_rotate_stay_to_the_bit() -> None:
     rotation = KeyRotation.of(model_of(config_of("partial (StableLM)")), 512)
     keys = torch.randn(2, 3, 16)
-    moved = rotation.move(keys, rotation.turn(torch.tensor([5, 6, 7]), torch.tensor([0, 1, 2])), 0)
-    assert torch.equal(moved[..., 4:], keys[..., 4:])
-    assert not torch.equal(moved[..., :4], keys[..., :4])
+    re_rotated = rotation.re_rotate(keys, rotation.between(torch.tensor([5, 6, 7]), torch.tensor([0, 1, 2])), 0)
+    assert torch.equal(re_rotated[..., 4:], keys[..., 4:])
+    assert not torch.equal(re_rotated[..., :4], keys[..., :4])
 
 
-def test_a_key_that_stays_in_its_place_stays_to_the_bit() -> None:
+def test_a_key_that_keeps_its_position_stays_to_the_bit() -> None:
     rotation = KeyRotation.of(small_model(), 512)
     keys = torch.randn(2, 3, 16).bfloat16()
     positions = torch.tensor([5, 260, 511])
-    assert torch.equal(rotation.move(keys, rotation.turn(positions, positions), 0), keys)
+    assert torch.equal(rotation.re_rotate(keys, rotation.between(positions, positions), 0), keys)
 
 
 def test_two_hundred_evictions_in_bfloat16_leave_one_rounding() -> None:

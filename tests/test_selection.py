@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finch_rag.selection import SELECTIONS, select_passages, select_to_reread, select_tokens
+from finch_rag.prefill.selection import SELECTIONS, select_passages, select_to_re_prefill, select_tokens
 
 
 @st.composite
@@ -67,7 +67,7 @@ def test_the_names_of_the_selections() -> None:
 
 def reread(attention: list[float], budget: int = 100, cutoff: float = 0.0, kept: Sequence[int] = range(8)) -> list[int]:
     passage_of = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3])
-    return select_to_reread(torch.tensor(list(kept)), passage_of, torch.tensor(attention), budget, cutoff).tolist()
+    return select_to_re_prefill(torch.tensor(list(kept)), passage_of, torch.tensor(attention), budget, cutoff).tolist()
 
 
 def test_the_best_passage_is_read_last() -> None:
@@ -96,4 +96,4 @@ def test_passages_far_below_the_best_are_not_read_again() -> None:
 def test_passages_without_tokens_are_no_obstacle() -> None:
     assert reread([0.4, 0.3, 0.2, 0.1, 0.5], 5) == [2, 3, 4, 0, 1]
     nothing = torch.zeros(0, dtype=torch.long)
-    assert select_to_reread(nothing, nothing, torch.zeros(0), 5, 0.0).tolist() == []
+    assert select_to_re_prefill(nothing, nothing, torch.zeros(0), 5, 0.0).tolist() == []

@@ -11,23 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..corpus import Question, load_questions, read_corpus
+from ..corpus.reading import Question, load_questions, read_corpus
+from ..corpus.retrieval import Retriever
 from ..errors import CorpusError, InputError, MissingExtraError
-from ..prompt import Passage
-from ..retrieval import Retriever
+from ..jsonl import json_objects
+from ..prompts.passages import Passage
 
 RetrieverName = Literal["bm25", "dense"]
 Search = Callable[[str, int], list[int]]  # question, how many -> places of passages, best first
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class QualityCase:
     """A question with what was retrieved for it.
 
     Attributes:
         question: The question.
         passages: In the order to read them.
-        ranks: Rank of each of them by the retriever, from 0.
+        ranks: Rank of each of them by the retriever, from 0, whatever their order.
     """
 
     question: Question
@@ -100,7 +101,7 @@ def search_by(name: RetrieverName, passages: Sequence[Passage]) -> Search:
         raise MissingExtraError.of("bm25s", "bench") from error
 
     bm25 = bm25s.BM25()
-    texts = [f"{passage.title or ''} {passage.text}" for passage in passages]
+    texts = [passage.titled_text for passage in passages]
     bm25.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
 
     def search(question: str, top_k: int) -> list[int]:
@@ -113,7 +114,7 @@ def search_by(name: RetrieverName, passages: Sequence[Passage]) -> Search:
 
 def make_cases(
     data: DataSet, retriever: RetrieverName, top_k: int, order: str = "rank", limit: int | None = None, seed: int = 0
-) -> list[Case]:
+) -> list[QualityCase]:
     """Draws questions and retrieves their passages.
 
     Args:
@@ -128,20 +129,25 @@ def make_cases(
     Raises:
         InputError: If an argument cannot work.
     """
-    check = _places(order, min(top_k, len(data.passages)))
+    gold_at = _places(order, min(top_k, len(data.passages)))
     rng = random.Random(seed)
     questions = list(data.questions)
     rng.shuffle(questions)
     search = search_by(retriever, data.passages)
     cases = []
     for question in questions[:limit]:
-        found = search(question.question, min(top_k, len(data.passages)))
-        if check is not None:
-            found = _with_gold_at(check, found, data.passages, question)
-        ranks = list(range(len(found)))
-        if order == "random":
+        ranked = search(question.question, min(top_k, len(data.passages)))
+        if gold_at is not None:
+            ranked = _with_gold(ranked, data.passages, question)
+        ranks = list(range(len(ranked)))
+        if gold_at is not None:
+            gold = next(rank for rank in ranks if data.passages[ranked[rank]].id in question.gold_ids)
+            ranks.remove(gold)
+            ranks.insert(gold_at, gold)
+        elif order == "random":
             rng.shuffle(ranks)
-        cases.append(Case(question, [data.passages[found[rank]] for rank in ranks], ranks))
+        passages = [data.passages[ranked[rank]] for rank in ranks]
+        cases.append(QualityCase(question, passages, ranks))
     return cases
 
 
@@ -155,13 +161,14 @@ def _places(order: str, top_k: int) -> int | None:
     return int(place)
 
 
-def _with_gold_at(place: int, found: list[int], passages: Sequence[Passage], question: Question) -> list[int]:
+def _with_gold(ranked: list[int], passages: Sequence[Passage], question: Question) -> list[int]:
+    """As many passages, best first, with one that is gold: where the retriever ranks it, or else last."""
     gold = next(index for index, passage in enumerate(passages) if passage.id in question.gold_ids)
-    others = [index for index in found if passages[index].id not in question.gold_ids]
-    return [*others[:place], gold, *others[place:]][: len(found)]
+    one_gold = [index for index in ranked if index == gold or passages[index].id not in question.gold_ids]
+    return one_gold if gold in one_gold else [*one_gold[: len(ranked) - 1], gold]
 
 
-def write_cases(cases: Iterable[Case], file: Path) -> None:
+def write_cases(cases: Iterable[QualityCase], file: Path) -> None:
     """Stores cases, for a later run or for a peer in an environment of its own.
 
     Args:
@@ -184,16 +191,16 @@ def write_cases(cases: Iterable[Case], file: Path) -> None:
     unfinished.replace(file)
 
 
-def read_cases(file: Path) -> Iterator[Case]:
+def read_cases(file: Path) -> Iterator[QualityCase]:
     """Reads what `write_cases` stored.
 
     Args:
         file: Gzipped JSON lines.
     """
     with gzip.open(file, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            answers, gold = tuple(record["answers"]), tuple(record["gold_ids"])
-            question = Question(record["id"], record["question"], answers, gold)
-            passages = [Passage(p["text"], id=p["id"], title=p["title"]) for p in record["passages"]]
-            yield Case(question, passages, record["ranks"])
+        text = lines.read()
+    for _, record in json_objects(file.name, text, InputError):
+        answers, gold = tuple(record["answers"]), tuple(record["gold_ids"])
+        question = Question(record["id"], record["question"], answers, gold)
+        passages = [Passage(p["text"], id=p["id"], title=p["title"]) for p in record["passages"]]
+        yield QualityCase(question, passages, record["ranks"])

@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from ..decode import Sampling, Writer, decode_many
-from ..display import out, say_json
+from ..answer import Answer
+from ..batch import answer_together
 from ..errors import InputError
-from ..prefill import Prefilled, prefill
-from ..prefill_many import prefill_many, prefill_shared, shares_reading
-from ..prompt import Prompt
-from .clock import Clock
+from ..prefill.shared import shares_scan
+from ..terminal.output import out, say_json
 from .shapes import SHAPES
-from .timing import Case, Subject, plan_of
+from .timing import Subject
 
 _READ, _WRITE = "reading (s)", "answers (s)"
 
 
 @dataclass(frozen=True, slots=True)
 class _Timed:
-    """Seconds of one way of answering all questions."""
+    """Seconds of one way of answering all questions; reading and answers by the answers' reports."""
 
     read: float
     write: float
-
-    @property
-    def total(self) -> float:
-        return self.read + self.write
+    total: float
 
 
 def main(
+    *,
     model: str = "embedded",
     tokens: int = 32768,
     questions: int = 8,
@@ -70,47 +66,39 @@ def main(
         raise InputError(f"{least} measure nothing: each must be at least 1")
     if shape is not None and shape not in SHAPES:
         raise InputError(f"shape {shape!r} is unknown: use {', '.join(SHAPES)}")
-    case = Case("finch", tokens, "" if shape else model, shape or "", budget, 0)
-    subject = Subject.of(case)
+    subject = Subject.of(model="" if shape else model, shape=shape or "")
+    runtime = subject.finch.runtime
     prompt = subject.prompt(tokens)
     rng = random.Random(0)
     prompts = [replace(prompt, question=rng.sample(prompt.question, len(prompt.question))) for _ in range(questions)]
-    plan = plan_of(case, subject, prompt, new_tokens)
-    shared = shares_reading(plan, [len(passage) for passage in prompt.passages], questions)
+    requests = [subject.request(own, budget=budget, new_tokens=new_tokens) for own in prompts]
+    plan = runtime.plan(requests[0])
+    shared = shares_scan(plan, requests[0].passage_tokens, questions)
 
-    def one(prompts: Sequence[Prompt]) -> list[Prefilled]:
-        return [prefill(subject.model, its, plan, subject.rotation) for its in prompts]
+    def one_after_another() -> list[Answer]:
+        return [answer for request in requests for answer in answer_together(runtime, [request], shared=False)]
 
-    def all_at_once(prompts: Sequence[Prompt]) -> list[Prefilled]:
-        if shared:
-            return prefill_shared(subject.model, prompts, plan, subject.rotation)
-        return prefill_many(subject.model, prompts, [plan] * len(prompts), subject.rotation)
-
-    def one_after_another() -> _Timed:
-        parts = [_timed(subject, [its], one, new_tokens) for its in prompts]
-        return _Timed(sum(part.read for part in parts), sum(part.write for part in parts))
-
-    ways: dict[str, Callable[[], _Timed]] = {
+    ways: dict[str, Callable[[], list[Answer]]] = {
         "one by one": one_after_another,
-        "ask_many": partial(_timed, subject, prompts, all_at_once, new_tokens),
+        "ask_many": lambda: answer_together(runtime, requests, shared=True),
     }
     runs: dict[str, list[_Timed]] = {name: [] for name in ways}
     for number in range(repeats + 1):
         for name, way in ways.items():
-            timed = way()
+            timed = _timed(way)
             if number:  # the first warms up
                 runs[name].append(timed)
     rows = {
         name: {
-            _READ: statistics.median(run.read for run in its),
-            _WRITE: statistics.median(run.write for run in its),
-            "seconds": statistics.median(run.total for run in its),
+            _READ: statistics.median(run.read for run in timed_runs),
+            _WRITE: statistics.median(run.write for run in timed_runs),
+            "seconds": statistics.median(run.total for run in timed_runs),
         }
-        for name, its in runs.items()
+        for name, timed_runs in runs.items()
     }
     summary = {
         "model": f"{shape} (random weights)" if shape else model,
-        "device": torch.cuda.get_device_name() if subject.model.device.type == "cuda" else str(subject.model.device),
+        "device": torch.cuda.get_device_name() if runtime.model.device.type == "cuda" else str(runtime.model.device),
         **{"tokens": tokens, "questions": questions, "budget": plan.budget, "new_tokens": new_tokens, "shared": shared},
         **{"repeats": repeats, "ways": {name: {k: round(v, 3) for k, v in row.items()} for name, row in rows.items()}},
         "throughput": round(rows["one by one"]["seconds"] / rows["ask_many"]["seconds"], 3),
@@ -120,18 +108,13 @@ def main(
     return summary
 
 
-def _timed(
-    subject: Subject, prompts: Sequence[Prompt], read: Callable[[Sequence[Prompt]], list[Prefilled]], new_tokens: int
-) -> _Timed:
-    """Reads for some questions and answers them side by side."""
-    writers = [Writer(Sampling(new_tokens), frozenset(), lambda tokens: "") for _ in prompts]
-    clock = Clock(subject.model.device)
-    caches = [its.cache.fork(len(prompts[0].question) + len(prompts[0].tail) + new_tokens) for its in read(prompts)]
-    clock.mark()
-    last = [[*prompt.question, *prompt.tail] for prompt in prompts]
-    decode_many(subject.model, caches, last, writers, new_tokens, subject.graphs)
-    clock.mark()
-    return _Timed(*clock.laps())
+def _timed(way: Callable[[], Sequence[Answer]]) -> _Timed:
+    """Answers all questions; an answer is complete when its last token is on the host, so the clock needs no device."""
+    start = time.perf_counter()
+    reports = [answer.report for answer in way()]
+    total = time.perf_counter() - start
+    read, write = (sum(getattr(report, name) for report in reports) for name in ("prefill_seconds", "decode_seconds"))
+    return _Timed(read, write, total)
 
 
 def _print(summary: dict[str, Any]) -> None:

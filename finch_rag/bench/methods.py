@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from ..answer import Answer
 from ..engine import Finch
 from ..errors import InputError
-from ..prompt import INSTRUCTIONS, Passage
-from ..report import Answer
-from .cases import Case
-from .memory import in_use, peak_memory
+from ..prompts.builder import INSTRUCTIONS, refine_instructions
+from ..prompts.passages import Passage
+from .cases import QualityCase
 
 
 class DoesNotFitError(Exception):
@@ -30,7 +30,8 @@ class Outcome:
         prefill_seconds: Reading.
         decode_seconds: Question and answer.
         calls: Calls of the model.
-        peak_mib: Peak of memory beyond what was in use before, of the accelerator or else of the process.
+        peak_mib: Peak of memory beyond what was in use before, of the accelerator or else of the process; 0 where
+            nobody measured it.
     """
 
     prediction: str
@@ -56,12 +57,12 @@ class Contestant:
     budget: int
     max_new_tokens: int
 
-    def ask(self, case: Case, passages: Sequence[Passage], **options: Any) -> Outcome:
+    def ask(self, case: QualityCase, passages: Sequence[Passage], **options: Any) -> Outcome:
         """One call of the engine."""
         chosen = {"budget": self.budget, "max_new_tokens": self.max_new_tokens, **options}
         return _outcome([self.finch.ask(case.question.question, passages, **chosen)])
 
-    def ask_plain(self, case: Case, passages: Sequence[Passage]) -> Outcome:
+    def ask_plain(self, case: QualityCase, passages: Sequence[Passage]) -> Outcome:
         """One call that evicts nothing: the plain model."""
         tokens = sum(self.lengths(passages))
         if (room := self.room(case)) < tokens:
@@ -72,7 +73,7 @@ class Contestant:
         """Tokens of each passage as Finch reads it."""
         return [len(tokens) for tokens in self.finch.prompts.build("?", passages).passages] if passages else []
 
-    def room(self, case: Case) -> int:
+    def room(self, case: QualityCase) -> int:
         """Tokens of passages that the window holds beside the rest of the prompt and the answer."""
         prompt = self.finch.prompts.build(case.question.question, case.passages[:1])
         fixed = len(prompt.prefix) + 2 * len(prompt.question) + len(prompt.tail) + self.max_new_tokens
@@ -96,40 +97,40 @@ class Contestant:
         return packs
 
 
-Method = Callable[[Contestant, Case], Outcome]
+Method = Callable[[Contestant, QualityCase], Outcome]
 
 
-def finch(contestant: Contestant, case: Case) -> Outcome:
+def finch(contestant: Contestant, case: QualityCase) -> Outcome:
     """Finch as it is."""
     return contestant.ask(case, case.passages)
 
 
-def finch_scan(contestant: Contestant, case: Case) -> Outcome:
-    """Finch without reading the kept passages again."""
+def finch_scan(contestant: Contestant, case: QualityCase) -> Outcome:
+    """Finch without the re-prefill."""
     return contestant.ask(case, case.passages, reread=False)
 
 
-def finch_paper(contestant: Contestant, case: Case) -> Outcome:
+def finch_paper(contestant: Contestant, case: QualityCase) -> Outcome:
     """Tokens by the sum of all heads, layer by layer, as in the paper."""
     return contestant.ask(case, case.passages, selection="token")
 
 
-def full(contestant: Contestant, case: Case) -> Outcome:
+def full(contestant: Contestant, case: QualityCase) -> Outcome:
     """Everything, no compression."""
     return contestant.ask_plain(case, case.passages)
 
 
-def truncate(contestant: Contestant, case: Case) -> Outcome:
+def truncate(contestant: Contestant, case: QualityCase) -> Outcome:
     """What fits into the window, in the order given."""
     return contestant.ask_plain(case, contestant.first_that_fit(case.passages, contestant.room(case)))
 
 
-def top_k(contestant: Contestant, case: Case) -> Outcome:
+def top_k(contestant: Contestant, case: QualityCase) -> Outcome:
     """The retriever's best passages that fit into the budget."""
     return contestant.ask_plain(case, contestant.first_that_fit(case.ranked, contestant.budget))
 
 
-def gold(contestant: Contestant, case: Case) -> Outcome:
+def gold(contestant: Contestant, case: QualityCase) -> Outcome:
     """The passages that hold the answer, alone: what the reader can do."""
     passages = [passage for passage in case.passages if passage.id in case.question.gold_ids]
     if not passages:
@@ -137,34 +138,34 @@ def gold(contestant: Contestant, case: Case) -> Outcome:
     return contestant.ask_plain(case, passages)
 
 
-def refine(contestant: Contestant, case: Case) -> Outcome:
+def refine(contestant: Contestant, case: QualityCase) -> Outcome:
     """An answer from the first pack of passages, refined with each further one, as LlamaIndex does it."""
     answers: list[Answer] = []
     for pack in contestant.packs(case.passages, contestant.budget):
         instructions = None
         if answers:
-            instructions = (
-                f"{INSTRUCTIONS}\n\nAn earlier answer, from other passages, is: {answers[-1].text}\n"
-                "Give a better one if the passages below allow it, else repeat it."
-            )
+            instructions = refine_instructions(INSTRUCTIONS, answers[-1].text)
         answers.append(_small_call(contestant, case, pack, instructions))
     return _outcome(answers)
 
 
-def map_reduce(contestant: Contestant, case: Case) -> Outcome:
+def map_reduce(contestant: Contestant, case: QualityCase) -> Outcome:
     """An answer from each pack of passages, then one from the answers, as LlamaIndex's tree_summarize does it."""
     answers: list[Answer] = []
     level = list(case.passages)
+    packs = contestant.packs(level, contestant.budget)
     while True:
-        packs = contestant.packs(level, contestant.budget)
         made = [_small_call(contestant, case, pack, None) for pack in packs]
         answers += made
         if len(made) == 1:
             return _outcome(answers)
         level = [Passage(answer.text or "no answer") for answer in made]
+        packs = contestant.packs(level, contestant.budget)
+        if len(packs) == len(level):  # no two fit: two at a time, so that every level is smaller than the last
+            packs = [level[start : start + 2] for start in range(0, len(level), 2)]
 
 
-def _small_call(contestant: Contestant, case: Case, pack: list[Passage], instructions: str | None) -> Answer:
+def _small_call(contestant: Contestant, case: QualityCase, pack: list[Passage], instructions: str | None) -> Answer:
     options: dict[str, Any] = {} if instructions is None else {"instructions": instructions}
     budget = max(contestant.budget, sum(contestant.lengths(pack)))
     return contestant.finch.ask(
@@ -191,7 +192,7 @@ METHODS: dict[str, Method] = {
 WITHOUT_BUDGET = ("full", "truncate", "gold")  # the budget makes no difference to them
 
 
-def run(method: str, contestant: Contestant, case: Case) -> Outcome:
+def run(method: str, contestant: Contestant, case: QualityCase) -> Outcome:
     """Answers one case by one method.
 
     Args:
@@ -205,10 +206,7 @@ def run(method: str, contestant: Contestant, case: Case) -> Outcome:
     """
     if method not in METHODS:
         raise InputError(f"method {method!r} is unknown: use {', '.join(METHODS)}")
-    device = contestant.finch.model.device
-    with peak_memory(device, in_use(device)) as peak:
-        outcome = METHODS[method](contestant, case)
-    return replace(outcome, peak_mib=peak[0])
+    return METHODS[method](contestant, case)
 
 
 def _outcome(answers: Sequence[Answer]) -> Outcome:

@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from ..decode import end_tokens
+from ..decode.generation import end_tokens
 from ..errors import InputError
-from ..models import LoadedModel
-from ..planning import window_of
-from ..prompt import Passage, Prompt, PromptBuilder
-from .cases import Case
+from ..models.inspection import window_of
+from ..models.loading import LoadedModel
+from ..prompts.builder import Prompt, PromptBuilder
+from ..prompts.passages import Passage
+from .cases import QualityCase
 from .clock import Clock
 from .methods import DoesNotFitError, Outcome
 
 
 @dataclass(frozen=True)
-class Reader:
+class PlainModel:
     """The plain model, which reads a prompt at once.
 
     Attributes:
@@ -50,7 +51,7 @@ class Reader:
 
         return LoadedCompressor(self.loaded.model, self.loaded.tokenizer)
 
-    def build(self, case: Case, passages: Sequence[Passage]) -> Prompt:
+    def build(self, case: QualityCase, passages: Sequence[Passage]) -> Prompt:
         """The prompt of a case, if the window holds it."""
         prompt = self.prompts.build(case.question.question, passages)
         tokens = len(_context(prompt)) + len(prompt.tail) + self.max_new_tokens
@@ -112,38 +113,50 @@ def add_separator(loaded: LoadedModel) -> int:
     return int(press.delimiter_token_id)
 
 
-def finch_press(reader: Reader, case: Case, budget: int) -> Outcome:
+def finch_press(plain: PlainModel, case: QualityCase, budget: int) -> Outcome:
     """Kvpress' FinchPress as its evaluation runs it: context, separator, question; the template's end comes after."""
-    if reader.separator is None:
-        raise InputError("FinchPress needs a separator: pass the token of add_separator to Reader")
+    if plain.separator is None:
+        raise InputError("FinchPress needs a separator: pass the token of add_separator to PlainModel")
     from kvpress.presses.finch_press import FinchPress
 
     press = FinchPress()
-    press.delimiter_token_id = reader.separator
-    return _pressed(reader, press, case, budget, [reader.separator], moves_keys=True)
+    press.delimiter_token_id = plain.separator
+    return pressed(plain, press, case, budget, [plain.separator], rotates_keys=True)
 
 
-def snapkv_press(reader: Reader, case: Case, budget: int) -> Outcome:
+def snapkv_press(plain: PlainModel, case: QualityCase, budget: int) -> Outcome:
     """Kvpress' SnapKVPress on context and question: the window is the question, where kvpress has 64 tokens."""
     from kvpress.presses.snapkv_press import SnapKVPress
 
-    press = SnapKVPress(window_size=len(reader.build(case, case.passages).question))
-    return _pressed(reader, press, case, budget, [], moves_keys=False)
+    press = SnapKVPress(window_size=len(plain.build(case, case.passages).question))
+    return pressed(plain, press, case, budget, [], rotates_keys=False)
 
 
-def _pressed(reader: Reader, press: Any, case: Case, budget: int, separator: list[int], moves_keys: bool) -> Outcome:
-    prompt = reader.build(case, case.passages)
+def pressed(
+    plain: PlainModel, press: Any, case: QualityCase, budget: int, separator: list[int], rotates_keys: bool
+) -> Outcome:
+    """The answer from what a press leaves of context and question.
+
+    Args:
+        plain: The model.
+        press: Of kvpress.
+        case: What is asked.
+        budget: Document tokens in the cache.
+        separator: Stands between context and question.
+        rotates_keys: Whether the press re-rotates what it keeps to contiguous positions.
+    """
+    prompt = plain.build(case, case.passages)
     documents = sum(map(len, prompt.passages))
     read = len(_context(prompt))
     kept = read - documents + budget  # the prefix competes, the question stays: see compression_ratio
     press.compression_ratio = compression_ratio(read, kept)
-    clock = Clock(reader.loaded.model.device)
-    seen = _watch(press, read, kept, reader.loaded.model.device)
-    with press(reader.loaded.model):
-        cache = reader.read(_context(prompt, separator))
+    clock = Clock(plain.loaded.model.device)
+    seen = _watch(press, read, kept, plain.loaded.model.device)
+    with press(plain.loaded.model):
+        cache = plain.read(_context(prompt, separator))
     length = cache.get_seq_length()
     clock.mark()
-    text = reader.answer(cache, prompt.tail, length if moves_keys else read)
+    text = plain.answer(cache, prompt.tail, length if rotates_keys else read)
     clock.mark()
     read_seconds, answer_seconds = clock.laps()
     alive = seen.tolist() if kept < read else [True] * read
@@ -195,19 +208,19 @@ def _watch(press: Any, read: int, kept: int, device: torch.device) -> torch.Tens
     return seen
 
 
-def longllmlingua(reader: Reader, case: Case, budget: int) -> Outcome:
+def longllmlingua(plain: PlainModel, case: QualityCase, budget: int) -> Outcome:
     """LongLLMLingua with the same model, then the plain model on what it left."""
-    texts = [f"{p.title}\n{p.text}" if p.title else p.text for p in case.passages]
-    clock, before = Clock(reader.loaded.model.device), reader.compressor.model.calls
-    text = reader.compressor.compress(texts, case.question.question.strip(), budget)
-    prompt = reader.build(case, [Passage(text)])
-    cache = reader.read(_context(prompt))
+    texts = [passage.titled_text for passage in case.passages]
+    clock, before = Clock(plain.loaded.model.device), plain.compressor.model.calls
+    text = plain.compressor.compress(texts, case.question.question.strip(), budget)
+    prompt = plain.build(case, [Passage(text)])
+    cache = plain.read(_context(prompt))
     clock.mark()
-    answer = reader.answer(cache, prompt.tail, cache.get_seq_length())
+    answer = plain.answer(cache, prompt.tail, cache.get_seq_length())
     clock.mark()
     read_seconds, answer_seconds = clock.laps()
-    kept_ids = [case.passages[place].id for place in reader.compressor.used]
-    calls = reader.compressor.model.calls - before + 1
+    kept_ids = [case.passages[place].id for place in plain.compressor.used]
+    calls = plain.compressor.model.calls - before + 1
     return Outcome(answer, kept_ids, len(prompt.passages[0]), read_seconds, answer_seconds, calls)
 
 

@@ -26,20 +26,20 @@ from typing import Any
 
 import torch
 
-from .. import session
-from ..display import ProgressBars, say_json, show_error
 from ..errors import FinchError, InputError, MissingExtraError
-from ..models import load_model
+from ..models.loading import load_model
+from ..terminal.output import say_json, show_error
+from ..terminal.progress import ProgressBars
 from . import tables
-from .cases import Case, read_cases
-from .commands import names_in, numbers_in, shard_of
+from .arguments import check_runs, names_in, numbers_in, shard_of
+from .cases import QualityCase, read_cases
 from .memory import in_use, peak_memory
 from .methods import DoesNotFitError, Outcome
-from .peer_methods import Reader, add_separator, finch_press, longllmlingua, snapkv_press
+from .peer_methods import PlainModel, add_separator, finch_press, longllmlingua, snapkv_press
 from .quality import appending, label, read_results
 from .summary import summarise
 
-Method = Callable[[Reader, Case, int], Outcome]
+Method = Callable[[PlainModel, QualityCase, int], Outcome]
 PEERS: dict[str, tuple[str, Method]] = {  # with the package that each needs
     "kvpress-finch": ("kvpress", finch_press),
     "kvpress-snapkv": ("kvpress", snapkv_press),
@@ -77,7 +77,7 @@ def main(
         InputError: If an argument cannot work, or ``out`` is no results folder.
         MissingExtraError: If a method's package is not installed.
     """
-    _check(methods, budgets, limit=limit, max_new_tokens=max_new_tokens)
+    check_runs(methods, PEERS, budgets, limit=limit, max_new_tokens=max_new_tokens)
     folder = Path(out)
     settings, cases = _results_folder(folder)
     part, parts = shard
@@ -88,24 +88,15 @@ def main(
         _check_installed(methods)
         loaded = load_model(settings["model"], dtype, device)
         separator = add_separator(loaded) if "kvpress-finch" in methods else None
-        reader = Reader(loaded, max_new_tokens or int(settings["max_new_tokens"]), separator)
+        plain = PlainModel(loaded, max_new_tokens or int(settings["max_new_tokens"]), separator)
         with appending(folder / f"results-peers-{part}.jsonl") as store, ProgressBars(remaining=True) as bars:
             for number, item in enumerate(todo, 1):
-                store(_record(reader, *item))
+                store(_record(plain, *item))
                 bars("answers", len(wanted) - len(todo) + number, len(wanted))
     summary = {"settings": settings, **summarise(cases, read_results(folder))}
     tables.show_quality(summary)
     say_json(summary)
     return summary
-
-
-def _check(methods: Sequence[str], budgets: Sequence[int], **least_one: int | None) -> None:
-    if not methods or (unknown := [method for method in methods if method not in PEERS]):
-        wrong = f"method {', '.join(unknown)} is unknown" if methods else "there is no method to run"
-        raise InputError(f"{wrong}: use {', '.join(PEERS)}")
-    if not budgets:
-        raise InputError("there is no budget: name at least one")
-    session.check_positive(budgets=min(budgets), **least_one)
 
 
 def _check_installed(methods: Sequence[str]) -> None:
@@ -114,7 +105,7 @@ def _check_installed(methods: Sequence[str]) -> None:
             raise MissingExtraError(f"{package} is not installed here: `make bench-peers` makes an environment with it")
 
 
-def _results_folder(folder: Path) -> tuple[dict[str, Any], list[Case]]:
+def _results_folder(folder: Path) -> tuple[dict[str, Any], list[QualityCase]]:
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         return settings, list(read_cases(folder / "cases.jsonl.gz"))
@@ -123,12 +114,12 @@ def _results_folder(folder: Path) -> tuple[dict[str, Any], list[Case]]:
 
 
 @torch.inference_mode()
-def _record(reader: Reader, case: Case, method: str, budget: int) -> dict[str, Any]:
+def _record(plain: PlainModel, case: QualityCase, method: str, budget: int) -> dict[str, Any]:
     record = {"id": case.question.id, "label": label(method, budget), "budget": budget}
-    device = reader.loaded.model.device
+    device = plain.loaded.model.device
     try:
         with peak_memory(device, in_use(device)) as peak:
-            outcome = PEERS[method][1](reader, case, budget)
+            outcome = PEERS[method][1](plain, case, budget)
     except DoesNotFitError as reason:
         return {**record, "skipped": str(reason)}
     return {**record, **asdict(replace(outcome, peak_mib=peak[0]))}

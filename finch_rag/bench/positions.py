@@ -11,11 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..display import ProgressBars, say_json
 from ..errors import InputError
+from ..terminal.output import say_json
+from ..terminal.progress import ProgressBars
 from . import tables
+from .arguments import check_runs
 from .cases import DataSet, RetrieverName
-from .quality import Settings, check, data_name, loader, measure
+from .methods import METHODS
+from .quality import Settings, data_name, loader, measure
 from .summary import METRICS
 
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -63,7 +66,7 @@ def main(
         from . import plots  # not needed without
 
         plots.check(plot)
-    check(methods, [budget], limit=limit, max_new_tokens=max_new_tokens)
+    check_runs(methods, METHODS, [budget], limit=limit, max_new_tokens=max_new_tokens)
     if not passages or min(passages) < 2:
         raise InputError(f"passages is {list(passages)}: name numbers of at least 2")
     if (most := max(passages)) > (there := len(DataSet.read(data).passages)):

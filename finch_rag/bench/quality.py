@@ -9,18 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from .. import session
-from ..display import ProgressBars, say_json
 from ..engine import Finch
 from ..errors import InputError, WindowError
+from ..jsonl import complete_objects
 from ..paths import write_atomically
+from ..terminal.loading import load_finch
+from ..terminal.output import say_json
+from ..terminal.progress import ProgressBars
 from . import tables
-from .cases import Case, DataSet, RetrieverName, make_cases, read_cases, write_cases
+from .arguments import check_runs
+from .cases import DataSet, QualityCase, RetrieverName, make_cases, read_cases, write_cases
+from .memory import in_use, peak_memory
 from .methods import METHODS, WITHOUT_BUDGET, Contestant, DoesNotFitError, run
 from .summary import summarise
 
@@ -97,7 +101,7 @@ def main(
         from . import plots  # not needed without
 
         plots.check(plot)
-    check(methods, budgets, top_k=top_k, limit=limit, max_new_tokens=max_new_tokens)
+    check_runs(methods, METHODS, budgets, top_k=top_k, limit=limit, max_new_tokens=max_new_tokens)
     settings = Settings(model, data_name(data), retriever, top_k, order, limit, seed, max_new_tokens)
     with ProgressBars(remaining=True) as bars:
         load, on_progress = loader(model, bars), partial(bars, "answers")
@@ -107,22 +111,6 @@ def main(
         plots.plot_quality(summary, plot)
     say_json(summary)
     return summary
-
-
-def check(methods: Sequence[str], budgets: Sequence[int], **least_one: int | None) -> None:
-    """Raises an InputError that names the first argument that cannot work.
-
-    Args:
-        methods: What to run.
-        budgets: With which budgets.
-        least_one: Further numbers by their names.
-    """
-    if not methods or (unknown := [method for method in methods if method not in METHODS]):
-        wrong = f"method {', '.join(unknown)} is unknown" if methods else "there is no method to run"
-        raise InputError(f"{wrong}: use {', '.join(METHODS)}")
-    if not budgets:
-        raise InputError("there is no budget: name at least one")
-    session.check_positive(budget=min(budgets), **least_one)
 
 
 def data_name(data: str | Path) -> str:
@@ -139,7 +127,7 @@ def loader(model: str, bars: ProgressBars) -> Callable[[], Finch]:
     """
 
     def load() -> Finch:
-        finch = session.load_finch(model, bars)
+        finch = load_finch(model, bars)
         finch.retrieval_heads()  # found now, so that no question's seconds and memory hold the search
         return finch
 
@@ -222,15 +210,10 @@ def appending(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 def read_results(folder: Path) -> Iterator[dict[str, Any]]:
     """All results of a folder; a last line that was cut off is passed over."""
     for file in sorted(folder.glob("results*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            yield record
+        yield from complete_objects(file.read_text(encoding="utf-8"))
 
 
-def _cases(settings: Settings, data: Path, folder: Path) -> list[Case]:
+def _cases(settings: Settings, data: Path, folder: Path) -> list[QualityCase]:
     """The cases of a results folder, made at its first use."""
     file = folder / _SETTINGS
     if file.exists():
@@ -252,10 +235,12 @@ def _cases(settings: Settings, data: Path, folder: Path) -> list[Case]:
     return cases
 
 
-def _record(finch: Finch, settings: Settings, case: Case, method: str, budget: int) -> dict[str, Any]:
+def _record(finch: Finch, settings: Settings, case: QualityCase, method: str, budget: int) -> dict[str, Any]:
     record = {"id": case.question.id, "label": label(method, budget), "budget": budget}
+    device = finch.model.device
     try:
-        outcome = run(method, Contestant(finch, budget, settings.max_new_tokens), case)
+        with peak_memory(device, in_use(device)) as peak:
+            outcome = run(method, Contestant(finch, budget, settings.max_new_tokens), case)
     except (DoesNotFitError, WindowError) as reason:
         return {**record, "skipped": str(reason)}
-    return {**record, **asdict(outcome)}
+    return {**record, **asdict(replace(outcome, peak_mib=peak[0]))}

@@ -10,14 +10,27 @@ import random
 from collections.abc import Callable
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from ..engine import Finch
 from ..errors import FinchError, InputError
-from ..head_examples import make_examples
-from ..heads import HEADS, heads_by_layer, layers_to_search
-from ..planning import RetrievalHeads
-from ..prompt import Passage, Prompt
+from ..heads.examples import make_examples
+from ..heads.pairs import layers_to_search
+from ..heads.search import HEADS
+from ..models.loading import resolve_device, resolve_dtype
+from ..prompts.builder import Prompt
+from ..prompts.passages import Passage
 
 _QUESTION = "Which of the people in these passages was the last director of a museum that stands in a mountain town?"
 _QUESTION_TOKENS = 48
@@ -83,8 +96,32 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTra
     return ready
 
 
-def worst_heads(model: PreTrainedModel) -> RetrievalHeads:
-    """As many heads as `find_heads` returns, where scoring costs most and the first reading ends last.
+def random_finch(shape: str, compile_layers: bool = False) -> Finch:
+    """An engine on a model with random weights, on the first CUDA device or else the CPU.
+
+    Args:
+        shape: Of `SHAPES`.
+        compile_layers: See `finch_rag.Finch`.
+
+    Raises:
+        InputError: If there is no such shape.
+    """
+    device = resolve_device("auto")
+    model = random_model(shape, device, resolve_dtype("auto", device, None))
+    return Finch(model, byte_tokenizer(), name=shape, heads=worst_heads(model), compile_layers=compile_layers)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that takes each byte for a token, for models without one."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def worst_heads(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """As many heads as `find_heads` returns, where scoring costs most and the scan ends last.
 
     Each is in a layer of its own, the last of them in the last layer that heads are looked for in.
 
@@ -92,7 +129,7 @@ def worst_heads(model: PreTrainedModel) -> RetrievalHeads:
         model: The model.
     """
     layers = layers_to_search(model.config)
-    return heads_by_layer((layer, 0) for layer in range(max(0, layers - HEADS), layers))
+    return [(layer, 0) for layer in range(max(0, layers - HEADS), layers)]
 
 
 def random_prompt(model: PreTrainedModel, tokens: int) -> Prompt:
@@ -134,4 +171,4 @@ def text_prompt(finch: Finch, tokens: int) -> Prompt:
             left -= len(passages[-1])
     if left:
         raise FinchError(f"the benchmark made {tokens - left} tokens of text where {tokens} were asked for")
-    return Prompt(prompt.prefix, passages, prompt.question, prompt.question_rows, prompt.tail)
+    return Prompt(prompt.prefix, passages, prompt.question, prompt.own_tokens, prompt.tail)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..display import out, say_json
 from ..errors import FinchError, InputError
-from ..models import resolve_device
+from ..models.loading import resolve_device
+from ..terminal.output import out, say_json
 from .shapes import SHAPES
-from .timing import Case, Measurement, Run, SkippedError, check_methods
+from .timing import Measurement, Run, SkippedError, SpeedCase, check_methods
 
 DEFAULT_METHODS = ("full", "finch")
 _TIME_TO_END = 10.0  # seconds that a failed process has to leave its exit code
@@ -47,7 +47,7 @@ def main(
         budget: Finch's budget.
         chunk_size: Finch's chunk size; the engine's default when None.
         repeats: Runs of each case; medians are reported.
-        methods: Of `finch_rag.bench.timing.METHODS`. One is left out where window or memory is too small for it.
+        methods: Of `finch_rag.bench.timing.READINGS`. One is left out where window or memory is too small for it.
         shape: Of `finch_rag.bench.shapes.SHAPES`: random weights in place of ``model``.
         plot: Where to draw seconds and memory against length; not at all when None.
 
@@ -66,8 +66,18 @@ def main(
         from . import plots  # not needed without
 
         plots.check(plot)
-    named = ("", shape) if shape else (model, "")
-    cases = [Case(method, n, *named, budget, chunk_size or 0) for n in tokens for method in methods]
+    cases = [
+        SpeedCase(
+            method=method,
+            tokens=length,
+            model="" if shape else model,
+            shape=shape or "",
+            budget=budget,
+            chunk_size=chunk_size,
+        )
+        for length in tokens
+        for method in methods
+    ]
     rows = []
     for case, result in _measure(cases, repeats):
         if isinstance(result, str):
@@ -82,7 +92,7 @@ def main(
         "budget": budget,
         "repeats": repeats,
         "cases": rows,
-        "ratios": _ratios(rows),
+        "ratios": ratios(rows),
     }
     _print(summary)
     if plot is not None:
@@ -91,7 +101,7 @@ def main(
     return summary
 
 
-def _measure(cases: Sequence[Case], repeats: int) -> Iterator[tuple[Case, list[Run] | str]]:
+def _measure(cases: Sequence[SpeedCase], repeats: int) -> Iterator[tuple[SpeedCase, list[Run] | str]]:
     """Runs cases in processes; a string says why a case was left out."""
     at_once = len(cases) if resolve_device("auto").type == "cpu" else 1
     for start in range(0, len(cases), at_once):
@@ -115,7 +125,7 @@ def _measure(cases: Sequence[Case], repeats: int) -> Iterator[tuple[Case, list[R
 class _Worker:
     """A process that holds one case."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: SpeedCase) -> None:
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(case, theirs), daemon=True)
@@ -148,7 +158,7 @@ class _Worker:
         return answer
 
 
-def _serve(case: Case, pipe: Connection) -> None:
+def _serve(case: SpeedCase, pipe: Connection) -> None:
     """Body of a measuring process: loads, warms up, then measures whenever it is told to."""
     try:
         measurement = Measurement(case)
@@ -163,21 +173,25 @@ def _serve(case: Case, pipe: Connection) -> None:
         pipe.send(error)
 
 
-def _ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Finch over full at each length, and Finch's growth from its shortest length to each longer one."""
+def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Finch over full at each length, and Finch's growth from its shortest length to each longer one.
+
+    Args:
+        rows: Of the cases.
+    """
     measured = {(row["method"], row["tokens"]): row for row in rows if "skipped" not in row}
-    ratios = {}
+    found = {}
     for (method, tokens), row in measured.items():
         if method == "finch" and ("full", tokens) in measured:
             full = measured["full", tokens]
-            ratios[f"seconds finch/full at {tokens}"] = row["first_token_seconds"] / full["first_token_seconds"]
-            ratios[f"memory finch/full at {tokens}"] = row["peak_mib"] / max(full["peak_mib"], 0.001)
+            found[f"seconds finch/full at {tokens}"] = row["first_token_seconds"] / full["first_token_seconds"]
+            found[f"memory finch/full at {tokens}"] = row["peak_mib"] / max(full["peak_mib"], 0.001)
     lengths = sorted(tokens for method, tokens in measured if method == "finch")
     for longer in lengths[1:]:
         short, long = measured["finch", lengths[0]], measured["finch", longer]
-        ratios[f"seconds finch {longer}/{lengths[0]}"] = long["first_token_seconds"] / short["first_token_seconds"]
-        ratios[f"memory finch {longer}/{lengths[0]}"] = long["peak_mib"] / max(short["peak_mib"], 0.001)
-    return {name: round(value, 3) for name, value in ratios.items()}
+        found[f"seconds finch {longer}/{lengths[0]}"] = long["first_token_seconds"] / short["first_token_seconds"]
+        found[f"memory finch {longer}/{lengths[0]}"] = long["peak_mib"] / max(short["peak_mib"], 0.001)
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def _print(summary: dict[str, Any]) -> None:

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
-from ..metrics import contains_answer, token_f1
-from .cases import Case
-from .statistics import bootstrap
+from ..corpus.metrics import contains_answer, token_f1
+from .bootstrap import bootstrap
+from .cases import QualityCase
 
 BASELINE = "full"
 AT_EQUAL_BUDGET = ("top-k", "finch")  # baselines too, each method's with the same budget
@@ -17,7 +17,7 @@ METRICS = ("accuracy", "f1")
 _SKIPPED = {"skipped": "never asked"}
 
 
-def summarise(cases: Sequence[Case], results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(cases: Sequence[QualityCase], results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Figures of each method, and its paired differences against the baselines.
 
     A row's ``f1_difference`` is against `BASELINE`, its ``f1_difference_top_k`` and ``f1_difference_finch`` are against

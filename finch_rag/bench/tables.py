@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..display import out, say
-from .statistics import Estimate
+from ..terminal.output import out, say
+from .bootstrap import Estimate
 from .summary import AT_EQUAL_BUDGET, BASELINE, METRICS, equal_budget_key
 
 METRIC_NAMES = {"accuracy": "accuracy", "f1": "F1"}

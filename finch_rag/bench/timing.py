@@ -1,37 +1,30 @@
 """What a measuring process does: one way of reading a document, timed from the first passage to the answer.
 
 full      one plain forward pass (SDPA) and its steps, as transformers runs them
-finch     chunk by chunk into a small cache, and the recorded steps where there is a GPU
+finch     chunk by chunk into a small cache, and CUDA graphs where there is a GPU: what `Finch.ask` executes
 kvpress   kvpress' FinchPress: one forward pass, each layer compressed after it; needs its own environment
 """
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
 
-from ..attention import use_finch_attention
-from ..compiling import compile_layers
 from ..engine import Finch
 from ..errors import FinchError, InputError, MissingExtraError
-from ..forward import memory_guard, on_device
-from ..models import resolve_device, resolve_dtype
-from ..planning import FixedTokens, PrefillPlan, RetrievalHeads, fit, window_of
-from ..prefill import prefill
-from ..prompt import Prompt
-from ..reading import usual_chunk_size
-from ..rope import KeyRotation
-from ..step_graph import StepGraphs
+from ..models.forward import memory_guard, on_device
+from ..models.inspection import window_of
+from ..prompts.builder import Prompt
+from ..request import Request
 from .clock import Clock
 from .memory import in_use, peak_memory
 from .peer_methods import compression_ratio
-from .shapes import random_model, random_prompt, text_prompt, worst_heads
+from .shapes import random_finch, random_prompt, text_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,16 +42,16 @@ class SkippedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class SpeedCase:
     """One method at one length.
 
     Attributes:
-        method: Of `METHODS`.
+        method: Of `READINGS`.
         tokens: Tokens of the passages.
         model: What `Finch.from_pretrained` takes; "" with a shape.
         shape: Of `finch_rag.bench.shapes.SHAPES`; "" with a model.
         budget: Document tokens in the cache, for those methods that compress.
-        chunk_size: Finch's chunk size; 0 takes the default.
+        chunk_size: Finch's chunk size; the default when None.
     """
 
     method: str
@@ -66,11 +59,11 @@ class Case:
     model: str
     shape: str
     budget: int
-    chunk_size: int
+    chunk_size: int | None = None
 
     @property
     def by_finch(self) -> bool:
-        """Whether Finch reads, with its attention and its recorded steps."""
+        """Whether Finch reads, with its attention and its CUDA graphs."""
         return self.method in ("finch", COMPILED)
 
 
@@ -96,59 +89,58 @@ class Run:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured.
+    """The engine that is measured.
 
     Attributes:
-        model: On its device.
-        rotation: How it rotates keys.
-        heads: Its retrieval heads.
-        graphs: Its recorded steps.
+        finch: On a loaded model, or on one with random weights.
         prompt: Tokens of all passages -> a prompt.
-        name: For messages.
     """
 
-    model: PreTrainedModel
-    rotation: KeyRotation
-    heads: RetrievalHeads | None
-    graphs: StepGraphs
+    finch: Finch
     prompt: Callable[[int], Prompt]
-    name: str
 
     @classmethod
-    def of(cls, case: Case) -> Subject:
-        """Loads the model of a case, or makes it."""
-        if not case.shape:
-            finch = Finch.from_pretrained(case.model, compile_layers=case.method == COMPILED)
+    def of(cls, *, model: str, shape: str, compile_layers: bool = False) -> Subject:
+        """Loads a model, or makes one.
 
-            def prompt(tokens: int) -> Prompt:
-                return text_prompt(finch, tokens)
+        Args:
+            model: What `Finch.from_pretrained` takes; "" with a shape.
+            shape: Of `finch_rag.bench.shapes.SHAPES`; "" with a model.
+            compile_layers: See `finch_rag.Finch`.
+        """
+        if shape:
+            finch = random_finch(shape, compile_layers)
+            return cls(finch, lambda tokens: random_prompt(finch.model, tokens))
+        finch = Finch.from_pretrained(model, compile_layers=compile_layers)
+        finch.retrieval_heads()  # found now, so that no measurement holds the search
+        return cls(finch, lambda tokens: text_prompt(finch, tokens))
 
-            heads = finch.retrieval_heads()
-            return cls(finch.model, finch.rotation, heads, finch.step_graphs, prompt, finch.name)
-        device = resolve_device("auto")
-        model = random_model(case.shape, device, resolve_dtype("auto", device, None))
-        rotation = KeyRotation.of(model, window_of(model.config))
-        use_finch_attention(model)
-        heads = worst_heads(model)
-        graphs = StepGraphs(model)
-        if case.method == COMPILED:
-            compile_layers(model)
-        return cls(model, rotation, heads, graphs, lambda tokens: random_prompt(model, tokens), case.shape)
+    def request(self, prompt: Prompt, *, budget: int, chunk_size: int | None = None, new_tokens: int) -> Request:
+        """A request whose answer has all of its tokens: where a model would end it, it goes on.
+
+        Args:
+            prompt: What is read.
+            budget: Document tokens kept.
+            chunk_size: Document tokens of a step; the default when None.
+            new_tokens: Tokens of the answer.
+        """
+        options = {"budget": budget, "chunk_size": chunk_size, "max_new_tokens": new_tokens}
+        settings = self.finch.settings.updated(options)
+        settings = replace(settings, sampling=replace(settings.sampling, ignore_eos=True))
+        return self.finch.runtime.request_of(prompt, settings)
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class Reading:
     """A prompt in a cache.
 
     Attributes:
-        cache: Any cache of transformers.
-        logits: After the last token read; None where the question is not read yet.
         layer_tokens: Tokens that ran through a layer, summed over the layers.
+        step: Runs the model for the next token of the answer; the first one reads the question, if need be.
     """
 
-    cache: Any
-    logits: torch.Tensor | None
     layer_tokens: int
+    step: Callable[[], Any]
 
 
 class Measurement:
@@ -161,19 +153,20 @@ class Measurement:
         SkippedError: If the case cannot be measured on this machine.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: SpeedCase) -> None:
         self._case = case
-        self._subject = Subject.of(case)
-        model = self._subject.model
+        self.subject = Subject.of(model=case.model, shape=case.shape, compile_layers=case.method == COMPILED)
+        model = self.subject.finch.model
         if not case.by_finch:
             model.set_attn_implementation("sdpa")
             if case.tokens > (window := window_of(model.config)):
                 raise SkippedError(f"the model's window is {window:,}")
         self._device: torch.device = model.device
-        self._prompt = self._subject.prompt(case.tokens)
+        self._prompt = self.subject.prompt(case.tokens)
         self._loaded = in_use(self._device)
-        warm_up = max(_WARM_UP_TOKENS, _WARM_UP_CHUNKS * plan_of(case, self._subject, self._prompt).chunk_size)
-        self._measure(self._subject.prompt(min(case.tokens, warm_up)))
+        plan = self._request(self._prompt).plan
+        chunks = _WARM_UP_CHUNKS * plan.chunk_size if plan is not None else 0
+        self._measure(self.subject.prompt(min(case.tokens, max(_WARM_UP_TOKENS, chunks))))
         self._rate = matrix_rate(model)
 
     def run(self) -> Run:
@@ -184,100 +177,106 @@ class Measurement:
         """
         with peak_memory(self._device, self._loaded) as peak:
             prefill_seconds, first_token_seconds, decode_ms, layer_tokens = self._measure(self._prompt)
-        done = 2 * layer_tokens * sum(weight.numel() for weight in _layer_weights(self._subject.model))
+        done = 2 * layer_tokens * sum(weight.numel() for weight in _layer_weights(self.subject.finch.model))
         return Run(prefill_seconds, first_token_seconds, decode_ms, peak[0], done / prefill_seconds / self._rate)
+
+    def _request(self, prompt: Prompt) -> Request:
+        case = self._case
+        return self.subject.request(prompt, budget=case.budget, chunk_size=case.chunk_size, new_tokens=_DECODED + 1)
 
     @torch.inference_mode()
     def _measure(self, prompt: Prompt) -> tuple[float, float, float, int]:
-        """Seconds to the cache and to the first token's logits, milliseconds of a step, layers x tokens."""
-        case, model = self._case, self._subject.model
+        """Seconds to the cache and to the first token, milliseconds of a further one, layers x tokens."""
+        case = self._case
+        request = self._request(prompt)
         clock = Clock(self._device)
         try:
             with memory_guard(self._device, f"{case.method} on {case.tokens:,} tokens"):
-                read = METHODS[case.method](self._subject, plan_of(case, self._subject, prompt), prompt)
+                reading = READINGS[case.method](self.subject.finch, request)
                 clock.mark()
-                logits = read.logits
-                if logits is None:
-                    logits = _logits(model, read.cache, [*prompt.question, *prompt.tail])
-                token = int(logits.argmax())
-                clock.mark()
-                steps = self._steps(read.cache, token)
+                for _ in range(_DECODED + 1):
+                    reading.step()
+                    clock.mark()
         except FinchError as error:
             raise SkippedError(str(error)) from error
-        prefill_seconds, question_seconds = clock.laps()
-        return prefill_seconds, prefill_seconds + question_seconds, 1e3 * statistics.median(steps), read.layer_tokens
-
-    def _steps(self, cache: Any, token: int) -> list[float]:
-        graphs = self._subject.graphs
-        with graphs.lend([cache], _DECODED) if self._case.by_finch else contextlib.nullcontext() as step:
-            clock = Clock(self._device)
-            for _ in range(_DECODED):
-                logits = _logits(self._subject.model, cache, [token]) if step is None else step([token])
-                token = int(logits.argmax())
-                clock.mark()
-        return clock.laps()
+        prefill_seconds, first_token_seconds, *steps = clock.laps()
+        step_ms = 1e3 * statistics.median(steps)
+        return prefill_seconds, prefill_seconds + first_token_seconds, step_ms, reading.layer_tokens
 
 
-def plan_of(case: Case, subject: Subject, prompt: Prompt, new_tokens: int = _DECODED) -> PrefillPlan:
-    """How Finch reads a prompt.
+def full(finch: Finch, request: Request) -> Reading:
+    """One plain forward pass.
 
     Args:
-        case: For budget and chunk size.
-        subject: The model.
-        prompt: The prompt.
-        new_tokens: Tokens that will be decoded.
+        finch: The engine, for its model.
+        request: What is read.
     """
-    fixed = FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), new_tokens)
-    lengths = [len(passage) for passage in prompt.passages]
-    sizes = case.budget, case.chunk_size or None, usual_chunk_size(subject.model), max(lengths), sum(lengths)
-    budget, chunk_size = fit(window_of(subject.model.config), fixed, *sizes)
-    return PrefillPlan(budget, chunk_size, "passage", subject.heads, reread=True)
-
-
-def full(subject: Subject, plan: PrefillPlan, prompt: Prompt) -> Read:
-    """One plain forward pass."""
     cache = DynamicCache()
-    tokens = [*_document(prompt), *prompt.question, *prompt.tail]
-    return Read(cache, _logits(subject.model, cache, tokens), len(tokens) * _layers(subject.model))
+    tokens = [*_document(request.prompt), *request.answer_prompt]
+    logits = _logits(finch.model, cache, tokens)
+    return Reading(len(tokens) * _layers(finch.model), _plain_steps(finch.model, cache, logits))
 
 
-def finch(subject: Subject, plan: PrefillPlan, prompt: Prompt) -> Read:
-    """Finch's two readings."""
-    model = subject.model
-    read = prefill(model, prompt, plan, subject.rotation)
-    lengths = [len(passage) for passage in prompt.passages]
-    scanned = plan.layers_to_scan(lengths, _layers(model))
-    layer_tokens = (len(prompt.prefix) + sum(lengths) + read.steps.chunks * len(prompt.question)) * scanned
-    if read.cache.kept_tokens < sum(lengths):
-        layer_tokens += read.cache.length * _layers(model)
-    return Read(read.cache.fork(len(prompt.question) + len(prompt.tail) + _DECODED), None, layer_tokens)
+def by_finch(finch: Finch, request: Request) -> Reading:
+    """Finch's scan and re-prefill.
+
+    Args:
+        finch: The engine.
+        request: What is read.
+    """
+    cache = finch.runtime.read(request)
+    prompt, figures = request.prompt, cache.document.figures
+    document = sum(request.passage_tokens)
+    scanned = len(prompt.prefix) + document + figures.chunks * len(prompt.question)
+    layer_tokens = scanned * figures.scanned_layers
+    if cache.kept_tokens < document:
+        layer_tokens += cache.length * _layers(finch.model)
+    return Reading(layer_tokens, finch.runtime.decoder(cache.fork(request.room), request).steps().__next__)
 
 
-def kvpress(subject: Subject, plan: PrefillPlan, prompt: Prompt) -> Read:
-    """Kvpress' FinchPress at the same cache size."""
+def kvpress(finch: Finch, request: Request) -> Reading:
+    """Kvpress' FinchPress at the same cache size.
+
+    Args:
+        finch: The engine, for its model.
+        request: What is read.
+    """
     from kvpress.presses.finch_press import FinchPress
 
+    model, prompt = finch.model, request.prompt
     document = _document(prompt)
     tokens = [*document, *prompt.question]
     press = FinchPress()
-    press.compression_ratio = compression_ratio(len(tokens), len(prompt.prefix) + plan.budget + len(prompt.question))
+    budget = request.plan.budget if request.plan is not None else 0
+    press.compression_ratio = compression_ratio(len(tokens), len(prompt.prefix) + budget + len(prompt.question))
     used = set(tokens)
-    press.delimiter_token_id = next(i for i in range(int(subject.model.config.vocab_size)) if i not in used)
+    press.delimiter_token_id = next(i for i in range(int(model.config.vocab_size)) if i not in used)
     cache = DynamicCache()
-    ids = torch.tensor([[*document, press.delimiter_token_id, *prompt.question]], device=subject.model.device)
-    with press(subject.model):
-        subject.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    tail = torch.tensor([prompt.tail], device=subject.model.device)
-    logits = subject.model(input_ids=tail, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return Read(cache, logits, len(tokens) * _layers(subject.model))
+    ids = torch.tensor([[*document, press.delimiter_token_id, *prompt.question]], device=model.device)
+    with press(model):
+        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    logits = _logits(model, cache, prompt.tail)
+    return Reading(len(tokens) * _layers(model), _plain_steps(model, cache, logits))
 
 
-METHODS: dict[str, Callable[[Subject, PrefillPlan, Prompt], Read]] = {
+READINGS: dict[str, Callable[[Finch, Request], Reading]] = {
     "full": full,
-    "finch": finch,
-    COMPILED: finch,
+    "finch": by_finch,
+    COMPILED: by_finch,
     "kvpress": kvpress,
 }
+
+
+def _plain_steps(model: PreTrainedModel, cache: Any, logits: torch.Tensor) -> Callable[[], int]:
+    """The likeliest tokens one by one; a step beyond the first runs the model for the token before."""
+    made: list[int] = []
+
+    def step() -> int:
+        after = logits if not made else _logits(model, cache, made[-1:])
+        made.append(int(after.argmax()))
+        return made[-1]
+
+    return step
 
 
 def check_methods(methods: Sequence[str]) -> None:
@@ -290,8 +289,8 @@ def check_methods(methods: Sequence[str]) -> None:
         InputError: If there is no such method.
         MissingExtraError: If kvpress is not installed.
     """
-    if unknown := [method for method in methods if method not in METHODS]:
-        raise InputError(f"method {', '.join(unknown)} is unknown: use {', '.join(METHODS)}")
+    if unknown := [method for method in methods if method not in READINGS]:
+        raise InputError(f"method {', '.join(unknown)} is unknown: use {', '.join(READINGS)}")
     if "kvpress" in methods:
         try:
             import kvpress  # noqa: F401

@@ -32,10 +32,10 @@ from langchain_huggingface import ChatHuggingFace, HuggingFaceEmbeddings, Huggin
 from transformers import PreTrainedModel
 
 from finch_rag.corpus import Question, load_questions, read_corpus
-from finch_rag.demo import example_corpus
-from finch_rag.metrics import contains_answer
-from finch_rag.models import embedded_folder
-from finch_rag.retrieval import embedding_model_folder
+from finch_rag.corpus.example import example_corpus
+from finch_rag.corpus.metrics import contains_answer
+from finch_rag.corpus.retrieval import embedding_model_folder
+from finch_rag.models.embedded import embedded_folder
 
 NEW_TOKENS = 32
 FEW, MANY = 3, 40

@@ -13,10 +13,10 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.content import Citation, ContentBlock, TextContentBlock, create_citation
 
 from finch_rag import InputError, Passage
-from finch_rag.chat_template import ASSISTANT, SYSTEM, USER, Message
+from finch_rag.adapters import ASSISTANT, SYSTEM, USER, Message
 
 if TYPE_CHECKING:
-    from finch_rag.report import Answer, CompressionReport
+    from finch_rag import Answer, CompressionReport
 
 _ROLES = {"system": SYSTEM, "human": USER, "user": USER, "ai": ASSISTANT, "assistant": ASSISTANT}
 

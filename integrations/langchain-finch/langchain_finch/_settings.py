@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from finch_rag import FinchError, InputError, SettingsError
-from finch_rag.decode import Sampling
-from finch_rag.engine import Finch
-from finch_rag.options import ChunkSize, check_reading
-from finch_rag.selection import Selection
-from finch_rag.sharing import shared_engine
+from finch_rag import Finch, FinchError, InputError, Passage, SettingsError
+from finch_rag.adapters import ChunkSize, Selection, check_options, shared_engine
 
 from ._convert import passages_of
 
 if TYPE_CHECKING:
-    from finch_rag.prompt import Passage
+    from langchain_core.language_models import LangSmithParams
 
 PROVIDER = "finch"
 
@@ -71,7 +67,7 @@ class EngineSource:
         return self
 
     def __reduce__(self) -> tuple[type[EngineSource], tuple[Finch | None]]:
-        return EngineSource, (self.given,)  # what was loaded is loaded anew where it is unpickled
+        return EngineSource, (self.given,)  # what was loaded is loaded again where it is unpickled
 
 
 class CallSettings(BaseModel):
@@ -80,9 +76,9 @@ class CallSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     budget: int | None = Field(default=None, description="Document tokens kept per layer.")
-    chunk_size: ChunkSize = Field(default=None, description='Document tokens read per step; "auto" chooses.')
+    chunk_size: ChunkSize = Field(default=None, description='Document tokens scanned per step; "auto" chooses.')
     selection: Selection | None = Field(default=None, description='What is kept: "passage" (whole ones) or "token".')
-    reread: bool | None = Field(default=None, description="Whether kept passages are read once more at the end.")
+    reread: bool | None = Field(default=None, description="Whether kept passages are prefilled again at the end.")
     instructions: str | None = Field(default=None, description="Read before the passages.")
     system_prompt: str | None = Field(default=None, description="System message where the messages have none.")
     max_tokens: int | None = Field(default=None, description="The most tokens of an answer; also max_new_tokens.")
@@ -142,12 +138,7 @@ class FinchSettings(CallSettings):
             raise SettingsError(f"unknown setting {', '.join(sorted(unknown))}: use {', '.join(own)}, engine")
         with _one_line(SettingsError):
             super().__init__(**given)
-        check_reading(self.budget, self.chunk_size, self.selection or "passage", SettingsError)
-        options = self._own_options()
-        sampling = {
-            name: options[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k") if name in options
-        }
-        Sampling(**sampling, stop=tuple(self.stop or ())).check(SettingsError)
+        check_options(self._own_options(), SettingsError)
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -162,6 +153,20 @@ class FinchSettings(CallSettings):
             ModelError: If the model cannot be loaded, or Finch cannot run it.
         """
         return self._source.engine(self.model, self._differing(_LOADING))
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """A text's token ids, by the model's tokenizer.
+
+        Args:
+            text: The text.
+        """
+        custom: Callable[[str], list[int]] | None = getattr(self, "custom_get_token_ids", None)
+        return self.engine.prompts.encode([text])[0] if custom is None else custom(text)
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        named = {_OTHER_NAMES.get(name, name): value for name, value in kwargs.items()}  # bad ones raise later
+        params: LangSmithParams = super()._get_ls_params(stop=self._stop_of(stop), **named)  # type: ignore[misc]
+        return params
 
     @property
     def _source(self) -> EngineSource:
@@ -227,15 +232,6 @@ class FinchSettings(CallSettings):
         if (documents := params.get("documents")) is not None:
             params["documents"] = _digest(passages_of(documents))
         return params
-
-
-def tracing_names(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's keyword arguments by the names that LangChain's traces know; bad ones raise later.
-
-    Args:
-        kwargs: The keyword arguments.
-    """
-    return {_OTHER_NAMES.get(name, name): value for name, value in kwargs.items()}
 
 
 def _renamed(given: Mapping[str, Any], error: type[FinchError]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from langchain_core.runnables.configurable import RunnableConfigurableFields
 from langchain_core.runnables.utils import AddableDict
 
 from finch_rag import InputError, Passage, SettingsError
-from finch_rag.templates import take_apart
+from finch_rag.adapters import parse_prompt
 
 from ._convert import conversation_of, passages_of
 from .chat_models import ChatFinch
@@ -187,11 +187,11 @@ def _request(prompt: BasePromptTemplate[Any], inputs: Mapping[str, Any], documen
 
 def _of_known_prompt(messages: Sequence[BaseMessage]) -> _Request | None:
     conversation, _ = conversation_of(messages)
-    request = take_apart(conversation, [], lambda texts: True)
+    request = parse_prompt(conversation, [], lambda texts: True)
     if [passage.text for passage in request.passages] != [_MARK]:
         return None
-    options = dict(request.options)
-    history = [(message["role"], message["content"]) for message in options.pop("history", [])]
+    options = {name: value for name, value in request.options.items() if name != "history"}
+    history = [(message["role"], message["content"]) for message in request.history]
     return _Request([*convert_to_messages(history), HumanMessage(request.question)], options)
 
 

@@ -8,7 +8,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.chat_models import agenerate_from_stream, generate_from_stream
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.block_translators import register_translator
@@ -19,12 +19,12 @@ from langchain_core.utils.function_calling import convert_to_json_schema
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, Field
 
-from finch_rag import InputError
-from finch_rag.chat_template import SYSTEM
-from finch_rag.stream import AnswerStream, AsyncAnswerStream
+from finch_rag import AnswerStream, InputError
+from finch_rag.adapters import SYSTEM
 
-from ._convert import citations_of, content_blocks_of, conversation_of, finish_reason_of, usage_of
-from ._settings import PROVIDER, FinchSettings, tracing_names
+from ._convert import content_blocks_of, conversation_of, usage_of
+from ._settings import PROVIDER, FinchSettings
+from ._streaming import AnyStream, achunks, chunks, outcome_of
 
 if TYPE_CHECKING:
     from langchain_core.output_parsers.base import BaseOutputParser
@@ -71,9 +71,6 @@ class ChatFinch(FinchSettings, BaseChatModel):
         # The version decides what a cached message holds.
         return {**super()._identifying_params, **self._differing(("output_version",))}
 
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        return super()._get_ls_params(stop=self._stop_of(stop), **tracing_names(kwargs))
-
     def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
         # Traces would otherwise carry every document's text with every call.
         return super()._get_invocation_params(stop=self._stop_of(stop), **self._call_params(kwargs))
@@ -81,16 +78,6 @@ class ChatFinch(FinchSettings, BaseChatModel):
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         # LangChain's own is made once an instance, knows nothing of a given engine, and holds the documents' texts.
         return str(sorted(self._get_invocation_params(stop, **kwargs).items()))
-
-    def get_token_ids(self, text: str) -> list[int]:
-        """A text's token ids, by the model's tokenizer.
-
-        Args:
-            text: The text.
-        """
-        if self.custom_get_token_ids is not None:
-            return self.custom_get_token_ids(text)
-        return self.engine.prompts.encode([text])[0]
 
     def _generate(
         self,
@@ -117,28 +104,16 @@ class ChatFinch(FinchSettings, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        with self._open(messages, stop, kwargs) as stream:
-            for delta in stream:
-                chunk = _piece(delta)
-                if run_manager is not None:
-                    run_manager.on_llm_new_token(delta, chunk=chunk)
-                yield chunk
-            yield _last(stream)
+        return chunks(self._open(messages, stop, kwargs), run_manager, _piece, _last)
 
-    async def _astream(
+    def _astream(
         self,
         messages: list[BaseMessage],
         stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        stream = AsyncAnswerStream(lambda: self._open(messages, stop, kwargs))
-        async for delta in stream:
-            chunk = _piece(delta)
-            if run_manager is not None:
-                await run_manager.on_llm_new_token(delta, chunk=chunk)
-            yield chunk
-        yield _last(stream)
+        return achunks(lambda: self._open(messages, stop, kwargs), run_manager, _piece, _last)
 
     def _open(
         self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, kwargs: dict[str, Any]
@@ -209,7 +184,7 @@ def _piece(delta: str) -> ChatGenerationChunk:
     return ChatGenerationChunk(message=AIMessageChunk(content=delta, response_metadata={"model_provider": PROVIDER}))
 
 
-def _last(stream: AnswerStream | AsyncAnswerStream) -> ChatGenerationChunk:
+def _last(stream: AnyStream) -> ChatGenerationChunk:
     """A chunk without text that says what the answer took and where it came from.
 
     All of it stands on this chunk alone: LangChain joins chunks' metadata by adding them up.
@@ -220,10 +195,8 @@ def _last(stream: AnswerStream | AsyncAnswerStream) -> ChatGenerationChunk:
         response_metadata={
             "model_provider": PROVIDER,
             "model_name": answer.report.model,
-            "finish_reason": finish_reason_of(answer.report),
             "parse_mode": answer.report.parse_mode,
-            "report": answer.report.to_dict(),
-            "citations": citations_of(answer, stream.passages),
+            **outcome_of(stream),
         },
         usage_metadata=usage_of(answer.report),
         chunk_position="last",

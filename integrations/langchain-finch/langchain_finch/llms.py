@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
-from langchain_core.language_models import BaseLLM, LangSmithParams
+from langchain_core.language_models import BaseLLM
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import Field, PrivateAttr
 
-from finch_rag.stream import AnswerStream, AsyncAnswerStream
+from finch_rag import AnswerStream
 
-from ._convert import citations_of, finish_reason_of
-from ._settings import FinchSettings, tracing_names
-
-if TYPE_CHECKING:
-    from finch_rag.report import Answer
+from ._settings import FinchSettings
+from ._streaming import AnyStream, achunks, chunks, outcome_of
 
 
 class FinchLLM(FinchSettings, BaseLLM):
@@ -55,19 +52,6 @@ class FinchLLM(FinchSettings, BaseLLM):
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
         return {**super()._identifying_params, **self._call}
-
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        return super()._get_ls_params(stop=self._stop_of(stop), **tracing_names(kwargs))
-
-    def get_token_ids(self, text: str) -> list[int]:
-        """A text's token ids, by the model's tokenizer.
-
-        Args:
-            text: The text.
-        """
-        if self.custom_get_token_ids is not None:
-            return self.custom_get_token_ids(text)
-        return self.engine.prompts.encode([text])[0]
 
     def generate(
         self,
@@ -152,45 +136,29 @@ class FinchLLM(FinchSettings, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with self._open(prompt, stop, kwargs) as stream:
-            for delta in stream:
-                chunk = GenerationChunk(text=delta)
-                if run_manager is not None:
-                    run_manager.on_llm_new_token(delta, chunk=chunk)
-                yield chunk
-            yield _last(stream)
+        return chunks(self._open(prompt, stop, kwargs), run_manager, _piece, _last)
 
-    async def _astream(
+    def _astream(
         self,
         prompt: str,
         stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        stream = AsyncAnswerStream(lambda: self._open(prompt, stop, kwargs))
-        async for delta in stream:
-            chunk = GenerationChunk(text=delta)
-            if run_manager is not None:
-                await run_manager.on_llm_new_token(delta, chunk=chunk)
-            yield chunk
-        yield _last(stream)
+        return achunks(lambda: self._open(prompt, stop, kwargs), run_manager, _piece, _last)
 
     def _open(self, prompt: str, stop: Sequence[str] | None, kwargs: dict[str, Any]) -> AnswerStream:
         passages, options = self._request(stop, kwargs)
         return self.engine.stream_chat(prompt, passages, **options)
 
 
-def _last(stream: AnswerStream | AsyncAnswerStream) -> GenerationChunk:
+def _piece(delta: str) -> GenerationChunk:
+    return GenerationChunk(text=delta)
+
+
+def _last(stream: AnyStream) -> GenerationChunk:
     """A chunk without text that says where the answer came from."""
-    answer: Answer = stream.answer
-    return GenerationChunk(
-        text="",
-        generation_info={
-            "citations": citations_of(answer, stream.passages),
-            "report": answer.report.to_dict(),
-            "finish_reason": finish_reason_of(answer.report),
-        },
-    )
+    return GenerationChunk(text="", generation_info=outcome_of(stream))
 
 
 def _result(answers: list[list[GenerationChunk]]) -> LLMResult:

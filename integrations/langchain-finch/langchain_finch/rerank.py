@@ -12,8 +12,7 @@ from langchain_core.runnables import run_in_executor
 from pydantic import ConfigDict
 
 from finch_rag import SettingsError
-from finch_rag.options import ReadingOptions
-from finch_rag.stream import Cancelled
+from finch_rag.adapters import Cancelled, ReadingOptions
 
 from ._convert import passages_of
 from .chat_models import ChatFinch

@@ -14,7 +14,7 @@ from langchain_core.embeddings import Embeddings
 from langchain_core.messages import BaseMessage
 from langchain_core.retrievers import BaseRetriever
 
-import finch_rag.decode
+import finch_rag.decode.generation
 from finch_rag import FinchError
 from tests.small import chat_tokenizer, texts
 
@@ -40,7 +40,7 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         scripted = iter(tokens)
         return lambda logits: torch.tensor([next(scripted)])
 
-    monkeypatch.setattr(finch_rag.decode, "_sampler", sampler)
+    monkeypatch.setattr(finch_rag.decode.generation, "sampler", sampler)
 
 
 class Listener(BaseCallbackHandler):

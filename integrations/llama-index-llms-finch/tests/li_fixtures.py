@@ -6,21 +6,21 @@ from typing import Any
 
 import pytest
 
-from finch_rag.prompt import Prompt, PromptBuilder
-from finch_rag.templates import Request, take_apart
+from finch_rag.prompts.builder import Prompt, PromptBuilder
+from finch_rag.prompts.parsing import ParsedPrompt, parse_prompt
 
 
 @pytest.fixture
-def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[ParsedPrompt]:
     """What the engine makes of the prompts that it gets."""
-    seen: list[Request] = []
+    seen: list[ParsedPrompt] = []
 
-    def recorded(*args: Any) -> Request:
-        request = take_apart(*args)
-        seen.append(request)
-        return request
+    def recorded(*args: Any) -> ParsedPrompt:
+        parsed = parse_prompt(*args)
+        seen.append(parsed)
+        return parsed
 
-    monkeypatch.setattr("finch_rag.engine.take_apart", recorded)
+    monkeypatch.setattr("finch_rag.engine.parse_prompt", recorded)
     return seen
 
 

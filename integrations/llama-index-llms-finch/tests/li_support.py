@@ -24,7 +24,7 @@ from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.base import BaseEvent
 
 from finch_rag import Finch, Passage
-from finch_rag.prompt import Prompt
+from finch_rag.prompts.builder import Prompt
 from tests.small import chat_tokenizer, small_model, texts
 
 QUESTION = "who built the bridge?"

@@ -25,7 +25,7 @@ from llama_index.core.llms import ChatMessage
 from llama_index.llms.finch import FinchLLM, PassagesMessage
 
 from finch_rag import InputError, ModelError
-from finch_rag.cache import CompressedCache
+from finch_rag.models.cache import CompressedCache
 
 MESSAGE = PassagesMessage(QUESTION, passages())
 

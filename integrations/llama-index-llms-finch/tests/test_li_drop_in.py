@@ -51,8 +51,8 @@ from llama_index.llms.finch import FinchLLM
 from pydantic import BaseModel
 
 from finch_rag import InputError, ModelError, WindowError
-from finch_rag.prompt import Prompt
-from finch_rag.templates import Request
+from finch_rag.prompts.builder import Prompt
+from finch_rag.prompts.parsing import ParsedPrompt
 from tests.small import texts
 
 ONE_CALL = {
@@ -76,7 +76,7 @@ def query_engine(llm: FinchLLM, mode: str = "compact", count: int = 12, **option
 
 @CHAT_OR_NOT
 @pytest.mark.parametrize("mode", ONE_CALL)
-def test_a_query_is_one_call_with_all_nodes_apart(mode: str, is_chat_model: bool, requests: list[Request]) -> None:
+def test_a_query_is_one_call_with_all_nodes_apart(mode: str, is_chat_model: bool, requests: list[ParsedPrompt]) -> None:
     with listening() as events:
         response = query_engine(finch_llm(is_chat_model=is_chat_model), mode).query(QUESTION)
     assert calls(events) == 1
@@ -89,7 +89,7 @@ def test_a_query_is_one_call_with_all_nodes_apart(mode: str, is_chat_model: bool
 
 
 @CHAT_OR_NOT
-def test_refine_is_one_call_a_node_and_hands_the_answer_on(is_chat_model: bool, requests: list[Request]) -> None:
+def test_refine_is_one_call_a_node_and_hands_the_answer_on(is_chat_model: bool, requests: list[ParsedPrompt]) -> None:
     with listening() as events:
         query_engine(finch_llm(is_chat_model=is_chat_model), "refine", count=4).query(QUESTION)
     assert calls(events) == 4
@@ -145,7 +145,7 @@ def test_an_index_answers_in_one_call(is_chat_model: bool) -> None:
 
 @CHAT_OR_NOT
 def test_a_citation_query_engine_keeps_its_sources_and_its_instructions(
-    is_chat_model: bool, requests: list[Request], prompts: list[Prompt]
+    is_chat_model: bool, requests: list[ParsedPrompt], prompts: list[Prompt]
 ) -> None:
     plain = [text.replace(":", "") for text in texts(12)]
     bare = [NodeWithScore(node=TextNode(text=text), score=1.0) for text in plain]
@@ -160,13 +160,13 @@ def test_a_citation_query_engine_keeps_its_sources_and_its_instructions(
     assert "cite the appropriate source(s)" in whole_text(prompts[0])
 
 
-def test_a_citation_query_engines_sources_may_look_like_metadata(requests: list[Request]) -> None:
+def test_a_citation_query_engines_sources_may_look_like_metadata(requests: list[ParsedPrompt]) -> None:
     bare = [NodeWithScore(node=TextNode(text=f"Note: the bridge has {n} arches."), score=1.0) for n in range(4)]
     CitationQueryEngine(FixedRetriever(bare), llm=finch_llm()).query(QUESTION)
     assert [passage.text for passage in requests[0].passages] == [node.node.get_content() for node in bare]
 
 
-def test_a_citation_query_engines_sources_keep_their_own_metadata(requests: list[Request]) -> None:
+def test_a_citation_query_engines_sources_keep_their_own_metadata(requests: list[ParsedPrompt]) -> None:
     CitationQueryEngine(FixedRetriever(nodes()), llm=finch_llm()).query(QUESTION)
     assert len(requests[0].passages) == 12
     for place, passage in enumerate(requests[0].passages):
@@ -190,7 +190,7 @@ def chat_engine(kind: Any, llm: FinchLLM, **options: Any) -> Any:
     ],
 )
 def test_a_chat_engine_reads_nodes_apart_and_remembers_the_conversation(
-    kind: Any, name: str, condensing: int, is_chat_model: bool, requests: list[Request]
+    kind: Any, name: str, condensing: int, is_chat_model: bool, requests: list[ParsedPrompt]
 ) -> None:
     made = chat_engine(kind, finch_llm(is_chat_model=is_chat_model), system_prompt="Be nice.")
     with listening() as events:
@@ -279,7 +279,7 @@ def predicted(prompt: Any, fields: dict[str, Any], **settings: Any) -> None:
         llm.predict(prompt, query_str=QUESTION, existing_answer="Clara Novak", **fields)
 
 
-def check(request: Request, name: str) -> None:
+def check(request: ParsedPrompt, name: str) -> None:
     assert request.parse_mode == f"llama-index/{name}"
     assert request.question == QUESTION
     assert [passage.text for passage in request.passages] == shown(nodes())
@@ -290,7 +290,7 @@ def check(request: Request, name: str) -> None:
 @CHAT_OR_NOT
 @pytest.mark.parametrize(("prompt", "fields", "name"), [*FOR_BOTH, *OF_CHAT_ENGINES])
 def test_a_prompt_of_the_framework_is_taken_apart(
-    prompt: Any, fields: dict[str, Any], name: str, is_chat_model: bool, requests: list[Request]
+    prompt: Any, fields: dict[str, Any], name: str, is_chat_model: bool, requests: list[ParsedPrompt]
 ) -> None:
     predicted(prompt, fields, is_chat_model=is_chat_model)
     check(requests[0], name)
@@ -298,7 +298,7 @@ def test_a_prompt_of_the_framework_is_taken_apart(
 
 @pytest.mark.parametrize(("prompt", "fields", "name"), FOR_CHAT)
 def test_a_prompt_for_chat_models_is_taken_apart(
-    prompt: Any, fields: dict[str, Any], name: str, requests: list[Request]
+    prompt: Any, fields: dict[str, Any], name: str, requests: list[ParsedPrompt]
 ) -> None:
     predicted(prompt, fields)
     check(requests[0], name)
@@ -308,7 +308,7 @@ def test_a_prompt_for_chat_models_is_taken_apart(
 @CHAT_OR_NOT
 @pytest.mark.parametrize(("prompt", "fields", "name"), FOR_BOTH)
 def test_a_system_prompt_hides_no_known_prompt(
-    prompt: Any, fields: dict[str, Any], name: str, is_chat_model: bool, requests: list[Request]
+    prompt: Any, fields: dict[str, Any], name: str, is_chat_model: bool, requests: list[ParsedPrompt]
 ) -> None:
     predicted(prompt, fields, is_chat_model=is_chat_model, system_prompt="Be kind.")
     check(requests[0], name)
@@ -322,7 +322,7 @@ def test_completion_to_prompt_hides_no_known_prompt(
     fields: dict[str, Any],
     name: str,
     system_prompt: str | None,
-    requests: list[Request],
+    requests: list[ParsedPrompt],
     prompts: list[Prompt],
 ) -> None:
     predicted(prompt, fields, is_chat_model=False, completion_to_prompt=wrapped, system_prompt=system_prompt)
@@ -339,7 +339,7 @@ def test_completion_to_prompt_hides_no_known_prompt(
 )
 @pytest.mark.parametrize(("prompt", "fields", "name"), [OF_CHAT_ENGINES[0], OF_CHAT_ENGINES[2]])
 def test_a_system_prompt_goes_together_with_a_chat_engine(
-    prompt: Any, fields: dict[str, Any], name: str, is_chat_model: bool, requests: list[Request]
+    prompt: Any, fields: dict[str, Any], name: str, is_chat_model: bool, requests: list[ParsedPrompt]
 ) -> None:
     predicted(prompt, fields, is_chat_model=is_chat_model, system_prompt="Be kind.")
     check(requests[0], name)
@@ -352,7 +352,7 @@ def test_a_system_prompt_goes_together_with_a_chat_engine(
 )
 @pytest.mark.parametrize(("prompt", "fields", "name"), [OF_CHAT_ENGINES[0], OF_CHAT_ENGINES[2]])
 def test_completion_to_prompt_goes_together_with_a_chat_engine(
-    prompt: Any, fields: dict[str, Any], name: str, is_chat_model: bool, requests: list[Request]
+    prompt: Any, fields: dict[str, Any], name: str, is_chat_model: bool, requests: list[ParsedPrompt]
 ) -> None:
     predicted(prompt, fields, is_chat_model=is_chat_model, completion_to_prompt=wrapped)
     check(requests[0], name)
@@ -371,7 +371,7 @@ def test_ones_own_words_behind_the_frameworks_system_prompt_are_read(prompts: li
 )
 @pytest.mark.filterwarnings("ignore:this prompt is of no known template")
 def test_a_structured_answer_is_asked_for_with_its_schema(
-    is_chat_model: bool, requests: list[Request], prompts: list[Prompt]
+    is_chat_model: bool, requests: list[ParsedPrompt], prompts: list[Prompt]
 ) -> None:
     class Engineer(BaseModel):
         surname: str
@@ -388,14 +388,16 @@ def test_a_structured_answer_is_asked_for_with_its_schema(
 
 
 @CHAT_OR_NOT
-def test_a_short_prompt_of_ones_own_is_read_whole(is_chat_model: bool, requests: list[Request]) -> None:
+def test_a_short_prompt_of_ones_own_is_read_whole(is_chat_model: bool, requests: list[ParsedPrompt]) -> None:
     text = "Rewrite this.\n\nThe bridge is old.\n\nRewritten:"
     predicted(PromptTemplate(text), {}, is_chat_model=is_chat_model)
     assert (requests[0].parse_mode, requests[0].question, requests[0].passages) == ("whole", text, [])
 
 
 @CHAT_OR_NOT
-def test_a_long_prompt_of_ones_own_falls_back_with_one_warning(is_chat_model: bool, requests: list[Request]) -> None:
+def test_a_long_prompt_of_ones_own_falls_back_with_one_warning(
+    is_chat_model: bool, requests: list[ParsedPrompt]
+) -> None:
     template = PromptTemplate("Notes:\n\n{context_str}\n\nNow tell me: {query_str}")
     made = query_engine(finch_llm(is_chat_model=is_chat_model), text_qa_template=template, count=40)
     with pytest.warns(UserWarning, match="no known template: its last paragraph") as caught:

@@ -33,9 +33,9 @@ from llama_index.core.llms import ChatMessage, CitationBlock, TextBlock
 from llama_index.llms.finch import FinchLLM, PassagesMessage
 
 from finch_rag import InputError, ModelError, SettingsError, WindowError
-from finch_rag.cache import CompressedCache
-from finch_rag.prompt import Prompt
-from finch_rag.templates import Request
+from finch_rag.models.cache import CompressedCache
+from finch_rag.prompts.builder import Prompt
+from finch_rag.prompts.parsing import ParsedPrompt
 from tests.small import CONTROL, chat_tokenizer, plain_tokenizer, small_model
 
 MESSAGE = PassagesMessage(QUESTION, passages())
@@ -272,7 +272,7 @@ def test_a_conversation_must_end_with_the_user() -> None:
 # Prompts
 
 
-def test_a_system_prompt_is_read_once_whatever_the_call(requests: list[Request], prompts: list[Prompt]) -> None:
+def test_a_system_prompt_is_read_once_whatever_the_call(requests: list[ParsedPrompt], prompts: list[Prompt]) -> None:
     llm = finch_llm(system_prompt="Be kind.")
     llm.complete(QUESTION)
     llm.chat([ChatMessage(content=QUESTION)])

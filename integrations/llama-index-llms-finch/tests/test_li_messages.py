@@ -19,7 +19,7 @@ from llama_index.core.llms import ChatMessage, TextBlock
 from llama_index.llms.finch import PassagesMessage
 
 from finch_rag import InputError, Passage
-from finch_rag.templates import Request
+from finch_rag.prompts.parsing import ParsedPrompt
 from tests.small import texts
 
 
@@ -27,13 +27,13 @@ def chatted(*blocks: Any) -> Any:
     return finch_llm().chat([ChatMessage(role="user", blocks=[*blocks, TextBlock(text=QUESTION)])])
 
 
-def read(requests: list[Request]) -> list[tuple[str, str | None, str | None]]:
+def read(requests: list[ParsedPrompt]) -> list[tuple[str, str | None, str | None]]:
     """Text, id and title of what was read; the question must be the question."""
     assert (requests[-1].question, requests[-1].parse_mode) == (QUESTION, "apart")
     return [(passage.text, passage.id, passage.title) for passage in requests[-1].passages]
 
 
-def test_citable_blocks_are_read_as_passages(requests: list[Request]) -> None:
+def test_citable_blocks_are_read_as_passages(requests: list[ParsedPrompt]) -> None:
     document = DocumentBlock(data=b"The pier is old.", title="ignored: the block's own counts")
     response = chatted(
         CitableBlock(title="Notes", source="a", content=[TextBlock(text="The bridge"), TextBlock(text="is old.")]),
@@ -45,7 +45,7 @@ def test_citable_blocks_are_read_as_passages(requests: list[Request]) -> None:
     assert sorted(sources) == ["1", "a"]  # one without an id is named by its place
 
 
-def test_documents_are_read_as_passages(requests: list[Request], tmp_path: Path) -> None:
+def test_documents_are_read_as_passages(requests: list[ParsedPrompt], tmp_path: Path) -> None:
     file = tmp_path / "pier.txt"
     file.write_text("Der Pier ist für alle da.", encoding="utf-8")
     chatted(
@@ -60,12 +60,12 @@ def test_documents_are_read_as_passages(requests: list[Request], tmp_path: Path)
     ]
 
 
-def test_a_document_without_a_title_has_none(requests: list[Request]) -> None:
+def test_a_document_without_a_title_has_none(requests: list[ParsedPrompt]) -> None:
     chatted(DocumentBlock(data=b"The bridge is old."))
     assert read(requests) == [("The bridge is old.", None, None)]
 
 
-def test_a_passages_message_takes_texts_passages_and_nodes(requests: list[Request]) -> None:
+def test_a_passages_message_takes_texts_passages_and_nodes(requests: list[ParsedPrompt]) -> None:
     given: list[Any] = [
         "The bridge is old.",
         Passage("The pier is new.", id="p", title="Pier"),
@@ -83,7 +83,7 @@ def test_a_passages_message_takes_texts_passages_and_nodes(requests: list[Reques
     ]
 
 
-def test_a_passages_message_goes_into_any_of_the_four_chats(requests: list[Request]) -> None:
+def test_a_passages_message_goes_into_any_of_the_four_chats(requests: list[ParsedPrompt]) -> None:
     message, llm = PassagesMessage(QUESTION, passages(3)), finch_llm(max_new_tokens=1)
 
     async def run() -> None:
@@ -104,7 +104,7 @@ def test_a_passages_message_survives_json() -> None:
     assert ChatMessage.model_validate_json(message.model_dump_json()).blocks == message.blocks
 
 
-def test_passages_are_read_from_every_message_of_a_conversation(requests: list[Request]) -> None:
+def test_passages_are_read_from_every_message_of_a_conversation(requests: list[ParsedPrompt]) -> None:
     earlier = PassagesMessage("what is this?", ["The bridge is old."])
     finch_llm().chat([earlier, ChatMessage(role="assistant", content="Notes."), PassagesMessage(QUESTION, ["New."])])
     assert [text for text, _, _ in read(requests)] == ["The bridge is old.", "New."]
@@ -114,7 +114,7 @@ def test_passages_are_read_from_every_message_of_a_conversation(requests: list[R
     ]
 
 
-def test_an_answer_with_its_citation_blocks_goes_back_into_the_conversation(requests: list[Request]) -> None:
+def test_an_answer_with_its_citation_blocks_goes_back_into_the_conversation(requests: list[ParsedPrompt]) -> None:
     llm, first = finch_llm(), PassagesMessage("what is this?", passages())
     answer = llm.chat([first]).message
     assert len(answer.blocks) > 1
@@ -123,7 +123,7 @@ def test_an_answer_with_its_citation_blocks_goes_back_into_the_conversation(requ
     assert requests[-1].options["history"][1] == {"role": "assistant", "content": answer.content}
 
 
-def test_roles_and_blocks_that_only_other_models_know_are_taken(requests: list[Request]) -> None:
+def test_roles_and_blocks_that_only_other_models_know_are_taken(requests: list[ParsedPrompt]) -> None:
     thought = ChatMessage(role="chatbot", blocks=[ThinkingBlock(content="hm"), TextBlock(text="Notes.")])
     finch_llm().chat(
         [

@@ -23,7 +23,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, Te
 from llama_index.llms.finch import FinchLLM, FinchSynthesizer
 
 from finch_rag import InputError, ModelError, SettingsError, WindowError
-from finch_rag.templates import Request
+from finch_rag.prompts.parsing import ParsedPrompt
 from tests.small import texts
 
 
@@ -76,7 +76,7 @@ def test_the_question_and_the_nodes_decide_the_answer() -> None:
     ],
 )
 def test_a_title_is_the_first_that_metadata_has_and_is_read_once(
-    metadata: dict[str, Any], title: str | None, requests: list[Request]
+    metadata: dict[str, Any], title: str | None, requests: list[ParsedPrompt]
 ) -> None:
     node = TextNode(text="It was built in 1874.", id_="n0", metadata={**metadata, "year": 1874})
     FinchSynthesizer(finch_llm()).synthesize(QUESTION, [NodeWithScore(node=node)])
@@ -89,7 +89,7 @@ def test_a_title_is_the_first_that_metadata_has_and_is_read_once(
     assert node.excluded_llm_metadata_keys == []
 
 
-def test_nodes_are_read_as_they_show_themselves_to_llms(requests: list[Request]) -> None:
+def test_nodes_are_read_as_they_show_themselves_to_llms(requests: list[ParsedPrompt]) -> None:
     node = TextNode(
         text="It was built in 1874.",
         metadata={"page": 3, "secret": "x"},

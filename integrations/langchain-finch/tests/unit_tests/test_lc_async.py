@@ -14,9 +14,10 @@ from langchain_core.documents import Document
 from langchain_finch import ChatFinch, FinchLLM, create_finch_documents_chain
 from lc_support import QUESTION, SETTINGS, Fixed
 
-import finch_rag.decode
+import finch_rag.decode.generation
+import finch_rag.decode.sampling
 from finch_rag import Finch
-from finch_rag.cache import CompressedCache
+from finch_rag.models.cache import CompressedCache
 
 BOTH = pytest.mark.parametrize("kind", [ChatFinch, FinchLLM])
 
@@ -34,7 +35,7 @@ async def test_the_loop_runs_on_while_a_model_is_loaded_reads_and_answers(
         loop.call_soon_threadsafe(went.set)
         ran[stage].append(went.wait(5))
 
-    load, sampler = Finch.from_pretrained, finch_rag.decode._sampler
+    load, sampler = Finch.from_pretrained, finch_rag.decode.sampling.sampler
 
     def loading(*args: Any, **settings: Any) -> Finch:
         turn_of_the_loop("load")
@@ -50,7 +51,7 @@ async def test_the_loop_runs_on_while_a_model_is_loaded_reads_and_answers(
         return chosen
 
     monkeypatch.setattr(Finch, "from_pretrained", loading)
-    monkeypatch.setattr(finch_rag.decode, "_sampler", answering)
+    monkeypatch.setattr(finch_rag.decode.generation, "sampler", answering)
     # A device by name, so that the engine is none of the other tests'.
     model = kind(model=folder, device="cpu", **SETTINGS)
     bound = model.bind(documents=documents, on_progress=lambda *_: turn_of_the_loop("read"))
@@ -67,7 +68,7 @@ async def test_the_loop_runs_on_while_a_model_is_loaded_reads_and_answers(
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One item a token that is generated."""
     made: list[int] = []
-    sampler = finch_rag.decode._sampler
+    sampler = finch_rag.decode.sampling.sampler
 
     def counting(*args: Any) -> Any:
         choose = sampler(*args)
@@ -78,7 +79,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return chosen
 
-    monkeypatch.setattr(finch_rag.decode, "_sampler", counting)
+    monkeypatch.setattr(finch_rag.decode.generation, "sampler", counting)
     return made
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from typing_extensions import TypedDict
 
 from finch_rag import Finch
-from finch_rag.report import Answer
+from finch_rag.answer import Answer
 
 OPTIONS: dict[str, Any] = {"budget": 60, "chunk_size": 64, "max_new_tokens": 8}
 

@@ -24,20 +24,13 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.llm import default_completion_to_prompt
 
-from finch_rag import Finch, SettingsError
-from finch_rag.chat_template import Message, Render
-from finch_rag.decode import Sampling
-from finch_rag.options import ChunkSize, check_reading
-from finch_rag.sharing import shared_engine
-from finch_rag.stream import AnswerStream, AsyncAnswerStream
+from finch_rag import AnswerStream, Finch, Passage, SettingsError
+from finch_rag.adapters import AsyncAnswerStream, ChunkSize, Message, Render, Selection, check_options, shared_engine
 
 from .messages import apieces, chat_piece, chat_response, completion_piece, completion_response, pieces, split_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from finch_rag.prompt import Passage
-    from finch_rag.selection import Selection
 
 _GENERATE_KWARGS = ("do_sample", "max_new_tokens", "seed", "temperature", "top_k", "top_p")
 _ACCELERATE_MAPS = ("balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
@@ -57,10 +50,10 @@ class FinchLLM(CustomLLM):
         tokenizer: A loaded tokenizer.
         engine: A `finch_rag.Finch` to share; model and tokenizer are then its own.
         device_map: "auto" (the first GPU, else the CPU), a device, or a device map as transformers takes it.
-        max_new_tokens: The most tokens of an answer.
+        max_new_tokens: The most tokens of an answer; a given engine's own when None, else 256.
         budget: Document tokens kept per layer; derived from the window when None.
-        chunk_size: Document tokens read per step; "auto" or None derives it from device, memory, model and window.
-        selection: "passage" keeps whole passages, "token" single tokens.
+        chunk_size: Document tokens scanned per step; "auto" or None derives it from device, memory, model and window.
+        selection: "passage" keeps whole passages, "token" single tokens; a given engine's own when None.
         max_context_tokens: What Finch reads in one call; LlamaIndex packs nodes by it.
         instructions: Read before the passages; a default that asks for a short answer when None.
         generate_kwargs: do_sample, temperature, top_k, top_p, seed, max_new_tokens of each call.
@@ -103,10 +96,10 @@ class FinchLLM(CustomLLM):
         tokenizer: PreTrainedTokenizerBase | None = None,
         engine: Finch | None = None,
         device_map: str | dict[str, Any] | None = "auto",
-        max_new_tokens: int = DEFAULT_NUM_OUTPUTS,
+        max_new_tokens: int | None = None,
         budget: int | None = None,
         chunk_size: ChunkSize = None,
-        selection: Selection = "passage",
+        selection: Selection | None = None,
         max_context_tokens: int = 1_000_000,
         instructions: str | None = None,
         generate_kwargs: Mapping[str, Any] | None = None,
@@ -121,12 +114,25 @@ class FinchLLM(CustomLLM):
     ) -> None:
         if isinstance(model, str):
             model_name, model = model_name or model, None
-        check_reading(budget, chunk_size, selection, SettingsError)
+        if max_new_tokens is None:
+            max_new_tokens = DEFAULT_NUM_OUTPUTS if engine is None else engine.max_new_tokens
+        if selection is None:
+            selection = "passage" if engine is None else engine.selection
+        checked = check_options(
+            {
+                "max_new_tokens": max_new_tokens,
+                "budget": budget,
+                "chunk_size": chunk_size,
+                "selection": selection,
+                "max_context_tokens": max_context_tokens,
+                "instructions": instructions,
+                "system_prompt": system_prompt,
+                "stop": stop,
+                "stop_token_ids": stopping_ids,
+            },
+            SettingsError,
+        )
         generation = _checked_generate_kwargs(generate_kwargs or {})
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
-        Sampling(max_new_tokens=max_new_tokens, stop=tuple(stops)).check(SettingsError)
-        if max_context_tokens < 1:
-            raise SettingsError(f"max_context_tokens is {max_context_tokens}: the least is 1")
         if unknown := set(kwargs) - set(type(self).model_fields):  # pydantic would ignore them
             raise SettingsError(
                 f"FinchLLM has no setting {', '.join(sorted(unknown))}: use {', '.join(type(self).model_fields)}"
@@ -150,8 +156,8 @@ class FinchLLM(CustomLLM):
             generate_kwargs=generation,
             model_kwargs=dict(model_kwargs or {}),
             system_prompt=system_prompt,
-            stop=stops,
-            stopping_ids=list(stopping_ids or ()),
+            stop=list(checked["stop"]),
+            stopping_ids=list(checked["stop_token_ids"]),
             is_chat_model=is_chat_model,
             messages_to_prompt=messages_to_prompt,
             completion_to_prompt=completion_to_prompt,
@@ -392,5 +398,5 @@ def _checked_generate_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         options["temperature"] = 0.0
     elif sample:
         options.setdefault("temperature", 1.0)
-    Sampling(**options).check(SettingsError)
+    check_options(options, SettingsError)
     return options

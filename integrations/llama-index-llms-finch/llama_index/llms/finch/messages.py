@@ -20,9 +20,8 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.schema import MetadataMode, NodeWithScore
 
-from finch_rag import Answer, InputError, Passage
-from finch_rag.chat_template import Message
-from finch_rag.stream import AnswerStream, AsyncAnswerStream
+from finch_rag import Answer, AnswerStream, InputError, Passage
+from finch_rag.adapters import AsyncAnswerStream, Message
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
 

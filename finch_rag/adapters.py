@@ -1,0 +1,31 @@
+"""What adapters of other frameworks build on, beside the public names of `finch_rag` itself."""
+
+from __future__ import annotations
+
+from .prefill.planning import ChunkSize
+from .prefill.selection import Selection
+from .prompts.chat_template import ASSISTANT, SYSTEM, USER, Message, Render
+from .prompts.parsing import ParsedPrompt, parse_prompt
+from .request import Cancelled
+from .settings import CallOptions, ReadingOptions, check_options
+from .sharing import release_engine, shared_engine
+from .streaming import AsyncAnswerStream
+
+__all__ = [
+    "ASSISTANT",
+    "SYSTEM",
+    "USER",
+    "AsyncAnswerStream",
+    "CallOptions",
+    "Cancelled",
+    "ChunkSize",
+    "Message",
+    "ParsedPrompt",
+    "ReadingOptions",
+    "Render",
+    "Selection",
+    "check_options",
+    "parse_prompt",
+    "release_engine",
+    "shared_engine",
+]

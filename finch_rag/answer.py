@@ -1,0 +1,187 @@
+"""What a call hands back: the answer, the passages it came from, and what it cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .models.cache import CompressedCache
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """How much of the question's attention one passage got.
+
+    Attributes:
+        passage_id: The caller's id, None where there was none.
+        index: Place of the passage in the caller's list, from 0.
+        title: The caller's title, None where there was none.
+        share: Part of the attention that the question paid to all passages; the shares of all passages sum to 1.
+        kept_tokens: Tokens of the passage that are in the cache (the mean over layers for token selection, rounded up).
+        passage_tokens: Tokens of the passage that were read.
+    """
+
+    passage_id: str | None
+    index: int
+    title: str | None
+    share: float
+    kept_tokens: int
+    passage_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionReport:
+    """What a call read, kept and cost.
+
+    Attributes:
+        model: Name of the model.
+        selection: "passage" or "token"; "none" when there were no passages and the model answered without context.
+        reread: Whether the best passages are prefilled again where something was evicted.
+        heads: The retrieval heads as (layer, head) pairs; empty where all heads were summed.
+        budget: Document tokens that may be kept per layer.
+        chunk_size: Document tokens scanned per step.
+        chunk_size_planned: What it was at first; more than ``chunk_size`` where the device's memory ran out.
+        passages: Passages read.
+        passages_kept: Passages with tokens in the cache.
+        prefix_tokens: Tokens of template and instructions before the passages.
+        context_tokens: Tokens of all passages.
+        kept_tokens: Tokens of passages kept per layer.
+        question_tokens: Tokens of the question with its label and the end of the template.
+        compression_factor: context_tokens / kept_tokens, 1 when nothing was read.
+        compression_ratio: Fraction of the context that was removed, as kvpress counts.
+        kv_bytes_full: Bytes that the keys and values of all passages would take.
+        kv_bytes_kept: Bytes that the kept ones take.
+        chunks: Steps of the scan.
+        prefill_seconds: Seconds spent reading passages; where several questions were read for together, this one's
+            part of them. On an accelerator the end of the last pass may count as decoding.
+        decode_seconds: Seconds spent on the question and the answer, likewise.
+        new_tokens: Tokens generated, the end token included.
+        stop_reason: "eos", "stop" (a stop string) or "length"; empty before decoding.
+        parse_mode: How passages and question were told apart: "apart" when the caller gave them so, else see
+            `finch_rag.prompts.parsing`.
+    """
+
+    model: str
+    selection: str
+    reread: bool
+    heads: tuple[tuple[int, int], ...]
+    budget: int
+    chunk_size: int
+    chunk_size_planned: int
+    passages: int
+    passages_kept: int
+    prefix_tokens: int
+    context_tokens: int
+    kept_tokens: int
+    question_tokens: int
+    kv_bytes_full: int
+    kv_bytes_kept: int
+    chunks: int
+    prefill_seconds: float
+    decode_seconds: float = 0.0
+    new_tokens: int = 0
+    stop_reason: str = ""
+    parse_mode: str = "apart"
+
+    @property
+    def compression_factor(self) -> float:
+        """How many times smaller the cache is than the context."""
+        return self.context_tokens / self.kept_tokens if self.kept_tokens else 1.0
+
+    @property
+    def compression_ratio(self) -> float:
+        """Fraction of the context that was removed."""
+        return 1.0 - 1.0 / self.compression_factor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            **asdict(self),
+            "heads": [list(head) for head in self.heads],
+            "compression_factor": self.compression_factor,
+            "compression_ratio": self.compression_ratio,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer with its sources.
+
+    Attributes:
+        text: The generated text, stripped.
+        citations: Passages with tokens in the cache, by falling share of the question's attention.
+        report: What the call read, kept and cost.
+    """
+
+    text: str
+    citations: list[Citation]
+    report: CompressionReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "text": self.text,
+            "citations": [citation.to_dict() for citation in self.citations],
+            "report": self.report.to_dict(),
+        }
+
+
+def citations(cache: CompressedCache, kept_only: bool = False) -> list[Citation]:
+    """The passages that were read into a cache, by falling share of the question's attention.
+
+    Args:
+        cache: A cache that `finch_rag.runtime.Runtime.read` filled.
+        kept_only: Leave out passages of which nothing was kept.
+    """
+    document = cache.document
+    kept = _kept_by_passage(cache)
+    cited = [
+        Citation(document.passage_ids[i], i, document.titles[i], document.shares[i], kept[i], length)
+        for i, length in enumerate(document.passage_tokens)
+        if kept[i] or not kept_only
+    ]
+    return sorted(cited, key=lambda citation: -citation.share)
+
+
+def report(cache: CompressedCache, question_tokens: int) -> CompressionReport:
+    """What reading into a cache took; decoding adds its own figures.
+
+    Args:
+        cache: A cache that `finch_rag.runtime.Runtime.read` filled.
+        question_tokens: Tokens of the question and the end of the template.
+    """
+    figures = cache.document.figures
+    context = sum(cache.document.passage_tokens)
+    return CompressionReport(
+        model=figures.model,
+        selection=figures.selection,
+        reread=figures.reread,
+        heads=figures.heads,
+        budget=figures.budget,
+        chunk_size=figures.chunk_size,
+        chunk_size_planned=figures.chunk_size_planned,
+        passages=len(cache.document.passage_tokens),
+        passages_kept=sum(map(bool, _kept_by_passage(cache))),
+        prefix_tokens=cache.prefix,
+        context_tokens=context,
+        kept_tokens=cache.kept_tokens,
+        question_tokens=question_tokens,
+        kv_bytes_full=context * cache.bytes_per_token,
+        kv_bytes_kept=cache.kept_tokens * cache.bytes_per_token,
+        chunks=figures.chunks,
+        prefill_seconds=figures.prefill_seconds,
+    )
+
+
+def _kept_by_passage(cache: CompressedCache) -> list[int]:
+    """Tokens kept of each passage; where layers differ, their mean, rounded up so that none kept means none."""
+    lengths = torch.tensor(cache.document.passage_tokens, dtype=torch.long)
+    passage = torch.bucketize(cache.kept, lengths.cumsum(0), right=True)  # [layers or 1, kept]
+    counts = torch.bincount(passage.flatten(), minlength=len(lengths))
+    return (counts / cache.kept.shape[0]).ceil().long().tolist()

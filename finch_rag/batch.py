@@ -1,0 +1,185 @@
+"""Several requests, executed together. What they share is read once; prefills and answers go in groups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from .answer import Answer, citations, report
+from .decode.generation import decode_many
+from .errors import InputError
+from .models.cache import CompressedCache
+from .prefill.batched import prefill_batched
+from .prefill.planning import PrefillPlan
+from .prefill.shared import prefill_shortlists, scan_shared, shares_scan
+from .prompts.passages import Passage, as_passages
+from .request import Cancellation, Request
+from .runtime import Runtime
+from .settings import Settings
+
+# Requests whose passages are prefilled, and whose answers are generated, together: their caches are in memory at once.
+GROUP = 8
+
+
+def requests_of(
+    runtime: Runtime,
+    questions: Iterable[str],
+    passages: Iterable[str | Passage] | Iterable[Iterable[str | Passage]],
+    settings: Settings,
+    cancellation: Cancellation | None = None,
+) -> tuple[list[Request], bool]:
+    """One request a question, and whether all of them read the same list.
+
+    Args:
+        runtime: Resolves them.
+        questions: The questions.
+        passages: One list for all questions, or one list each.
+        settings: Of all of them.
+        cancellation: Of all of them.
+
+    Raises:
+        InputError: If questions, passages or settings cannot work.
+    """
+    if isinstance(questions, (str, bytes)) or not isinstance(questions, Iterable):
+        kind = "a single text" if isinstance(questions, (str, bytes)) else type(questions).__name__
+        raise InputError(f"questions is {kind}: pass a list of questions, or use ask")
+    asked = list(questions)
+    lists, shared = _lists(passages, len(asked))
+    wanted = Cancellation() if cancellation is None else cancellation
+    requests: list[Request] = []
+    for question, own in zip(asked, lists, strict=True):
+        like = requests[0] if shared and requests else None
+        requests.append(runtime.request(question, own, settings, like=like, cancellation=wanted))
+    return requests, shared
+
+
+def answer_together(runtime: Runtime, requests: Sequence[Request], *, shared: bool) -> list[Answer]:
+    """Executes requests together.
+
+    Args:
+        runtime: The model.
+        requests: Any number, with one cancellation.
+        shared: Whether all of them read the same list of passages. A long one is then scanned once for all.
+
+    Raises:
+        Cancelled: If their cancellation says so.
+        NumericsError: If the model computes NaN.
+        DeviceMemoryError: If the device runs out of memory.
+    """
+    answers: list[Answer] = []
+    if not requests:
+        return answers
+    requests[0].cancellation.check()
+    read = _reader(runtime, requests, shared)
+    for start in range(0, len(requests), GROUP):
+        group = range(start, min(start + GROUP, len(requests)))
+        answers += _generate(runtime, [requests[number] for number in group], read(group))
+    return answers
+
+
+def _reader(runtime: Runtime, requests: Sequence[Request], shared: bool) -> Callable[[range], list[CompressedCache]]:
+    """What reads for a group of requests; a long list that all of them share is scanned now."""
+    plans = [runtime.plan(request) for request in requests]
+    lengths = requests[0].passage_tokens
+    smallest = min(plan.budget for plan in plans), min(plan.chunk_size for plan in plans)
+    plan = replace(plans[0], budget=smallest[0], chunk_size=smallest[1])  # fits each of them
+    if shared and shares_scan(plan, lengths, len(requests)):
+        return _shared_reader(runtime, requests, plan)
+    ends = [0]
+    for request in requests:
+        ends.append(ends[-1] + sum(request.passage_tokens))
+
+    def read(group: range) -> list[CompressedCache]:
+        members = [requests[number] for number in group]
+        own_plans = [plans[number] for number in group]
+        tell = members[0].on_step("prefill")
+        start = time.perf_counter()
+        prefilled = prefill_batched(
+            runtime.model,
+            [request.prompt for request in members],
+            own_plans,
+            runtime.rotation,
+            lambda done, total: tell(ends[group.start] + done, ends[-1]),
+        )
+        seconds = (time.perf_counter() - start) / len(members)
+        return [
+            runtime.remember(request, own, found, seconds)
+            for request, own, found in zip(members, own_plans, prefilled, strict=True)
+        ]
+
+    return read
+
+
+def _shared_reader(
+    runtime: Runtime, requests: Sequence[Request], plan: PrefillPlan
+) -> Callable[[range], list[CompressedCache]]:
+    prompts = [request.prompt for request in requests]
+    start = time.perf_counter()
+    scan = scan_shared(runtime.model, prompts, plan, requests[0].on_step("prefill"))
+    scan_seconds = (time.perf_counter() - start) / len(requests)
+
+    def read(group: range) -> list[CompressedCache]:
+        start = time.perf_counter()
+        prefilled = prefill_shortlists(
+            runtime.model,
+            [prompts[number] for number in group],
+            scan.attention[group.start : group.stop],
+            scan.steps,
+            plan,
+            runtime.rotation,
+        )
+        seconds = scan_seconds + (time.perf_counter() - start) / len(group)
+        return [
+            runtime.remember(requests[number], plan, found, seconds)
+            for number, found in zip(group, prefilled, strict=True)
+        ]
+
+    return read
+
+
+def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[CompressedCache]) -> Iterator[Answer]:
+    prompts = [request.answer_prompt for request in requests]
+    cited = [citations(cache, kept_only=True) for cache in caches]
+    reports = [report(cache, len(prompt)) for cache, prompt in zip(caches, prompts, strict=True)]
+    writers = [runtime.writer(request.sampling) for request in requests]
+    new_tokens = max(request.sampling.max_new_tokens for request in requests)
+    start = time.perf_counter()
+    for number in range(len(caches)):  # one by one, so that the room that reading needed is free again
+        caches[number] = caches[number].fork(len(prompts[number]) + new_tokens)
+    texts = decode_many(
+        runtime.model,
+        caches,
+        prompts,
+        writers,
+        new_tokens=new_tokens,
+        graphs=runtime.graphs,
+        check=requests[0].cancellation.check,
+    )
+    seconds = (time.perf_counter() - start) / len(requests)
+    for text, cited_passages, read, writer in zip(texts, cited, reports, writers, strict=True):
+        new, reason = len(writer.token_ids), writer.stop_reason
+        yield Answer(text, cited_passages, replace(read, decode_seconds=seconds, new_tokens=new, stop_reason=reason))
+
+
+def _lists(
+    passages: Iterable[str | Passage] | Iterable[Iterable[str | Passage]], questions: int
+) -> tuple[list[list[Passage]], bool]:
+    """One checked list a question, and whether all of them are the same one."""
+    if isinstance(passages, (str, Passage)) or not isinstance(passages, Iterable):
+        as_passages(passages)  # raises
+    items: list[Any] = list(passages)
+    texts = [isinstance(item, (str, Passage)) for item in items]
+    if all(texts):
+        return [as_passages(items)] * questions, True
+    if any(texts):
+        wrong = texts.index(not texts[0])
+        raise InputError(
+            f"passages mixes texts and lists (at {wrong}): pass one list for all questions, or a list each"
+        )
+    if len(items) != questions:
+        raise InputError(
+            f"{questions} questions and {len(items)} lists of passages: pass one list for all, or a list each"
+        )
+    return [as_passages(item) for item in items], False

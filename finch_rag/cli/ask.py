@@ -1,0 +1,77 @@
+"""``finch-rag ask``: a question to a folder of text."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..models.embedded import EMBEDDED
+from ..terminal.loading import check_positive, load_finch
+from ..terminal.output import out, say_json
+from ..terminal.progress import ProgressBars
+from . import session
+from .arguments import (
+    BudgetOption,
+    ChunkSizeOption,
+    CorpusOption,
+    JsonOption,
+    ModelOption,
+    QuestionArgument,
+    SelectionName,
+    TopKOption,
+)
+from .tables import answer_as_json, show_answer
+
+EPILOG = (
+    '[bold]Examples[/]\n\nfinch-rag ask "Who signed the lease?" --corpus contracts/\n\n'
+    'finch-rag ask "When was it built?" --corpus notes.md --model Qwen/Qwen2.5-1.5B-Instruct --budget 1024\n\n'
+    'finch-rag ask "Who?" --corpus passages.jsonl.gz --top-k 300 --json | jq .answer'
+)
+
+
+def ask(
+    question: QuestionArgument,
+    corpus: CorpusOption,
+    model: ModelOption = EMBEDDED,
+    top_k: TopKOption = None,
+    budget: BudgetOption = None,
+    chunk_size: ChunkSizeOption = None,
+    selection: Annotated[
+        SelectionName, typer.Option(help="Keep whole passages, or single tokens layer by layer as in the Finch paper.")
+    ] = SelectionName.PASSAGE,
+    max_new_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="The longest answer.")] = 128,
+    as_json: JsonOption = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Show the answer as it is made; never with --json.  [dim]\\[default: on a terminal][/]",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Answer a question from a folder of text, with citations.
+
+    The passages nearest to the question are retrieved and read in one go.
+    Of all their tokens only those that matter for the question are kept.
+    The index of a corpus is stored in the user's cache.
+    """
+    check_positive(budget=budget, chunk_size=chunk_size, max_new_tokens=max_new_tokens)
+    passages = session.read_passages(question, corpus, top_k)
+    with ProgressBars() as bars:
+        finch = load_finch(
+            model,
+            bars,
+            selection=selection.literal,
+            budget=budget,
+            chunk_size=chunk_size,
+            max_new_tokens=max_new_tokens,
+        )
+        nearest = session.retrieve(question, passages, top_k, bars)
+        streaming = not as_json and (out.is_terminal if stream is None else stream)
+        answer = session.answer(finch, question, nearest, bars, streaming)
+    if as_json:
+        say_json(answer_as_json(question, answer))
+        return
+    show_answer(answer, streaming)

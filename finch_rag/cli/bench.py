@@ -1,0 +1,275 @@
+"""``finch-rag bench``. Importable without the extra ``bench``; running one of its commands needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..bench.arguments import names_in, numbers_in, shard_of
+from ..errors import MissingExtraError
+from ..models.embedded import EMBEDDED
+from ..terminal.loading import check_positive
+from .arguments import ChunkSizeOption, ModelOption
+
+if TYPE_CHECKING:
+    from ..bench.cases import RetrieverName
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure Finch on this machine.")
+
+
+class RetrieverChoice(StrEnum):
+    """What ranks the passages."""
+
+    BM25 = "bm25"
+    DENSE = "dense"
+
+
+DataArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DATA",
+        help="A folder with questions*.jsonl (id, question, answers, gold_ids) and passages (see finch-rag ask "
+        "--corpus), also with .gz.",
+        show_default=False,
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        help="Where the results are kept.  [dim]\\[default: a folder in bench-results/ named after the settings][/]",
+        show_default=False,
+    ),
+]
+RetrieverOption = Annotated[
+    RetrieverChoice, typer.Option("--retriever", help="Rank passages by words, or by MiniLM embeddings.")
+]
+LimitOption = Annotated[int, typer.Option("--limit", metavar="N", help="Questions to draw; all if the data has fewer.")]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of the draw and of the random order.")]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", metavar="TOKENS", help="The longest answer.")]
+MethodsOption = Annotated[
+    str,
+    typer.Option(
+        "--methods",
+        metavar="NAME,...",
+        help="Of: finch, finch-scan (kept passages are not prefilled again), finch-paper (tokens instead of passages), "
+        "full (everything, no compression), truncate (what fits the window), top-k (the retriever's best that fit the "
+        "budget), refine and map-reduce (many calls, as LlamaIndex does it), gold (the answer's passage alone).",
+    ),
+]
+ShardOption = Annotated[
+    str,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Ask only the I-th of N parts of the questions, I from 1 to N: start N processes on one folder.",
+    ),
+]
+ShapeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Random weights of this shape in place of --model: llama-8b, llama-1b, qwen-1.5b or tiny.",
+        show_default=False,
+    ),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Draw the figures too: .png, .svg or .pdf.", show_default=False),
+]
+
+
+@app.command("speed")
+def bench_speed(
+    model: ModelOption = EMBEDDED,
+    tokens: Annotated[str, typer.Option(metavar="N,N,...", help="Context lengths in tokens.")] = "8192,32768",
+    budget: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of passages kept.")] = 512,
+    chunk_size: ChunkSizeOption = None,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Runs of each; the median counts.")] = 3,
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Of: full (one plain forward pass), finch, finch-compiled (norms and MLPs fused), kvpress (needs the "
+            "environment of make bench-peers).",
+        ),
+    ] = "full,finch",
+    shape: ShapeOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Time prefill and decoding, and measure memory, of the plain model and of Finch.
+
+    Each method at each length runs in a process of its own; what window or memory is too small for is skipped.
+
+    Prints a table and ratios; the last line is one JSON object.
+    """
+    check_positive(budget=budget, chunk_size=chunk_size, repeats=repeats)
+    lengths = numbers_in("tokens", tokens)
+    with _extra():
+        from ..bench import speed
+    speed.main(
+        model=model,
+        tokens=lengths,
+        budget=budget,
+        chunk_size=chunk_size,
+        repeats=repeats,
+        methods=names_in(methods),
+        shape=shape,
+        plot=plot,
+    )
+
+
+@app.command("many")
+def bench_many(
+    model: ModelOption = EMBEDDED,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the passages.")] = 32768,
+    questions: Annotated[int, typer.Option(metavar="N", help="Questions over the same passages.")] = 8,
+    budget: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of passages kept for each.")] = 512,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of an answer.")] = 32,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Runs of each way; the median counts.")] = 3,
+    shape: ShapeOption = None,
+) -> None:
+    """Time several questions over one list of passages, one after another and by ask_many.
+
+    Prints a table; the last line is one JSON object.
+    """
+    check_positive(tokens=tokens, questions=questions, budget=budget, new_tokens=new_tokens, repeats=repeats)
+    with _extra():
+        from ..bench import many
+    many.main(
+        model=model,
+        tokens=tokens,
+        questions=questions,
+        budget=budget,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        shape=shape,
+    )
+
+
+@app.command(
+    "quality",
+    epilog="[bold]Examples[/]\n\nfinch-rag bench quality nq_open/ --top-k 30 --budget 256,512\n\n"
+    "finch-rag bench quality nq_open/ --model Qwen/Qwen2.5-1.5B-Instruct --limit 400 --methods finch,full,top-k,gold "
+    "--plot quality.png",
+)
+def bench_quality(
+    data: DataArgument,
+    out: OutOption = None,
+    model: ModelOption = EMBEDDED,
+    retriever: RetrieverOption = RetrieverChoice.BM25,
+    top_k: Annotated[int, typer.Option(metavar="N", help="Passages a question; all if there are fewer.")] = 100,
+    order: Annotated[
+        str,
+        typer.Option(
+            metavar="ORDER",
+            help="rank (best first), random, or gold-at:I: the answer's passage at place I, from 0, among the best "
+            "ranked others.",
+        ),
+    ] = "rank",
+    limit: LimitOption = 100,
+    seed: SeedOption = 0,
+    budget: Annotated[
+        str, typer.Option(metavar="TOKENS,...", help="Tokens of passages in the cache; methods run with each.")
+    ] = "512",
+    methods: MethodsOption = "finch,full,top-k",
+    max_new_tokens: MaxNewTokensOption = 16,
+    shard: ShardOption = "1/1",
+    plot: PlotOption = None,
+) -> None:
+    """Ask questions with known answers by several methods: accuracy, F1, seconds and memory.
+
+    Each answer is stored in --out as soon as it is there (results*.jsonl).
+    The same command goes on where it was cut off; with more --methods or --budget it adds what is missing.
+    Other settings need another folder.
+
+    Prints a table with 95% intervals and paired differences; the last line is one JSON object.
+    """
+    budgets, part = numbers_in("budget", budget), shard_of(shard)
+    with _extra():
+        from ..bench import quality
+    name = "-".join([quality.data_name(data), retriever, str(top_k), order.replace(":", "-")])
+    quality.main(
+        data,
+        out or _results(name, model, limit, seed),
+        model=model,
+        retriever=_retriever(retriever),
+        top_k=top_k,
+        order=order,
+        limit=limit,
+        seed=seed,
+        budgets=budgets,
+        methods=names_in(methods),
+        max_new_tokens=max_new_tokens,
+        shard=part,
+        plot=plot,
+    )
+
+
+@app.command(
+    "positions", epilog="[bold]Example[/]\n\nfinch-rag bench positions nq_open/ --passages 20 --plot places.png"
+)
+def bench_positions(
+    data: DataArgument,
+    out: OutOption = None,
+    passages: Annotated[str, typer.Option(metavar="N,...", help="Passages a question.")] = "20,50",
+    model: ModelOption = EMBEDDED,
+    retriever: RetrieverOption = RetrieverChoice.BM25,
+    limit: LimitOption = 100,
+    seed: SeedOption = 0,
+    budget: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens of passages in the cache.")] = 512,
+    methods: MethodsOption = "finch,full",
+    max_new_tokens: MaxNewTokensOption = 16,
+    shard: ShardOption = "1/1",
+    plot: PlotOption = None,
+) -> None:
+    """Move the answer's passage from the first place to the last: who gets lost in the middle?
+
+    It stands at 0, 25, 50, 75 and 100% of --passages, with the same questions at each place.
+    The other passages are the best ranked that do not hold the answer.
+    Each answer is stored in --out as soon as it is there; the same command goes on where it was cut off.
+
+    Prints a table for each number of passages; the last line is one JSON object.
+    """
+    counts, part = numbers_in("passages", passages), shard_of(shard)
+    with _extra():
+        from ..bench import positions, quality
+    name = f"{quality.data_name(data)}-{retriever}-positions"
+    positions.main(
+        data,
+        out or _results(name, model, limit, seed),
+        passages=counts,
+        model=model,
+        retriever=_retriever(retriever),
+        limit=limit,
+        seed=seed,
+        budget=budget,
+        methods=names_in(methods),
+        max_new_tokens=max_new_tokens,
+        shard=part,
+        plot=plot,
+    )
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Around the import of a benchmark: what is missing is named with the extra that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtraError.of(error.name or "a package", "bench") from error
+
+
+def _retriever(choice: RetrieverChoice) -> RetrieverName:
+    return "bm25" if choice is RetrieverChoice.BM25 else "dense"
+
+
+def _results(name: str, model: str, limit: int, seed: int) -> Path:
+    """The default folder; other settings have another one, so that nobody has to name it."""
+    return Path("bench-results") / f"{name}-{limit}q-seed{seed}-{Path(model).name or 'model'}"

@@ -1,0 +1,85 @@
+"""Answers, citations and reports as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from ..terminal.output import out, printable, say
+
+if TYPE_CHECKING:
+    from ..answer import Answer, Citation, CompressionReport
+
+
+def citations_table(citations: Iterable[Citation]) -> Table:
+    """Passages by falling share of the question's attention, with the rank that the retriever gave them."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("rank", "retrieved", "passage", "title", "attention", "kept"):
+        right = heading not in ("passage", "title")
+        # In a narrow terminal titles are wrapped before ids are cut.
+        table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "title")
+    for rank, citation in enumerate(citations, 1):
+        row = (
+            str(rank),
+            str(citation.index + 1),
+            citation.passage_id or "",
+            citation.title or "",
+            f"{citation.share:.1%}",
+            f"{citation.kept_tokens:,}/{citation.passage_tokens:,}",
+        )
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return table
+
+
+def report_table(report: CompressionReport) -> Table:
+    """What a call read, kept and cost, in three lines."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    read, kept = _count(report.context_tokens, "token"), _count(report.kept_tokens, "token")
+    lines = {
+        "read": f"{read} of {_count(report.passages, 'passage')} in {_count(report.chunks, 'chunk')}, "
+        f"{report.prefill_seconds:.1f} s",
+        "kept": f"{kept} of {_count(report.passages_kept, 'passage')}, {report.compression_factor:.1f} times fewer; "
+        f"KV cache {_mib(report.kv_bytes_kept)} instead of {_mib(report.kv_bytes_full)} MiB",
+        "answered": f"{_count(report.new_tokens, 'token')}, {report.decode_seconds:.1f} s, by {report.model}",
+    }
+    for name, text in lines.items():
+        table.add_row(name, Text(printable(text)))
+    return table
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def answer_as_json(question: str, answer: Answer) -> dict[str, Any]:
+    """An answer with its question, as plain values.
+
+    Args:
+        question: The question.
+        answer: Its answer.
+    """
+    shown = answer.to_dict()
+    return {"question": question, "answer": shown.pop("text"), **shown}
+
+
+def show_answer(answer: Answer, streamed: bool) -> None:
+    """Shows an answer, the passages that it came from and what it took.
+
+    Args:
+        answer: The answer.
+        streamed: Whether its text has been shown.
+    """
+    say("" if streamed else answer.text or "(the model's answer is empty)")
+    say()
+    out.print(citations_table(answer.citations))
+    say()
+    out.print(report_table(answer.report))

@@ -1,0 +1,225 @@
+"""Reads a corpus: text, Markdown and JSON-lines files -> passages with stable ids."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorpusError
+from ..jsonl import json_objects
+from ..prompts.passages import Passage
+from .splitting import markdown_sections, split_text
+
+EXTENSIONS = (".txt", ".md", ".jsonl")
+_READ = "what is read: .txt, .md and .jsonl files, also with .gz"
+_QUESTIONS = "questions"  # JSON-lines files of a folder whose names begin so hold evaluation questions
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Passages read from files.
+
+    Attributes:
+        passages: In the order of their files' paths, each with text, id and title (None where a JSON line has none).
+        warnings: One line for each file that was left out because it could not be read.
+    """
+
+    passages: list[Passage]
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with known answers.
+
+    Attributes:
+        id: Its id; "FILE#LINE" where the file has none.
+        question: The question.
+        answers: Texts of which any is right; at least one.
+        gold_ids: Ids of the passages that hold the answer.
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    gold_ids: tuple[str, ...]
+
+
+class _UnreadableError(Exception):
+    """A file that is left out with a warning; the message says why."""
+
+
+def read_corpus(path: str | Path) -> Corpus:
+    """Reads a file, or all files of a folder and its subfolders, as passages.
+
+    - ``.md`` is split at its headings: the heading is the title, the id is "PATH#SLUG" with GitHub's slug. Text before
+      the first heading has the id "PATH" and the file's stem as its title.
+    - ``.txt`` is split at paragraphs: the title is the file's stem, the ids are "PATH#1", "PATH#2" ...
+    - ``.jsonl`` holds a passage a line, ``{"id", "title", "text"}``, of which only ``text`` is required; texts are
+      not split.
+
+    PATH is relative to the folder. Sections and text of more than 160 words are cut between paragraphs, then
+    sentences; the further parts of a section have ".part2", ".part3" ... behind their id. All of it may be compressed
+    (``.gz``). Files that begin with a dot are left out, and so are a folder's ``questions*.jsonl``, which hold
+    evaluation questions.
+
+    Args:
+        path: The file or folder.
+
+    Raises:
+        CorpusError: If it is missing, has no passages, or a JSON line cannot be read as a passage.
+    """
+    root = Path(path)
+    passages: list[Passage] = []
+    warnings: list[str] = []
+    files = _files(root)
+    for name, file in files:
+        try:
+            found = list(_READERS[_extension(file)](name, _read_text(file)))
+        except _UnreadableError as reason:
+            warnings.append(f"{name} {reason}, so it is left out")
+            continue
+        if not found:
+            warnings.append(f"{name} has no text")
+        passages += found
+    if not passages:
+        raise CorpusError(f"the corpus {root} has no text: {len(files)} file(s) looked at, {'; '.join(warnings[:3])}")
+    return Corpus(passages, warnings)
+
+
+def load_questions(path: str | Path) -> list[Question]:
+    """Reads evaluation questions, one JSON object a line, plain or ``.gz``.
+
+    A line has ``question``, ``answers`` (a list of texts) and ``gold_ids`` (a list of passage ids) or ``gold_id``
+    (one); ``id`` may be missing.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CorpusError: If the file is missing or unreadable, has no questions, or a line is not a question.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CorpusError(f"the questions {file} do not exist: pass a .jsonl file, plain or .gz")
+    try:
+        text = _read_text(file)
+    except _UnreadableError as reason:
+        raise CorpusError(f"{file} {reason}: pass a .jsonl file, plain or .gz") from reason
+    questions = [_question(file.name, number, fields) for number, fields in json_objects(file.name, text, CorpusError)]
+    if not questions:
+        raise CorpusError(f"{file} has no questions: it needs a JSON object a line")
+    return questions
+
+
+def _files(root: Path) -> list[tuple[str, Path]]:
+    """Files to read with their names in ids, sorted by name."""
+    if root.is_file():
+        if _extension(root) not in EXTENSIONS:
+            raise CorpusError(f"the corpus {root} is not of a kind that can be read; {_READ}")
+        return [(root.name, root)]
+    if not root.is_dir():
+        raise CorpusError(f"the corpus {root} does not exist: pass a folder or a file; {_READ}")
+    files = sorted((file.relative_to(root).as_posix(), file) for file in root.rglob("*") if _is_read(root, file))
+    if not files:
+        raise CorpusError(f"the corpus {root} has no files that can be read; {_READ}")
+    return files
+
+
+def _is_read(root: Path, file: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+    questions = _extension(file) == ".jsonl" and file.name.startswith(_QUESTIONS)
+    return _extension(file) in EXTENSIONS and not hidden and not questions and file.is_file()
+
+
+def _extension(file: Path) -> str:
+    name = file.name.lower().removesuffix(".gz")
+    return next((extension for extension in EXTENSIONS if name.endswith(extension)), "")
+
+
+def _stem(name: str) -> str:
+    """A file's name without folders and extensions."""
+    bare = name.rpartition("/")[2]
+    bare = bare[: -len(".gz")] if bare.lower().endswith(".gz") else bare
+    return Path(bare).stem
+
+
+def _read_text(file: Path) -> str:
+    """A file's text, line ends as line feeds, without a byte order mark."""
+    try:
+        content = file.read_bytes()
+        if file.name.lower().endswith(".gz"):
+            content = gzip.decompress(content)
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _UnreadableError(f"is not UTF-8 (byte {error.start})") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise _UnreadableError("cannot be decompressed") from error
+    except OSError as error:
+        raise _UnreadableError(f"cannot be read ({error.strerror})") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _markdown(name: str, text: str) -> Iterator[Passage]:
+    for section in markdown_sections(text):
+        section_id = name if section.heading is None else f"{name}#{section.slug}"
+        for number, part in enumerate(split_text(section.text), 1):
+            # A slug has no dot, so this id is no other section's.
+            part_id = section_id if number == 1 else f"{section_id}.part{number}"
+            yield Passage(part, part_id, section.heading or _stem(name))
+
+
+def _plain(name: str, text: str) -> Iterator[Passage]:
+    for number, part in enumerate(split_text(text), 1):
+        yield Passage(part, f"{name}#{number}", _stem(name))
+
+
+def _json_passages(name: str, text: str) -> Iterator[Passage]:
+    for number, fields in json_objects(name, text, CorpusError):
+        title = fields.get("title")
+        if not (title is None or isinstance(title, str)):
+            raise CorpusError(f'{name}, line {number}: "title" is {type(title).__name__}, not text')
+        yield Passage(_text(fields, "text", name, number), _id(fields, name, number), title or None)
+
+
+_READERS = {".txt": _plain, ".md": _markdown, ".jsonl": _json_passages}
+
+
+def _text(fields: dict[str, Any], key: str, name: str, number: int) -> str:
+    value = fields.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise CorpusError(f'{name}, line {number} has no text in "{key}"')
+    return value
+
+
+def _id(fields: dict[str, Any], name: str, number: int) -> str:
+    value = fields.get("id")
+    if value is None:
+        return f"{name}#{number}"
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise CorpusError(f'{name}, line {number}: "id" is {type(value).__name__}, not text')
+    return str(value)
+
+
+def _question(name: str, number: int, fields: dict[str, Any]) -> Question:
+    if "gold_ids" in fields:
+        gold = _texts(fields, "gold_ids", name, number)
+    else:
+        gold = (_text(fields, "gold_id", name, number),)
+    return Question(
+        id=_id(fields, name, number),
+        question=_text(fields, "question", name, number),
+        answers=_texts(fields, "answers", name, number),
+        gold_ids=gold,
+    )
+
+
+def _texts(fields: dict[str, Any], key: str, name: str, number: int) -> tuple[str, ...]:
+    values = fields.get(key)
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise CorpusError(f'{name}, line {number}: "{key}" must be a list of texts, at least one')
+    return tuple(values)

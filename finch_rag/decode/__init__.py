@@ -1,0 +1,1 @@
+"""From a cache to text: sampling, stopping, CUDA graphs, fused kernels."""

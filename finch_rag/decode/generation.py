@@ -1,0 +1,223 @@
+"""Generation from a cache: one answer as a stream, or several side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, nullcontext
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ..errors import NumericsError
+from ..models.cache import CompressedCache
+from ..models.forward import memory_guard, on_device, varlen_logits
+from ..models.inspection import input_embedding
+from ..models.varlen import VarlenSequence
+from .cuda_graphs import CudaGraphs
+from .detokenising import StopStrings, TextStream, strip_stream
+from .sampling import Sampling, sampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+StopReason = Literal["eos", "stop", "length"]
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer, by whichever of a model's files names them.
+
+    Args:
+        model: A model.
+        tokenizer: Its tokenizer.
+    """
+    found: set[int] = set()
+    for source in (model.generation_config, model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update(ids if isinstance(ids, (list, tuple)) else [ids] if ids is not None else [])
+    return frozenset(found)
+
+
+class Writer:
+    """Makes an answer of logits, token by token.
+
+    Args:
+        sampling: How tokens are chosen, and when the answer ends.
+        eos_token_ids: Tokens that end it.
+        detokenise: Token ids -> text.
+
+    Attributes:
+        token_ids: Generated so far, the end token included.
+        ended: Whether the answer is complete.
+        stop_reason: Why it ended.
+    """
+
+    def __init__(
+        self, sampling: Sampling, eos_token_ids: frozenset[int], detokenise: Callable[[Sequence[int]], str]
+    ) -> None:
+        self._pick = sampler(sampling)
+        own = frozenset() if sampling.ignore_eos else eos_token_ids
+        self._eos = own | frozenset(sampling.stop_token_ids)
+        self._most = sampling.max_new_tokens
+        self._text = TextStream(detokenise)
+        self._stops = StopStrings(sampling.stop)
+        self.token_ids: list[int] = []
+        self.ended = False
+        self.stop_reason: StopReason = "length"
+
+    def push(self, logits: torch.Tensor) -> str:
+        """Chooses the next token; returns the text that became certain, maybe none.
+
+        Args:
+            logits: Float32, shape [1, vocabulary].
+
+        Raises:
+            NumericsError: If they are NaN.
+        """
+        token = self._checked(self._pick(logits), logits)
+        self.token_ids.append(token)
+        if token in self._eos:
+            self.stop_reason = "eos"
+            return self.end()
+        text = self._stops.push(self._text.push(token))
+        if self._stops.stopped or len(self.token_ids) == self._most:
+            text += self.end()
+        return text
+
+    def end(self) -> str:
+        """Ends the answer; returns the text held back."""
+        self.ended = True
+        text = "" if self._stops.stopped else self._stops.push(self._text.flush()) + self._stops.flush()
+        if self._stops.stopped:
+            self.stop_reason = "stop"
+        return text
+
+    def _checked(self, token: torch.Tensor, logits: torch.Tensor) -> int:
+        """The token's id, in one transfer with the check of the logits that it was chosen by."""
+        chosen, has_nan = torch.stack((token.view(()), logits.isnan().any().long())).tolist()
+        if has_nan:
+            raise NumericsError(
+                f"the model's logits are NaN at token {len(self.token_ids)} of the answer: load it with dtype float32 "
+                "or bfloat16, and check its weights"
+            )
+        return int(chosen)
+
+
+class Decoder:
+    """Generates an answer on top of a cache, as text deltas.
+
+    Iterate it once, or its `steps`. After that ``writer`` and ``cancelled`` say what happened.
+
+    Args:
+        model: The model that filled the cache.
+        cache: With room for the prompt and the answer.
+        prompt: Token ids to read before the answer, at least one.
+        writer: Makes the answer.
+        new_tokens: The most tokens of it.
+        graphs: CUDA graphs of the model; plain forward passes when None.
+        cancelled: Asked before each token; the generation ends where it says yes.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: CompressedCache,
+        prompt: Sequence[int],
+        writer: Writer,
+        *,
+        new_tokens: int,
+        graphs: CudaGraphs | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._model = model
+        self._graphs = graphs
+        self._cache = cache
+        self._prompt = list(prompt)
+        self._new_tokens = new_tokens
+        self._asked_to_end = cancelled
+        self.writer = writer
+        self.cancelled = False
+
+    def __iter__(self) -> Generator[str, None, None]:
+        return strip_stream(self.steps())
+
+    def steps(self) -> Generator[str, None, None]:
+        """One delta a token, maybe empty; the pass for a token runs when the next one is asked for."""
+        with closing(self.logits()) as passes:
+            while not self.writer.ended:
+                if self._asked_to_end():
+                    self.cancelled = True
+                    yield self.writer.end()
+                    return
+                yield self.writer.push(next(passes))
+
+    def logits(self) -> Generator[torch.Tensor, None, None]:
+        """Logits after the prompt, then after each generated token; float32, shape [1, vocabulary]."""
+        yield self._forward(self._prompt)
+        graphs = self._graphs
+        with nullcontext() if graphs is None else graphs.lend([self._cache], self._new_tokens - 1) as step:
+            while True:
+                token = self.writer.token_ids[-1]
+                yield self._forward([token]) if step is None else step([token])
+
+    @torch.inference_mode()
+    def _forward(self, token_ids: list[int]) -> torch.Tensor:
+        """Appends tokens to the cache; logits after the last of them, float32, shape [1, vocabulary]."""
+        device = input_embedding(self._model).device
+        with memory_guard(device, f"{len(token_ids)} tokens on a cache of {self._cache.length}"):
+            output = self._model(
+                input_ids=on_device(token_ids, device)[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+
+@torch.inference_mode()
+def decode_many(
+    model: PreTrainedModel,
+    caches: Sequence[CompressedCache],
+    prompts: Sequence[Sequence[int]],
+    writers: Sequence[Writer],
+    *,
+    new_tokens: int,
+    graphs: CudaGraphs,
+    check: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Generates several answers side by side: each step is one pass, which reads the weights once for all.
+
+    Args:
+        model: The model that filled the caches.
+        caches: One an answer, with room for its prompt and the answer.
+        prompts: Token ids to read before each answer.
+        writers: Make the answers.
+        new_tokens: The most tokens of an answer.
+        graphs: CUDA graphs of the model.
+        check: Called before each step; what it raises ends the generation.
+
+    Returns:
+        The answers' texts.
+    """
+    device = input_embedding(model).device
+
+    def forward(answers: Sequence[int], tokens: Sequence[Sequence[int]]) -> dict[int, torch.Tensor]:
+        ids = [on_device(token_ids, device) for token_ids in tokens]
+        batch = [VarlenSequence.onto(caches[answer], own) for answer, own in zip(answers, ids, strict=True)]
+        return dict(zip(answers, varlen_logits(model, batch).split(1), strict=True))
+
+    deltas: list[list[str]] = [[] for _ in writers]
+    running = list(range(len(writers)))
+    logits = forward(running, prompts)
+    with graphs.lend(caches, new_tokens - 1) as step:
+        while True:
+            for answer in running:
+                deltas[answer].append(writers[answer].push(logits[answer]))
+            running = [answer for answer in running if not writers[answer].ended]
+            if not running:
+                return ["".join(parts).strip() for parts in deltas]
+            check()
+            if step is None:
+                logits = forward(running, [writers[answer].token_ids[-1:] for answer in running])
+            else:  # its shape is fixed: answers that have ended run on, unseen
+                logits = dict(enumerate(step([writer.token_ids[-1] for writer in writers]).split(1)))

@@ -1,0 +1,70 @@
+"""How the next token is chosen from the model's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen and when generation ends.
+
+    Attributes:
+        max_new_tokens: The most tokens to generate, at least 1; 0 where nothing is generated.
+        temperature: 0 takes the likeliest token; above 0 samples.
+        top_p: Sample only from the likeliest tokens whose probabilities sum to this, in (0, 1].
+        top_k: Sample only from this many of the likeliest tokens.
+        seed: Makes sampling repeatable.
+        stop: Strings that end the answer; they are never shown.
+        stop_token_ids: Tokens that end the answer as the model's own end tokens do.
+        ignore_eos: Go on after the model's own end tokens, to ``max_new_tokens``; for measuring.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+Sampler = Callable[[torch.Tensor], torch.Tensor]
+
+
+def sampler(sampling: Sampling) -> Sampler:
+    """Logits of shape [1, vocabulary] -> a token's id, one element, on their device.
+
+    Args:
+        sampling: Checked settings.
+    """
+    if sampling.temperature == 0:
+        return lambda logits: logits.argmax(dim=-1)
+    warpers: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
+        TemperatureLogitsWarper(float(sampling.temperature))
+    ]
+    if sampling.top_k is not None:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p is not None:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    generator: torch.Generator | None = None
+
+    def pick(logits: torch.Tensor) -> torch.Tensor:
+        nonlocal generator
+        logits = logits.nan_to_num(nan=0.0)  # reported with the token; sampling from NaN would break the device
+        if generator is None:
+            generator = torch.Generator(logits.device)
+            if sampling.seed is not None:
+                generator.manual_seed(sampling.seed)
+            else:
+                generator.seed()
+        for warper in warpers:
+            logits = warper(torch.empty(1, 0, dtype=torch.long), logits)
+        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+
+    return pick

@@ -1,0 +1,196 @@
+"""A decoding step in buffers of fixed size, captured as a CUDA graph where there is a GPU.
+
+A step of one token launches some hundred small kernels, and launching them takes the CPU several times as long as
+running them takes the GPU. Their shapes never change, so the launches are captured once and replayed. What does change
+lives in tensors: the token, its position, and keys and values in static buffers, of which a mask hides what is not
+filled yet. A step may serve several answers at once, each at a position of its own. What is captured is the model's own
+forward, or for one answer of a model that `finch_rag.decode.fused_step` knows its fewer kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from ..models.cache import CompressedCache
+from ..models.inspection import input_embedding
+from .fused_step import FusedStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SPARE = 2  # times as many tokens as needed cost a step little: weights are most of what it reads
+_WARM_UPS = 2  # steps before the capture, in which libraries allocate what they need
+
+
+class StaticLayer(CacheLayerMixin):
+    """One layer's keys and values; a step writes at a position that a tensor holds.
+
+    Args:
+        keys: Buffer, shape [answers, kv_heads, capacity, head_dim].
+        values: Buffer of the same shape, up to its head_dim.
+        position: Where each answer's next token goes, shape [answers].
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self._position = position
+        self._answers = torch.arange(keys.shape[0], device=keys.device)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing is left to do."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes a token of each answer, shape [answers, kv_heads, 1, head_dim]; returns the whole buffers."""
+        keys, values = self.keys, self.values
+        if keys is None or values is None:
+            raise RuntimeError("a static layer lost its buffers")
+        keys[self._answers, :, self._position] = key_states[:, :, 0]
+        values[self._answers, :, self._position] = value_states[:, :, 0]
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All of the buffer: the mask hides what is not filled."""
+        return self.get_max_length(), 0
+
+    def get_seq_length(self) -> int:
+        """Not known outside the device."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """The capacity."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def get_max_cache_shape(self) -> int:
+        """The capacity, by the name that it had at first in transformers 5."""
+        return self.get_max_length()
+
+
+class StaticStep:
+    """Decodes token by token in static buffers.
+
+    Args:
+        model: A model on one device that runs Finch's attention.
+        like: A cache of the model, for the shapes.
+        answers: Answers that a step serves.
+        capacity: Tokens that the buffers hold for each.
+        fused: Whether to run it by `FusedStep`, which takes one answer.
+
+    Attributes:
+        buffers: Keys and values of each layer, shape [answers, kv_heads, capacity, head_dim].
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, like: CompressedCache, answers: int, capacity: int, fused: bool = False
+    ) -> None:
+        device = input_embedding(model).device
+        self.answers, self.capacity = answers, capacity
+        self._model = model
+        self._position = torch.zeros(answers, dtype=torch.long, device=device)
+        self._tokens = torch.zeros(answers, 1, dtype=torch.long, device=device)
+        self._places = torch.arange(capacity, device=device)
+        self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for layer in like.layers:
+            if layer.keys is None or layer.values is None:
+                raise RuntimeError("the cache is empty")
+            # Zeros, because a weight of 0 does not hide a NaN in what is masked.
+            keys, values = (b.new_zeros(answers, b.shape[1], capacity, b.shape[3]) for b in (layer.keys, layer.values))
+            self.buffers.append((keys, values))
+        self._cache = Cache(layers=[StaticLayer(keys, values, self._position) for keys, values in self.buffers])
+        self._logits: torch.Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._fused = FusedStep(model) if fused else None
+        if device.type == "cuda":
+            self._capture(device)
+
+    @property
+    def captured(self) -> bool:
+        """Whether it runs as a CUDA graph."""
+        return self._graph is not None
+
+    def serves(self, answers: int, tokens: int) -> bool:
+        """Whether so many answers of so many tokens run on it without much waste."""
+        return self.answers == answers and tokens <= self.capacity <= _SPARE * tokens
+
+    def replaces(self, other: StaticStep) -> bool:
+        """Whether it serves whatever another, smaller step does, so that only one of them need be kept."""
+        return self.capacity > other.capacity and self.serves(other.answers, other.capacity)
+
+    @torch.inference_mode()
+    def load(self, caches: Sequence[CompressedCache]) -> None:
+        """Goes on from caches, which are copied.
+
+        Args:
+            caches: One an answer, of at most ``capacity`` tokens.
+        """
+        for answer, cache in enumerate(caches):
+            for (keys, values), layer in zip(self.buffers, cache.layers, strict=True):
+                for buffer, states in ((keys, layer.keys), (values, layer.values)):
+                    if states is not None:
+                        buffer[answer, :, : cache.length].copy_(states[0, :, : cache.length])
+                    buffer[answer, :, cache.length :].zero_()  # an answer that failed may have left NaN
+            self._position[answer] = cache.length
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Appends a token to each answer; logits after it.
+
+        Args:
+            tokens: Their ids.
+
+        Returns:
+            Float32, shape [answers, vocabulary]; overwritten by the next call.
+        """
+        self._tokens.copy_(torch.tensor(tokens)[:, None])
+        if self._graph is None:
+            return self._step()
+        self._graph.replay()
+        if self._logits is None:
+            raise RuntimeError("the step was not captured")
+        return self._logits
+
+    def _step(self) -> torch.Tensor:
+        logits = self._forward() if self._fused is None else self._fused(self._tokens, self._position, self.buffers)
+        self._position.add_(1)
+        return logits
+
+    def _forward(self) -> torch.Tensor:
+        hidden = (self._places > self._position[:, None])[:, None, None]  # [answers, 1, 1, capacity]
+        # Added to the products: of a mask of truth values SDPA would make this in every layer.
+        mask = torch.zeros_like(hidden, dtype=self._model.dtype).masked_fill_(hidden, float("-inf"))
+        output = self._model(
+            input_ids=self._tokens,
+            attention_mask=mask,
+            position_ids=self._position[:, None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+    @torch.inference_mode()
+    def _capture(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(side)
+            self._position.zero_()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may allocate meanwhile, in streams of their own.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._logits = self._step()
+            self._graph = graph

@@ -1,0 +1,1 @@
+"""Retrieval heads: which attention heads of a model find the passage that answers."""

@@ -1,0 +1,108 @@
+"""Heads that are known: stored by the user, or shipped with the package; else they are found and stored."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from ..models.fingerprint import fingerprint
+from ..paths import cache_folder, write_atomically
+from ..prefill.planning import RetrievalHeads
+from .pairs import Heads, check_heads, heads_by_layer, layers_to_search
+from .search import EXAMPLES, HEADS, HeadScore, find_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_FORMAT = 1
+
+_log = logging.getLogger(__name__)
+
+
+def resolve_heads(
+    heads: Heads,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> RetrievalHeads | None:
+    """The heads to rank passages with.
+
+    Args:
+        heads: "auto" looks them up and finds them at the first use of a model, "all" sums all heads, pairs of
+            (layer, head) are taken as given.
+        model: The model.
+        tokenizer: Its tokenizer.
+        name: What to call the model in messages.
+        on_progress: Called while heads are found.
+
+    Returns:
+        Heads by layer, or None for all.
+    """
+    if heads == "all":
+        return None
+    if isinstance(heads, str):
+        pairs = load_heads(model)
+        if pairs is None:
+            _log.warning(
+                "finding the retrieval heads of %s on %d examples; this happens once, the result is kept in %s",
+                name,
+                EXAMPLES,
+                _user_file(fingerprint(model)),
+            )
+            to_search = layers_to_search(model.config) * model.config.num_attention_heads
+            found = find_heads(model, tokenizer, min(HEADS, to_search), on_progress=on_progress)
+            try:
+                save_heads(model, name, found)
+            except OSError as error:
+                _log.warning("the heads of %s cannot be stored (%s); they will be found again next time", name, error)
+            pairs = [(score.layer, score.head) for score in found]
+        return heads_by_layer(pairs)
+    return heads_by_layer(heads)
+
+
+def load_heads(model: PreTrainedModel) -> list[tuple[int, int]] | None:
+    """The heads stored for a model by the user or shipped with the package, None if there are none.
+
+    Args:
+        model: The model.
+    """
+    name = f"{fingerprint(model)}.json"
+    for file in (cache_folder("heads") / name, resources.files(__package__) / "shipped" / name):
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            if stored["format"] == _FORMAT:
+                pairs = [(int(layer), int(head)) for layer, head, _ in stored["heads"]]
+                check_heads(pairs, model.config)
+                return pairs
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+            _log.warning("%s cannot be read (%s); its heads are found again", file, error)
+    return None
+
+
+def save_heads(model: PreTrainedModel, name: str, heads: Sequence[HeadScore]) -> Path:
+    """Stores a model's heads in the user's cache.
+
+    Args:
+        model: The model.
+        name: Written into the file for people who read it.
+        heads: By falling score.
+
+    Returns:
+        The file.
+    """
+    file = _user_file(fingerprint(model))
+    content = {"format": _FORMAT, "model": name, "heads": [[h.layer, h.head, round(h.score, 5)] for h in heads]}
+    write_atomically(file, json.dumps(content, indent=1) + "\n")
+    return file
+
+
+def _user_file(model_fingerprint: str) -> Path:
+    return cache_folder("heads") / f"{model_fingerprint}.json"

@@ -1,0 +1,50 @@
+"""JSON lines: an object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from .errors import FinchError
+
+
+def json_objects(name: str, text: str, error: type[FinchError], cure: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers, from 1, and objects of a file's text; empty lines are passed over.
+
+    Args:
+        name: What to call the file in messages.
+        text: Its content; line ends are line feeds.
+        error: What to raise.
+        cure: Ends the message: what a line should be.
+
+    Raises:
+        FinchError: Of the class ``error``, if a line is not a JSON object, or holds what is no text.
+    """
+    ending = f": {cure}" if cure else ""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            json.dumps(fields, ensure_ascii=False).encode()  # "\ud800" is JSON, and no text
+        except (ValueError, RecursionError) as reason:
+            raise error(f"{name}, line {number} is not JSON: {reason}{ending}") from reason
+        if not isinstance(fields, dict):
+            kind = type(fields).__name__
+            raise error(f"{name}, line {number} is a JSON {kind}: each line must be an object{ending}")
+        yield number, fields
+
+
+def complete_objects(text: str) -> Iterator[dict[str, Any]]:
+    """The objects of lines that a program has written one by one; a line that was cut off is passed over.
+
+    Args:
+        text: JSON lines.
+    """
+    for line in text.splitlines():
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            continue
+        yield fields

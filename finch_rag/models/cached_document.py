@@ -1,0 +1,80 @@
+"""What a cache remembers of the passages that were read into it, for citations and reports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingFigures:
+    """How passages were read into a cache, and what it took.
+
+    Attributes:
+        model: Name of the model.
+        selection: "passage" or "token"; "none" when there were no passages.
+        reread: Whether the best passages are prefilled again where something was evicted.
+        heads: The retrieval heads as (layer, head) pairs; empty where all heads were summed.
+        budget: Document tokens that may be kept per layer.
+        chunk_size: Document tokens scanned per step.
+        chunk_size_planned: What it was at first; more than ``chunk_size`` where the device's memory ran out.
+        chunks: Steps of the scan.
+        scanned_layers: Layers that the scan ran.
+        prefill_seconds: Seconds spent reading passages.
+    """
+
+    model: str = ""
+    selection: str = "none"
+    reread: bool = False
+    heads: tuple[tuple[int, int], ...] = ()
+    budget: int = 0
+    chunk_size: int = 0
+    chunk_size_planned: int = 0
+    chunks: int = 0
+    scanned_layers: int = 0
+    prefill_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CachedDocument:
+    """What a cache remembers of the passages that were read into it.
+
+    Attributes:
+        passage_ids: The caller's ids, None where there was none.
+        titles: Titles, None where there was none.
+        passage_tokens: Tokens read of each passage.
+        shares: Share of the question's attention that each passage got, summing to 1.
+        question: The question that the passages were compressed under.
+        model: Fingerprint of the model that filled the cache.
+        figures: How they were read.
+    """
+
+    passage_ids: tuple[str | None, ...] = ()
+    titles: tuple[str | None, ...] = ()
+    passage_tokens: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
+    question: str = ""
+    model: str = ""
+    figures: ReadingFigures = ReadingFigures()
+
+    def to_json(self) -> str:
+        """All fields as a JSON object."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> CachedDocument:
+        """Reads what `to_json` wrote.
+
+        Args:
+            text: A JSON object.
+
+        Raises:
+            ValueError: If it is no JSON.
+            TypeError: If it is another object.
+        """
+        fields: dict[str, Any] = json.loads(text)
+        figures = fields.pop("figures")
+        heads = tuple((int(layer), int(head)) for layer, head in figures.pop("heads"))
+        plain: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
+        return cls(**plain, figures=ReadingFigures(heads=heads, **figures))

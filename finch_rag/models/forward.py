@@ -1,0 +1,123 @@
+"""Forward passes: a sequence onto a cache, or a varlen batch of several sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache
+
+from ..errors import DeviceMemoryError
+from .attention import Observer, SeenEnough
+from .cache import CompressedCache
+from .inspection import input_embedding
+from .varlen import PassingLayer, VarlenBatch, VarlenSequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def forward_varlen(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -> None:
+    """One forward pass of several sequences, without computing logits.
+
+    Args:
+        model: A model that runs Finch's attention.
+        sequences: The sequences, in the order in which they are taken in each layer.
+
+    Raises:
+        DeviceMemoryError: If the device has no memory for it.
+    """
+    with _guard(model, sequences), suppress(SeenEnough):
+        model.base_model(**_inputs(model, sequences))
+
+
+def varlen_logits(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -> torch.Tensor:
+    """Logits after the last token of each of several sequences, by one forward pass.
+
+    Args:
+        model: A model that runs Finch's attention.
+        sequences: The sequences.
+
+    Returns:
+        Float32, shape [sequences, vocabulary].
+
+    Raises:
+        DeviceMemoryError: If the device has no memory for it.
+    """
+    lengths = on_device([len(sequence.token_ids) for sequence in sequences], input_embedding(model).device)
+    with _guard(model, sequences):
+        output = model(**_inputs(model, sequences), logits_to_keep=lengths.cumsum(0) - 1)
+    logits: torch.Tensor = output.logits[0].float()
+    return logits
+
+
+def _inputs(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -> dict[str, Any]:
+    device = input_embedding(model).device
+    return {
+        "input_ids": torch.cat([sequence.token_ids for sequence in sequences])[None].to(device),
+        "position_ids": torch.cat([sequence.positions for sequence in sequences])[None].to(device),
+        "past_key_values": Cache(layers=[PassingLayer() for _ in range(model.config.num_hidden_layers)]),
+        "use_cache": True,
+        "finch_varlen": VarlenBatch(sequences),
+    }
+
+
+@contextmanager
+def _guard(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -> Iterator[None]:
+    tokens = sum(len(sequence.token_ids) for sequence in sequences)
+    with memory_guard(input_embedding(model).device, f"{tokens} tokens in {len(sequences)} sequences"):
+        yield
+
+
+def forward(
+    model: PreTrainedModel, token_ids: torch.Tensor, cache: CompressedCache, observer: Observer | None = None
+) -> None:
+    """Appends tokens to the cache, without computing logits.
+
+    Args:
+        model: A model that runs Finch's attention.
+        token_ids: Shape [tokens]; nothing happens when there are none.
+        cache: The cache to append to.
+        observer: Is shown each layer's queries and keys, and may end the pass by raising `SeenEnough`.
+    """
+    if token_ids.numel() == 0:
+        return
+    device = input_embedding(model).device
+    with memory_guard(device, f"{len(token_ids)} tokens on a cache of {cache.length}"), suppress(SeenEnough):
+        model.base_model(
+            input_ids=token_ids[None].to(device), past_key_values=cache, use_cache=True, finch_observer=observer
+        )
+
+
+def on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Numbers on a device, without waiting for what it is busy with: a copy from pageable memory would.
+
+    Args:
+        numbers: Token ids or lengths.
+        device: Where to put them.
+
+    Returns:
+        Int64, shape [numbers].
+    """
+    tensor = torch.tensor(numbers, dtype=torch.long)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@contextmanager
+def memory_guard(device: torch.device, work: str) -> Iterator[None]:
+    """Turns the device's out-of-memory error into one that says what to do.
+
+    Args:
+        device: Where the work runs.
+        work: What was tried.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # the CPU's allocator has no error class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise DeviceMemoryError(
+            f"{device} has no memory left for {work}; use a smaller chunk_size, or a smaller budget"
+        ) from error

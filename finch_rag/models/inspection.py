@@ -1,0 +1,43 @@
+"""What a model tells about itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def input_embedding(model: PreTrainedModel) -> torch.Tensor:
+    """A model's input embedding, shape [vocabulary, hidden]; its device is where token ids go."""
+    weight = model.get_input_embeddings().weight
+    if not isinstance(weight, torch.Tensor):
+        raise ModelError(f"{type(model).__name__} has no input embedding; Finch runs decoder-only text models")
+    return weight
+
+
+def window_of(config: Any) -> int:
+    """Positions in which a model's attention is the plain causal attention that Finch runs.
+
+    That is the trained window, or less: with a sliding window, or with long RoPE's two sets of frequencies (which
+    switch at a length, while keys rotated by the other set are in the cache), Finch stays below the smaller length.
+
+    Args:
+        config: The model's configuration.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions:
+        raise ModelError(f"the model's configuration ({config.model_type}) names no window: use a rotary model")
+    limits = [int(positions)]
+    sliding = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if sliding and getattr(config, "use_sliding_window", True) and "sliding_attention" in layer_types:
+        limits.append(int(sliding))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        limits.append(int(rope.get("original_max_position_embeddings", limits[0])))
+    return min(limits)

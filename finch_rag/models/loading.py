@@ -1,0 +1,149 @@
+"""Loading models: a hub id, a local folder, a GGUF file, or the embedded model."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..errors import ModelError
+from .embedded import EMBEDDED, EMBEDDED_NAME, embedded_folder, require_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_OPTIONS = ("cache_dir", "revision", "subfolder", "token")  # of configuration and tokenizer too
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model that is ready to run.
+
+    Attributes:
+        model: In evaluation mode, on its device.
+        tokenizer: Its tokenizer.
+        name: For reports.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_model(
+    model: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    trust_remote_code: bool = False,
+    tokenizer: str | Path | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> LoadedModel:
+    """Loads a decoder-only model with its tokenizer.
+
+    Args:
+        model: "embedded", a local folder, a GGUF file or a hub id.
+        dtype: A torch dtype or its name; "auto" takes the checkpoint's on an accelerator, and on a CPU bfloat16 where
+            it has instructions for it, else float32.
+        device: A torch device; "auto" takes the first CUDA device, else the CPU.
+        trust_remote_code: Whether code that comes with the model may run.
+        tokenizer: Hub id or folder of the tokenizer, where it is not the model's.
+        model_kwargs: Handed to transformers' ``from_pretrained``: ``revision``, ``quantization_config``,
+            ``device_map`` (which then decides the device) and so on.
+
+    Raises:
+        ModelError: If the model is unknown, damaged or incomplete, or not a decoder.
+        MissingExtraError: If a GGUF file is to be read and the packages for that are not installed.
+    """
+    name = str(model)
+    device = resolve_device(device)
+    source = str(model)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    extra = dict(model_kwargs or {})
+    options |= {key: extra.pop(key) for key in _HUB_OPTIONS if key in extra}
+    if name == EMBEDDED:
+        name, source = EMBEDDED_NAME, str(embedded_folder())
+    elif Path(source).is_file():
+        require_gguf()
+        file = Path(source)
+        name, source, options["gguf_file"] = file.name, str(file.parent), file.name
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        if config.is_encoder_decoder:
+            raise ModelError(f"{name} is an encoder-decoder; Finch runs decoder-only models such as Llama or Qwen")
+        loaded_tokenizer = AutoTokenizer.from_pretrained(
+            source if tokenizer is None else str(tokenizer), **(options if tokenizer is None else {})
+        )
+        extra = {"dtype": resolve_dtype(dtype, device, config), **extra}
+        made: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **extra)
+        loaded, found = made
+        _check_complete(name, found)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers, tokenizers and gguf raise whatever their parsers hit
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load the model {name!r}: {reason} (expected a hub id, a folder that save_pretrained wrote, a "
+            f'.gguf file, or "{EMBEDDED}")'
+        ) from error
+    try:
+        if "device_map" not in extra:
+            torch.nn.Module.to(loaded, device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"cannot put {name} on the device {str(device)!r}: {reason}") from error
+    return LoadedModel(loaded.eval(), loaded_tokenizer, name)
+
+
+def _check_complete(name: str, found: Mapping[str, Any]) -> None:
+    """Raises if weights were not in the checkpoint, or of another shape: transformers makes them up at random."""
+    missing = sorted(map(str, found.get("missing_keys") or ()))
+    reshaped = found.get("mismatched_keys") or ()  # names, or tuples of name and shapes
+    mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in reshaped)
+    for weights, what in ((missing, "lacks"), (mismatched, "has another shape for")):
+        if weights:
+            shown = ", ".join(weights[:3]) + (", ..." if len(weights) > 3 else "")
+            raise ModelError(
+                f"the checkpoint of {name!r} {what} {len(weights)} of the weights that its configuration names "
+                f"({shown}): download or save the model again"
+            )
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Resolves "auto" to the first CUDA device where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"device {device!r} is not one that torch knows: use auto, cpu, cuda or cuda:N") from error
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device, config: Any) -> torch.dtype:
+    """Resolves "auto" to the dtype that runs fast on a device."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ModelError(f"dtype {dtype!r} is unknown: use auto, float32, bfloat16 or float16")
+        return found
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+    stored = getattr(config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) and stored != torch.float32 else torch.bfloat16
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware.
+
+    With such instructions the prototype read twice as fast in bfloat16 as in float32; without them it is emulated, and
+    a matrix product of the embedded model's shape takes twice as long.
+    """
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+    names = ("avx512_bf16", "amx_bf16") if platform.machine() in ("x86_64", "AMD64") else ("bf16",)
+    return any(capabilities.get(name, False) for name in names)

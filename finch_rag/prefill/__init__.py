@@ -1,0 +1,1 @@
+"""The prefill: chunks of passages are scanned under a question, and what matters stays."""

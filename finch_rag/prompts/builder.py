@@ -1,0 +1,227 @@
+"""Passages, question and chat template -> token ids, kept apart.
+
+    prefix     template, system prompt, earlier messages, instructions: never evicted
+    passages   what is compressed
+    question   forwarded after every chunk, and once more before the answer
+    tail       end of the template; opens the answer
+
+Retrieved text is untrusted: a control token's text inside a passage or question is tokenised as plain text.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from .chat_template import SYSTEM, USER, Message, Render, check_history, frame, plain_frame
+from .passages import Passage, check_unicode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SYSTEM_PROMPT = "You are a helpful assistant that answers questions from the passages that the user gives."
+INSTRUCTIONS = "Answer the question in a few words, using the passages below."
+INSTRUCTIONS_WITHOUT_PASSAGES = "Answer the question in a few words."
+
+# White space, also as tokenizers write it: runs of it are added tokens of some, and text.
+_WHITE_SPACE = " \t\n\r\u2581\u0120\u010a\u0109"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSettings:
+    """What a prompt says beside passages and question.
+
+    Attributes:
+        instructions: Read before the passages; a default that asks for a short answer when None.
+        system_prompt: The system message; a default when None, the chat template's own (or none) when empty.
+        history: Earlier messages of the conversation, see `Message`; never evicted.
+        render: Makes the prompt of messages, control tokens included, in place of the tokenizer's chat template.
+    """
+
+    instructions: str | None = None
+    system_prompt: str | None = None
+    history: Sequence[Mapping[str, object]] = ()
+    render: Render | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids of one call.
+
+    Attributes:
+        prefix: Read first, never evicted.
+        passages: One list a passage.
+        question: The question with its label, forwarded after each chunk.
+        own_tokens: Which tokens of ``question`` are the question's own, without its label.
+        tail: What stands between the question and the answer.
+    """
+
+    prefix: list[int]
+    passages: list[list[int]]
+    question: list[int]
+    own_tokens: slice
+    tail: list[int]
+
+
+def refine_instructions(instructions: str, answer: str) -> str:
+    """Instructions for a better answer than an earlier one.
+
+    Args:
+        instructions: Those of the first answer.
+        answer: The earlier answer, from other passages.
+    """
+    return (
+        f"{instructions}\n\nAn earlier answer, from other passages, is: {answer}\n"
+        "Give a better one if the passages below allow it, else repeat it."
+    )
+
+
+class PromptBuilder:
+    """Builds prompts for one tokenizer. Safe to share between threads.
+
+    Args:
+        tokenizer: With a chat template, which is then used, or without.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._lock = threading.Lock()  # fast tokenizers refuse concurrent use with "Already borrowed"
+        control = {
+            token.content: token_id
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if len(token.content) > 1 and token.content.strip(_WHITE_SPACE)
+        }
+        control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self.control_ids = frozenset(control.values())
+        longest_first = sorted(filter(None, control), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    def build(
+        self,
+        question: str,
+        passages: Sequence[Passage],
+        instructions: str | None = None,
+        system_prompt: str | None = None,
+        history: Sequence[Mapping[str, object]] = (),
+        render: Render | None = None,
+        encoded: list[list[int]] | None = None,
+    ) -> Prompt:
+        """Token ids for a question over passages.
+
+        Args:
+            question: The question.
+            passages: Checked passages, possibly none.
+            instructions: Read before the passages; a default that asks for a short answer when None.
+            system_prompt: The system message; a default when None, the chat template's own (or none) when empty.
+            history: Earlier messages of the conversation, see `Message`; never evicted.
+            render: Used in place of the tokenizer's chat template, see `finch_rag.chat_template.frame`.
+            encoded: Token ids of the passages, where an earlier prompt has them.
+
+        Raises:
+            InputError: If the question is empty or not text, or the history cannot be used.
+            ModelError: If the chat template cannot be used.
+        """
+        if not isinstance(question, str) or not question.strip():
+            raise InputError("the question is empty: ask one")
+        check_unicode(question, "the question")
+        if instructions is None:
+            instructions = INSTRUCTIONS if passages else INSTRUCTIONS_WITHOUT_PASSAGES
+        if system_prompt is None and passages:
+            system_prompt = SYSTEM_PROMPT
+        # Where nothing stands before the question, the message is the question and needs no label.
+        label, question = "Question: " if passages or instructions else "", question.strip()
+        system = [Message(role=SYSTEM, content=system_prompt)] if system_prompt else []
+        messages = [*system, *check_history(history), Message(role=USER, content="")]
+        for message in messages:
+            check_unicode(message["content"], f"a {message['role']} message")
+        head, tail = self._frame(messages, bool(label), render)
+        opening = f"{instructions}\n\n" if instructions else ""
+        prefix = head + self.encode([opening])[0]
+        if encoded is None:
+            encoded = self.encode([f"{passage.titled_text}\n\n" for passage in passages])
+        # The label ends in a space that most tokenizers join to the next word: encode both, then find the border.
+        label_ids = self.encode([label.rstrip()])[0]
+        question_ids = self.encode([label + question])[0]
+        own = len(label_ids) if question_ids[: len(label_ids)] == label_ids else 0
+        return Prompt(prefix, encoded, question_ids, slice(own, len(question_ids)), tail)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of untrusted texts: control tokens inside them stay plain text.
+
+        Args:
+            texts: Any texts.
+
+        Returns:
+            One list a text, none of which holds a control token's id.
+        """
+        pieces = [list(self._without_control(text)) for text in texts]
+        flat = [piece for parts in pieces for piece in parts]
+        if not flat:
+            return []
+        encoded = iter(self._encode_pieces(flat))
+        return [[token for _ in parts for token in next(encoded)] for parts in pieces]
+
+    def _encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that hold no control token as it is written.
+
+        A normaliser may still make one of look-alike characters. Such a text is cut in two until none is made, so that
+        the text stays; only a single character that stands for a control token is left out.
+        """
+        with self._lock:
+            encoded: list[list[int]] = self.tokenizer(list(pieces), add_special_tokens=False)["input_ids"]
+        hit = [place for place, tokens in enumerate(encoded) if not self.control_ids.isdisjoint(tokens)]
+        halves = [half for place in hit for half in _halves(pieces[place])]
+        if not halves:
+            return encoded
+        again = iter(self._encode_pieces([half for half in halves if half]) if any(halves) else ())
+        for place in hit:
+            encoded[place] = [token for half in _halves(pieces[place]) if half for token in next(again)]
+        return encoded
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of generated tokens, without control tokens."""
+        with self._lock:
+            text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def _without_control(self, text: str) -> Iterator[str]:
+        """Cuts a text behind the first character of each control token in it, so that no piece holds one."""
+        start = 0
+        while self._control is not None and (match := self._control.search(text, start)):
+            yield text[start : match.start() + 1]
+            start = match.start() + 1
+        yield text[start:]
+
+    def _frame(self, messages: list[Message], labelled: bool, render: Render | None) -> tuple[list[int], list[int]]:
+        """Token ids before and after the last message, earlier messages included."""
+        if self.tokenizer.chat_template or render is not None:
+            with self._lock:
+                messages, texts = frame(self.tokenizer, messages, render)
+            ids = self._trusted(texts[0])
+        else:
+            with self._lock:
+                ids = list(self.tokenizer("")["input_ids"])  # what the tokenizer puts before any text
+            while ids and ids[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
+                ids.pop()
+            texts = plain_frame(messages, labelled)
+            ids += self.encode([texts[0]])[0]
+        for message, text in zip(messages[:-1], texts[1:-1], strict=True):
+            ids += self.encode([message["content"]])[0] + self._trusted(text)
+        # What the template moved into the last message stands before its own text.
+        ids += self.encode([messages[-1]["content"]])[0]
+        return ids, self._trusted(texts[-1])
+
+    def _trusted(self, text: str) -> list[int]:
+        """Token ids of the template's own text, whose control tokens are meant."""
+        with self._lock:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _halves(text: str) -> tuple[str, str]:
+    """A text in two parts; both are empty where it is a single character."""
+    middle = len(text) // 2
+    return (text[:middle], text[middle:]) if middle else ("", "")

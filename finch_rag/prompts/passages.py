@@ -1,0 +1,69 @@
+"""Passages: what a retriever found, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A retrieved text.
+
+    Attributes:
+        text: The text that the model reads.
+        id: The caller's id, handed back in citations.
+        title: Read before the text, and handed back in citations.
+        metadata: The caller's; Finch does not look at it.
+    """
+
+    text: str
+    id: str | None = None
+    title: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def titled_text(self) -> str:
+        """Title and text, as models and indexes read them."""
+        return f"{self.title}\n{self.text}" if self.title else self.text
+
+
+def as_passages(passages: Iterable[str | Passage]) -> list[Passage]:
+    """Checks what a caller passes as passages.
+
+    Args:
+        passages: Strings or `Passage` objects.
+
+    Raises:
+        InputError: If one of them is empty or not text; the message has its index.
+    """
+    if isinstance(passages, (str, Passage)):
+        raise InputError("passages is a single text: pass a list of texts or of Passage objects")
+    if not isinstance(passages, Iterable):
+        raise InputError(f"passages is {type(passages).__name__}: pass a list of texts or of Passage objects")
+    checked = []
+    for index, item in enumerate(passages):
+        passage = item if isinstance(item, Passage) else Passage(item)
+        if not isinstance(passage.text, str):
+            raise InputError(f"passage {index} is {type(passage.text).__name__}, not text: pass a str or a Passage")
+        if not passage.text.strip():
+            raise InputError(f"passage {index} is empty: leave it out, or give it text")
+        check_unicode(f"{passage.title or ''}{passage.text}", f"passage {index}")
+        checked.append(passage)
+    return checked
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Raises an InputError if a text holds half a surrogate pair, which no tokenizer reads.
+
+    Args:
+        text: Any text.
+        what: What to call it in the message.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} holds half a surrogate pair: decode it with errors='replace' first") from error

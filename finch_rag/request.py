@@ -1,0 +1,108 @@
+"""One call, resolved once: what is read, how, and what is answered. Immutable; executed by `finch_rag.runtime`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .decode.sampling import Sampling
+from .errors import InputError
+from .prefill.planning import PrefillPlan
+from .prompts.builder import Prompt
+from .prompts.parsing import APART
+from .prompts.passages import Passage
+
+Progress = Callable[[str, int, int], None]  # stage ("heads" or "prefill"), done, total
+
+
+class Cancelled(Exception):  # noqa: N818 - not an error: it ends a reading whose answer nobody wants any more
+    """The answer was cancelled while the passages were read."""
+
+
+class Cancellation:
+    """Whether an answer is still wanted; any thread may ask and say."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def cancel(self) -> None:
+        """Says that the answer is not wanted any more."""
+        self._event.set()
+
+    def is_cancelled(self) -> bool:
+        """Whether somebody has said so."""
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raises `Cancelled` if the answer is not wanted any more."""
+        if self.is_cancelled():
+            raise Cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call, resolved.
+
+    Attributes:
+        question: The question, for the cache's record.
+        passages: What is read; a citation's ``index`` is a place in it.
+        prompt: Token ids.
+        plan: How the passages are read, without the retrieval heads, which may have to be found first; None where a
+            cache is answered from.
+        sampling: How the answer is generated.
+        on_progress: Told of a stage, and of its steps done and in all.
+        cancellation: Asked at each step.
+        parse_mode: How passages and question were told apart, for the report.
+    """
+
+    question: str
+    passages: Sequence[Passage]
+    prompt: Prompt
+    plan: PrefillPlan | None
+    sampling: Sampling
+    on_progress: Progress
+    cancellation: Cancellation = field(default_factory=Cancellation)
+    parse_mode: str = APART
+
+    @property
+    def answer_prompt(self) -> list[int]:
+        """Token ids to read after the cache, before the answer."""
+        return [*self.prompt.question, *self.prompt.tail]
+
+    @property
+    def passage_tokens(self) -> list[int]:
+        """Tokens of each passage."""
+        return [len(passage) for passage in self.prompt.passages]
+
+    @property
+    def room(self) -> int:
+        """Tokens that are appended to the cache for the answer."""
+        return len(self.prompt.question) + len(self.prompt.tail) + self.sampling.max_new_tokens
+
+    def on_step(self, stage: str) -> Callable[[int, int], None]:
+        """What a stage calls after each step: tells of it, and raises `Cancelled` where the answer is not wanted.
+
+        Args:
+            stage: "heads" or "prefill".
+        """
+
+        def tell(done: int, total: int) -> None:
+            self.on_progress(stage, done, total)
+            self.cancellation.check()
+
+        return tell
+
+
+def check_length(context_tokens: int, max_context_tokens: int | None) -> None:
+    """Raises an InputError if the passages are longer than the caller allows.
+
+    Args:
+        context_tokens: Tokens of all passages.
+        max_context_tokens: The most that are allowed; None for no limit.
+    """
+    if max_context_tokens is not None and context_tokens > max_context_tokens:
+        raise InputError(
+            f"the passages have {context_tokens} tokens, more than max_context_tokens={max_context_tokens}: pass fewer "
+            "passages, or raise max_context_tokens"
+        )

@@ -1,0 +1,201 @@
+"""Settings of an engine, options of a call: their types, and one table of rules for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypedDict, TypeVar
+
+from .checks import (
+    Refused,
+    Rule,
+    checked,
+    function,
+    list_of,
+    number,
+    one_of,
+    or_none,
+    text,
+    truth,
+    whole_number,
+)
+from .decode.sampling import Sampling
+from .errors import FinchError, InputError
+from .heads.pairs import Heads
+from .prefill.planning import ChunkSize, ReadingSettings
+from .prefill.selection import SELECTIONS, Selection
+from .prompts.builder import PromptSettings
+from .prompts.chat_template import Render
+from .request import Progress
+
+Part = TypeVar("Part", PromptSettings, ReadingSettings, Sampling)
+
+
+class EngineSettings(TypedDict, total=False):
+    """Settings of an engine; see `finch_rag.Finch`."""
+
+    name: str | None
+    budget: int | None
+    chunk_size: ChunkSize
+    selection: Selection
+    reread: bool
+    heads: Heads
+    max_new_tokens: int
+    instructions: str | None
+    system_prompt: str | None
+    compile_layers: bool
+    on_progress: Progress | None
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Options of generation; see `finch_rag.decode.sampling.Sampling`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int]
+
+
+class ReadingOptions(TypedDict, total=False):
+    """Options of reading; where the engine has such a setting, each stands in for it, also when it is None.
+
+    Attributes:
+        budget: See `Finch`.
+        chunk_size: See `Finch`.
+        selection: See `Finch`.
+        reread: See `Finch`.
+        instructions: See `Finch`.
+        system_prompt: See `Finch`.
+        history: Earlier messages of the conversation, dictionaries with "role" ("user" or "assistant") and "content".
+            They are read before the passages and never evicted.
+        render: Makes the prompt of messages, control tokens included, in place of the tokenizer's chat template.
+        max_context_tokens: Refuse passages that have more tokens than this.
+        on_progress: See `Finch`.
+    """
+
+    budget: int | None
+    chunk_size: ChunkSize
+    selection: Selection
+    reread: bool
+    instructions: str | None
+    system_prompt: str | None
+    history: Sequence[Mapping[str, object]]
+    render: Render | None
+    max_context_tokens: int | None
+    on_progress: Progress | None
+
+
+class CallOptions(ReadingOptions, SamplingOptions, total=False):
+    """All options of a call."""
+
+
+# The smallest temperature above 0: logits divided by less leave float32's range, and the answer would be greedy anyway.
+_LEAST_TEMPERATURE = 1e-4
+_SEEDS = (-(2**63), 2**64 - 1)  # what torch's generators take
+
+
+def _budget(name: str, value: Any) -> int:
+    return _tokens(name, value, ", or None")
+
+
+def _chunk_size(name: str, value: Any) -> ChunkSize:
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return None if value is None else "auto"
+    return _tokens(name, value, ', or "auto"')
+
+
+def _tokens(name: str, value: Any, other: str) -> int:
+    """A number of tokens; ``other`` names the default where something else was passed."""
+    cure = other if isinstance(value, (str, float, bool)) else "; leave it out for a default that fits the model"
+    return int(whole_number(unit=" token", cure=cure)(name, value))
+
+
+def _stop(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [value] if value else None
+    stops: tuple[str, ...] = list_of(text, "texts")(name, value)
+    if not all(stops):
+        raise Refused("a stop string is empty: leave it out")
+    return stops
+
+
+def _history(name: str, value: Any) -> Any:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+        raise Refused(f"{name} is {type(value).__name__}: pass a list of messages, or leave it out")
+    return value
+
+
+RULES: Mapping[str, Rule] = {
+    "budget": or_none(_budget),
+    "chunk_size": _chunk_size,
+    "selection": one_of(SELECTIONS),
+    "reread": truth,
+    "max_context_tokens": or_none(whole_number(unit=" token", cure=", or None for no limit")),
+    "instructions": or_none(text),
+    "system_prompt": or_none(text),
+    "history": _history,
+    "render": or_none(function),
+    "max_new_tokens": whole_number(),
+    "temperature": number(
+        lambda value: value == 0 or value >= _LEAST_TEMPERATURE,
+        f"the least is 0, which is greedy; the least that samples is {_LEAST_TEMPERATURE}",
+    ),
+    "top_p": or_none(number(lambda value: 0 < value <= 1, "it must be above 0 and at most 1")),
+    "top_k": or_none(whole_number(cure=", or None")),
+    "seed": or_none(whole_number(least=_SEEDS[0], most=_SEEDS[1], cure=", or None")),
+    "stop": _stop,
+    "stop_token_ids": list_of(whole_number(least=0), "token ids"),
+    "on_progress": or_none(function),
+}
+
+
+def check_options(options: Mapping[str, Any], error: type[FinchError] = InputError) -> dict[str, Any]:
+    """Options of a call, or settings of an engine by the same names, as Finch uses them.
+
+    Args:
+        options: By name.
+        error: What to raise.
+
+    Raises:
+        FinchError: Of the class ``error``, if a name is unknown or a value cannot work with any model.
+    """
+    return checked(RULES, options, error)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a call does: an engine's defaults, or these with a call's options in their place.
+
+    Attributes:
+        reading: How passages are read.
+        prompt: What the prompt says beside passages and question.
+        sampling: How the answer is generated.
+        on_progress: Told of a stage, and of its steps done and in all.
+    """
+
+    reading: ReadingSettings = field(default_factory=ReadingSettings)
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    sampling: Sampling = field(default_factory=Sampling)
+    on_progress: Progress = lambda stage, done, total: None
+
+    def updated(self, options: Mapping[str, Any], error: type[FinchError] = InputError) -> Settings:
+        """The same with options in place of what they name.
+
+        Args:
+            options: See `CallOptions`.
+            error: What to raise.
+
+        Raises:
+            FinchError: Of the class ``error``, see `check_options`.
+        """
+        values = check_options(options, error)
+
+        def part(settings: Part) -> Part:
+            own = {entry.name for entry in fields(settings)}
+            return replace(settings, **{name: value for name, value in values.items() if name in own})
+
+        on_progress = values.get("on_progress") or self.on_progress
+        return Settings(part(self.reading), part(self.prompt), part(self.sampling), on_progress)

@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+
+from finch_rag.errors import InputError
+from finch_rag.prompts.builder import INSTRUCTIONS
+from finch_rag.prompts.chat_template import Message
+from finch_rag.prompts.parsing import ParsedPrompt, parse_prompt
+from finch_rag.prompts.passages import Passage
+
+from .test_known_prompts import CITATION_RULES, CONTEXTS, NAMES, ONE_MESSAGE, QUESTIONS, SYSTEM_MESSAGE, filled
+
+BRIDGE = "The bridge was built in 1874 by the engineer Clara Novak, who had drawn maps of the whole coast before."
+MUSEUM = "The museum opened in 1931 and holds a large collection of instruments; its director is Hugo Kessler now."
+CONTEXT = f"{BRIDGE}\n\n{MUSEUM}"
+QUESTION = "who built it?"
+HISTORY = [Message(role="user", content="hello"), Message(role="assistant", content="Good day.")]
+DEFAULT = (
+    "You are an expert Q&A system that is trusted around the world.\n"
+    "Always answer the query using the provided context information, and not prior knowledge.\n"
+    "Some rules to follow:\n1. Never directly reference the given context in your answer.\n"
+    "2. Avoid statements like 'Based on the context, ...' or 'The context information ...' or anything along those "
+    "lines."
+)
+
+
+def system(content: str) -> Message:
+    return Message(role="system", content=content)
+
+
+def user(content: str) -> Message:
+    return Message(role="user", content=content)
+
+
+def asked(messages: str | Sequence[Message], passages: Sequence[Passage] = (), short: bool = False) -> ParsedPrompt:
+    """What a prompt asks; a warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return parse_prompt(messages, passages, lambda texts: short)
+
+
+def prompt(name: str, context: str, question: str = QUESTION) -> str | list[Message]:
+    """A framework's prompt, as it hands it to a model."""
+    text = filled(name, context, question)
+    return text if name in ONE_MESSAGE else [system(text), user(question)]
+
+
+def texts(request: ParsedPrompt) -> list[str]:
+    return [passage.text for passage in request.passages]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_known_prompt_is_taken_apart(name: str) -> None:
+    request = asked(prompt(name, CONTEXT))
+    assert (request.question, texts(request), request.parse_mode) == (QUESTION, [BRIDGE, MUSEUM], name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_template_leaves_no_options_but_its_users(name: str) -> None:
+    options = asked(prompt(name, CONTEXT)).options
+    assert ("instructions" in options) == ("citation" in name or "refine" in name)
+    assert options.get("system_prompt") == ("Be brief." if "{rest}" in SYSTEM_MESSAGE.get(name, "") else None)
+    assert "history" not in options
+
+
+@pytest.mark.parametrize("name", ONE_MESSAGE)
+def test_a_prompt_in_a_conversation_is_taken_apart_too(name: str) -> None:
+    flat, request = asked(prompt(name, CONTEXT)), asked([*HISTORY, user(filled(name, CONTEXT))])
+    assert (request.question, request.passages, request.parse_mode) == (QUESTION, flat.passages, name)
+    assert request.options == {**flat.options, "history": HISTORY}
+
+
+@pytest.mark.parametrize("name", SYSTEM_MESSAGE)
+def test_a_context_in_a_system_message_keeps_the_history(name: str) -> None:
+    request = asked([system("Be kind."), system(filled(name, CONTEXT)), *HISTORY, user(QUESTION)])
+    assert (request.question, texts(request), request.parse_mode) == (QUESTION, [BRIDGE, MUSEUM], name)
+    assert request.options["history"] == HISTORY
+    assert request.options["system_prompt"].split("\n\n")[0] == "Be kind."
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_users_words_before_a_template_are_the_system_prompt(name: str) -> None:
+    text = "You are a pirate.\n\n" + filled(name, CONTEXT)
+    request = asked(text if name in ONE_MESSAGE else [system(text), user(QUESTION)])
+    assert (request.question, texts(request), request.parse_mode) == (QUESTION, [BRIDGE, MUSEUM], name)
+    own = ["You are a pirate.", *(["Be brief."] if "{rest}" in SYSTEM_MESSAGE.get(name, "") else [])]
+    assert request.options["system_prompt"] == "\n\n".join(own)
+
+
+def test_a_system_message_beside_a_known_prompt_is_the_system_prompt() -> None:
+    text = filled("llama-index/text-qa", CONTEXT)
+    request = asked([system(" You are a pirate. "), system(""), system("Be kind."), user(f"Aye!\n{text}")])
+    assert request.options == {"system_prompt": "You are a pirate.\n\nBe kind.\n\nAye!"}
+
+
+def test_the_default_system_prompt_of_llama_index_is_dropped() -> None:
+    text = filled("llama-index/text-qa", CONTEXT)
+    assert asked([system(DEFAULT), user(text)]).options == {}
+    assert asked([system(DEFAULT), system("Be kind."), user(text)]).options == {"system_prompt": "Be kind."}
+    assert asked([system(f"Be kind. {DEFAULT}"), user(text)]).options["system_prompt"].startswith("Be kind.")
+
+
+def test_what_a_user_adds_to_the_default_system_prompt_is_kept() -> None:
+    for own in (f"{DEFAULT}\nAnswer in German.", f"{DEFAULT.splitlines()[0]} Answer in German."):
+        request = asked([system(own), user(filled("llama-index/text-qa", CONTEXT))])
+        assert "German" in request.options["system_prompt"]
+
+
+@pytest.mark.parametrize("name", ["llama-index/refine", "llama-index/refine-chat", "llama-index/context-chat-refine"])
+def test_refining_keeps_the_earlier_answer(name: str) -> None:
+    instructions = asked(prompt(name, CONTEXT)).options["instructions"]
+    assert instructions.startswith(INSTRUCTIONS)
+    assert "Clara Novak." in instructions
+    assert "Refined" not in instructions
+
+
+def test_citation_keeps_its_instructions_and_its_titles() -> None:
+    request = asked(prompt("llama-index/citation", f"Source 1:\n{BRIDGE}\n\nSource 2:\n{MUSEUM}\n"))
+    assert request.passages == [Passage(BRIDGE, title="Source 1"), Passage(MUSEUM, title="Source 2")]
+    assert request.options["instructions"] == CITATION_RULES + "Below are several numbered sources of information:"
+
+
+def test_citation_refine_keeps_its_instructions_and_the_earlier_answer() -> None:
+    instructions = asked(prompt("llama-index/citation-refine", CONTEXT)).options["instructions"]
+    assert instructions.startswith(CITATION_RULES + "We have provided an existing answer: Clara Novak.")
+    assert instructions.endswith("Begin refining!")
+    assert BRIDGE not in instructions
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "langchain/rag-chat"])
+def test_a_known_prompt_without_context_asks_its_question_of_nothing(name: str) -> None:
+    request = asked(prompt(name, ""))
+    assert (request.question, request.passages, request.parse_mode) == (QUESTION, [], name)
+
+
+def test_passages_given_apart_win() -> None:
+    given = [Passage("given")]
+    for messages in (filled("llama-index/text-qa", CONTEXT), [system("Be kind."), *HISTORY, user(QUESTION)]):
+        request = asked(messages, given)
+        asking = messages if isinstance(messages, str) else QUESTION
+        assert (request.question, request.passages, request.parse_mode) == (asking, given, "apart")
+    assert request.options == {"system_prompt": "Be kind.", "history": HISTORY}
+
+
+def transcript(name: str, context: str, *turns: str) -> str:
+    """A conversation written out, as LlamaIndex does for models that cannot chat."""
+    return "\n".join([f"system: {filled(name, context)}", *turns, "assistant: "])
+
+
+WITH_REST = [name for name, text in SYSTEM_MESSAGE.items() if "{rest}" in text]
+
+
+@pytest.mark.parametrize("name", SYSTEM_MESSAGE)
+def test_a_transcript_is_taken_apart(name: str) -> None:
+    request = asked(transcript(name, CONTEXT, f"user: {QUESTION}"))
+    assert (request.question, texts(request), request.parse_mode) == (QUESTION, [BRIDGE, MUSEUM], name)
+    assert request.options.get("system_prompt") == ("Be brief." if name in WITH_REST else None)
+
+
+@pytest.mark.parametrize("name", WITH_REST)
+def test_a_transcripts_turns_are_the_history(name: str) -> None:
+    turns = ["user: hello", "assistant: Good day.\nHow are you?\n\nWell?", "Human: I:\n- am well", "AI: good"]
+    request = asked(transcript(name, CONTEXT, *turns, f"user: {QUESTION}"))
+    assert request.options["history"] == [
+        user("hello"),
+        Message(role="assistant", content="Good day.\nHow are you?\n\nWell?"),
+        user("I:\n- am well"),
+        Message(role="assistant", content="good"),
+    ]
+    assert (request.question, request.options["system_prompt"]) == (QUESTION, "Be brief.")
+
+
+@pytest.mark.parametrize("end", ["", "\nAI:", "\nAI: "])
+def test_a_transcript_of_langchain_is_taken_apart(end: str) -> None:
+    request = asked(f"System: {filled('langchain/stuff-chat', CONTEXT)}\nHuman: {QUESTION}{end}")
+    assert (request.question, texts(request), request.options) == (QUESTION, [BRIDGE, MUSEUM], {})
+
+
+@pytest.mark.parametrize("name", WITH_REST)
+def test_labels_inside_a_transcripts_context_are_no_turns(name: str) -> None:
+    context = f"{BRIDGE}\nuser: no question\nassistant: no answer\nsystem: no system\nhuman: none"
+    request = asked(transcript(name, context, f"user: {QUESTION}"))
+    assert (request.question, texts(request)) == (QUESTION, [context])
+    assert "history" not in request.options
+
+
+def test_words_before_the_template_in_a_transcript_are_the_system_prompt() -> None:
+    text = transcript("langchain/stuff-chat", CONTEXT, f"user: {QUESTION}").replace("system: ", "system: Aye!\n")
+    assert asked(text).options == {"system_prompt": "Aye!"}
+
+
+def test_a_transcript_is_one_only_from_its_start_and_with_a_known_context() -> None:
+    text = transcript("llama-index/context-chat", CONTEXT, f"user: {QUESTION}")
+    for other in (f"Read this:\n{text}", text.replace("Use the", "Take the"), text.replace("\nuser: ", "\nuse: ")):
+        assert asked(other, short=True) == ParsedPrompt(other, [], "whole", instructions="")
+
+
+def squashed(text: str) -> str:
+    return "".join(text.split())
+
+
+def check_nothing_is_lost(request: ParsedPrompt, context: str, question: str) -> None:
+    assert request.question == question
+    expected = re.sub(r"^Source \d+:\n", "", context.strip(), flags=re.MULTILINE)
+    assert squashed("".join(texts(request))) == squashed(expected)
+    assert all(text == text.strip() != "" for text in texts(request))
+
+
+@given(CONTEXTS, QUESTIONS)
+@settings(deadline=None, max_examples=25)
+def test_any_context_and_question_survive_in_every_prompt(context: str, question: str) -> None:
+    assume(context.strip() and context.strip()[:2] not in ("['", '["'))
+    for name in NAMES:
+        request = asked(prompt(name, context, question))
+        assert request.parse_mode == name
+        check_nothing_is_lost(request, context, question)
+
+
+@given(CONTEXTS, QUESTIONS)
+@settings(deadline=None, max_examples=25)
+def test_any_context_and_question_survive_in_a_transcript(context: str, question: str) -> None:
+    assume(context.strip() and context.strip()[:2] not in ("['", '["'))
+    for name in SYSTEM_MESSAGE:
+        request = asked(transcript(name, context, f"user: {question}"))
+        assert request.parse_mode == name
+        check_nothing_is_lost(request, context, question)
+
+
+def test_an_unknown_short_prompt_is_read_whole() -> None:
+    seen: list[list[str]] = []
+
+    def are_short(given: Sequence[str]) -> bool:
+        seen.append(list(given))
+        return True
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        request = parse_prompt([system("Be kind."), *HISTORY, user(f" {CONTEXT}\n\nwho? ")], (), are_short)
+    assert request.question == f" {CONTEXT}\n\nwho? "
+    assert (request.passages, request.parse_mode) == ([], "whole")
+    assert request.options == {"instructions": "", "system_prompt": "Be kind.", "history": HISTORY}
+    assert sorted(seen[0]) == sorted([request.question, "Be kind.", "hello", "Good day."])
+
+
+def warned(messages: str | Sequence[Message]) -> tuple[ParsedPrompt, str]:
+    """What a long unknown prompt asks, and the one warning about it."""
+    with pytest.warns(UserWarning, match="no known template") as caught:
+        request = parse_prompt(messages, (), lambda texts: False)
+    assert len(caught) == 1
+    return request, str(caught[0].message)
+
+
+def test_of_an_unknown_long_prompt_the_last_paragraph_is_the_question_and_it_warns_once() -> None:
+    request, message = warned(f"Read:\n\n{CONTEXT}\n\n{QUESTION}\n \n")
+    assert (request.question, request.parse_mode) == (QUESTION, "last paragraph")
+    assert texts(request) == [f"Read:\n\n{BRIDGE}", MUSEUM]
+    assert request.options == {}
+    assert "last paragraph" in message
+    assert "pass the passages apart" in message
+
+
+def test_a_long_message_before_a_short_one_holds_the_passages_and_it_warns_once() -> None:
+    for role in ("system", "user", "assistant"):
+        long = Message(role=role, content=f"Know this.\n\n{CONTEXT}")
+        request, message = warned([system("Be kind."), *HISTORY, long, *HISTORY, user(QUESTION)])
+        assert (request.question, request.parse_mode) == (QUESTION, "longest message")
+        assert texts(request) == ["Know this.", BRIDGE, MUSEUM]
+        assert request.options == {"system_prompt": "Be kind.", "history": HISTORY * 2}
+        assert "longest message" in message
+
+
+def test_the_longest_of_equal_messages_is_taken_once() -> None:
+    request, _ = warned([system(CONTEXT), system(CONTEXT), user(QUESTION)])
+    assert texts(request) == [BRIDGE, MUSEUM]
+    assert request.options == {"system_prompt": CONTEXT}
+
+
+def test_a_warning_is_of_one_line() -> None:
+    assert "\n" not in warned(f"{CONTEXT}\n\nq")[1] + warned([system(CONTEXT), user("q")])[1]
+
+
+BAD: list[tuple[Any, str]] = [
+    ([], "last message is not the user's"),
+    ([user("q"), Message(role="assistant", content="a")], "last message is not the user's"),
+    ([system("s")], "last message is not the user's"),
+    ([Message(role="tool", content="x"), user("q")], "message 0 has the role 'tool'"),
+    ([user("q"), Message(role="User", content="x")], "message 1 has the role 'User'"),
+    ([{"content": "q"}], "message 0 has the role None"),
+    ([user("q"), {"role": "user", "content": None}], "message 1 is NoneType"),
+    ([{"role": "user"}], "message 0 is NoneType"),
+    ([{"role": "user", "content": [{"type": "text", "text": "q"}]}], "message 0 is list"),
+    (["q"], "message 0 has the role None"),
+    ([None], "message 0 has the role None"),
+    (None, "messages is NoneType"),
+    (7, "messages is int"),
+]
+
+
+@pytest.mark.parametrize(("messages", "reason"), BAD)
+def test_bad_messages_are_an_input_error_that_says_which(messages: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        asked(messages)
+    assert "\n" not in str(caught.value)
+
+
+def test_messages_may_be_any_iterable_of_mappings() -> None:
+    messages = [system("Be kind."), user(QUESTION)]
+    assert asked(iter(messages), short=True) == asked(messages, short=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("piece", ["itself", "\nuser: "])
+def test_a_large_prompt_takes_linear_time(name: str, piece: str) -> None:
+    repeated = filled(name, "x") if piece == "itself" else piece
+    context = repeated * (1_000_000 // len(repeated)) + "x"
+    started = time.process_time()
+    assert asked(prompt(name, context)).parse_mode == name
+    if name in SYSTEM_MESSAGE:
+        assert asked(transcript(name, context, f"user: {QUESTION}")).parse_mode == name
+    assert time.process_time() - started < 2
