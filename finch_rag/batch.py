@@ -16,6 +16,7 @@ from .prefill.planning import PrefillPlan
 from .prefill.shared import prefill_shortlists, scan_shared, shares_scan
 from .prompts.passages import Passage, as_passages
 from .request import Cancellation, Request
+from .resolving import resolve
 from .runtime import Runtime
 from .settings import Settings
 
@@ -51,7 +52,7 @@ def requests_of(
     requests: list[Request] = []
     for question, own in zip(asked, lists, strict=True):
         like = requests[0] if shared and requests else None
-        requests.append(runtime.request(question, own, settings, like=like, cancellation=wanted))
+        requests.append(resolve(runtime, question, own, settings, like=like, cancellation=wanted))
     return requests, shared
 
 

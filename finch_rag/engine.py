@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Unpack
 
 from .answer import Answer, Citation, citations
+from .attributes import EngineAttributes
 from .batch import answer_together, requests_of
 from .errors import SettingsError
 from .heads.pairs import Heads, check_heads
 from .models.cache import CompressedCache
 from .models.loading import load_model
-from .prefill.planning import ChunkSize, RetrievalHeads
+from .prefill.planning import ChunkSize
 from .prefill.selection import Selection
-from .prompts.builder import PromptBuilder
 from .prompts.chat_template import Message
 from .prompts.parsing import parse_prompt
 from .prompts.passages import Passage, as_passages
 from .request import Cancellation, Progress
+from .resolving import resolve, resolve_cached
 from .runtime import Runtime
 from .settings import CallOptions, EngineSettings, ReadingOptions, SamplingOptions, Settings
 from .streaming import AnswerStream, AsyncAnswerStream, in_thread
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Finch:
+class Finch(EngineAttributes):
     """Reads any number of passages in one chunked prefill and answers from a small cache.
 
     Safe to share between threads: a call keeps nothing in the engine.
@@ -167,7 +168,7 @@ class Finch:
             passages: See `ask`.
             options: See `ask`.
         """
-        request = self.runtime.request(question, as_passages(passages), self.settings.updated(options))
+        request = resolve(self.runtime, question, as_passages(passages), self.settings.updated(options))
         return AnswerStream(self.runtime, request)
 
     def chat(
@@ -209,7 +210,7 @@ class Finch:
         )
         own = {name: value for name, value in options.items() if name != "instructions"}  # the parsed ones hold them
         settings = settings.updated({**parsed.options, **own})
-        request = self.runtime.request(parsed.question, parsed.passages, settings, parse_mode=parsed.parse_mode)
+        request = resolve(self.runtime, parsed.question, parsed.passages, settings, parse_mode=parsed.parse_mode)
         return AnswerStream(self.runtime, request)
 
     def ask_many(
@@ -287,10 +288,6 @@ class Finch:
         """
         return await self.astream(question, passages, **options).read()
 
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a text as Finch reads it."""
-        return len(self.prompts.encode([text])[0])
-
     def compress(
         self, question: str, passages: Iterable[str | Passage], **options: Unpack[ReadingOptions]
     ) -> CompressedCache:
@@ -302,7 +299,7 @@ class Finch:
             options: What differs from the engine's settings for this call.
         """
         settings = self.settings.updated(options)
-        return self.runtime.read(self.runtime.request(question, as_passages(passages), settings)).fork(0)
+        return self.runtime.read(resolve(self.runtime, question, as_passages(passages), settings)).fork(0)
 
     def ask_cached(
         self, cache: CompressedCache, question: str | None = None, **options: Unpack[SamplingOptions]
@@ -319,7 +316,7 @@ class Finch:
             WindowError: If question and answer do not fit behind the cache.
         """
         sampling = self.settings.updated(options).sampling
-        request = self.runtime.request_cached(cache, question, sampling)
+        request = resolve_cached(self.runtime, cache, question, sampling)
         return AnswerStream(self.runtime, request, cache).read()
 
     def rank(
@@ -336,87 +333,8 @@ class Finch:
             One citation a passage, by falling share; ``index`` is its place in ``passages``.
         """
         settings = self.settings.updated(options)
-        request = self.runtime.request(question, as_passages(passages), settings, ranks_only=True)
+        request = resolve(self.runtime, question, as_passages(passages), settings, ranks_only=True)
         return citations(self.runtime.read(request))
-
-    def retrieval_heads(self) -> RetrievalHeads | None:
-        """The heads that rank passages, by layer; None when all are summed. Found on the first call if need be."""
-        return self.runtime.retrieval_heads(self.settings.on_progress)
-
-    @property
-    def heads(self) -> Heads:
-        """The heads as they were asked for; `retrieval_heads` says which ones they are."""
-        return self.runtime.heads
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the model."""
-        return self.runtime.fingerprint
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model."""
-        return self.runtime.model
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer."""
-        return self.runtime.tokenizer
-
-    @property
-    def name(self) -> str:
-        """Its name in reports."""
-        return self.runtime.name
-
-    @property
-    def window(self) -> int:
-        """Positions that the model has."""
-        return self.runtime.window
-
-    @property
-    def prompts(self) -> PromptBuilder:
-        """Builds the model's prompts."""
-        return self.runtime.prompts
-
-    @property
-    def budget(self) -> int | None:
-        """Document tokens kept per layer; None where the window decides."""
-        return self.settings.reading.budget
-
-    @property
-    def chunk_size(self) -> ChunkSize:
-        """Document tokens scanned per step."""
-        return self.settings.reading.chunk_size
-
-    @property
-    def selection(self) -> Selection:
-        """What is kept."""
-        return self.settings.reading.selection
-
-    @property
-    def reread(self) -> bool:
-        """Whether the best passages are prefilled again."""
-        return self.settings.reading.reread
-
-    @property
-    def max_new_tokens(self) -> int:
-        """The most tokens of an answer."""
-        return self.settings.sampling.max_new_tokens
-
-    @property
-    def instructions(self) -> str | None:
-        """Read before the passages; None for the default."""
-        return self.settings.prompt.instructions
-
-    @property
-    def system_prompt(self) -> str | None:
-        """The system message; None for the default."""
-        return self.settings.prompt.system_prompt
-
-    @property
-    def on_progress(self) -> Progress:
-        """Told of a stage, and of its steps done and in all."""
-        return self.settings.on_progress
 
     def _are_short(self, texts: Sequence[str], chunk_size: int | None) -> bool:
         """Whether each text fits into one chunk and all of them into half the window."""

@@ -1,11 +1,13 @@
-"""What executes requests: a model with its rotation, retrieval heads and CUDA graphs. Safe to share between threads."""
+"""What executes requests: a model with its rotation, retrieval heads and CUDA graphs. Safe to share between threads.
+
+`finch_rag.resolving` makes the requests.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,7 +17,7 @@ import torch
 from .decode.cuda_graphs import CudaGraphs
 from .decode.generation import Decoder, Writer, end_tokens
 from .decode.sampling import Sampling
-from .errors import InputError, ModelError, NumericsError, WindowError
+from .errors import InputError, ModelError, NumericsError
 from .heads.pairs import Heads
 from .heads.stored import resolve_heads
 from .models import compiling
@@ -26,20 +28,10 @@ from .models.fingerprint import fingerprint
 from .models.inspection import input_embedding, window_of
 from .models.rope import KeyRotation
 from .prefill.loop import prefill
-from .prefill.planning import (
-    FixedTokens,
-    PrefillPlan,
-    RetrievalHeads,
-    chunk_within,
-    default_chunk_size,
-    fit,
-)
+from .prefill.planning import PrefillPlan, RetrievalHeads, chunk_within, default_chunk_size
 from .prefill.scan import Prefilled
-from .prompts.builder import Prompt, PromptBuilder
-from .prompts.parsing import APART
-from .prompts.passages import Passage
-from .request import Cancellation, Progress, Request, check_length
-from .settings import Settings
+from .prompts.builder import PromptBuilder
+from .request import Cancellation, Progress, Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,130 +129,6 @@ class Runtime:
             finally:
                 self._finding_heads.release()
         return self._found_heads[0]
-
-    def request(
-        self,
-        question: str,
-        passages: Sequence[Passage],
-        settings: Settings,
-        *,
-        ranks_only: bool = False,
-        like: Request | None = None,
-        parse_mode: str = APART,
-        cancellation: Cancellation | None = None,
-    ) -> Request:
-        """Resolves a call; nothing is read yet.
-
-        Args:
-            question: The question.
-            passages: Checked passages.
-            settings: Of the call.
-            ranks_only: Whether the passages are only ranked, and nothing is answered.
-            like: A request with the same passages, whose token ids are taken.
-            parse_mode: How passages and question were told apart.
-            cancellation: Asked at each step.
-
-        Raises:
-            InputError: If question or settings cannot work with this model.
-        """
-        own = settings.prompt
-        encoded = None if like is None else like.prompt.passages
-        prompt = self.prompts.build(
-            question, passages, own.instructions, own.system_prompt, own.history, own.render, encoded
-        )
-        return self.request_of(
-            prompt,
-            settings,
-            question=question,
-            passages=passages,
-            ranks_only=ranks_only,
-            parse_mode=parse_mode,
-            cancellation=cancellation,
-        )
-
-    def request_of(
-        self,
-        prompt: Prompt,
-        settings: Settings,
-        *,
-        question: str = "",
-        passages: Sequence[Passage] | None = None,
-        ranks_only: bool = False,
-        parse_mode: str = APART,
-        cancellation: Cancellation | None = None,
-    ) -> Request:
-        """Resolves a call whose prompt is built.
-
-        Args:
-            prompt: Token ids.
-            settings: Of the call.
-            question: For the record.
-            passages: Those of the prompt; nameless ones when None.
-            ranks_only: See `request`.
-            parse_mode: See `request`.
-            cancellation: See `request`.
-
-        Raises:
-            WindowError: If something does not fit into the window.
-            InputError: If the passages have more tokens than the settings allow.
-        """
-        reading, sampling = settings.reading, settings.sampling
-        if ranks_only:
-            sampling = replace(sampling, max_new_tokens=0)
-        lengths = [len(passage) for passage in prompt.passages]
-        check_length(sum(lengths), reading.max_context_tokens)
-        whole = reading.selection == "passage"
-        budget, chunk_size = fit(
-            FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), sampling.max_new_tokens),
-            window=self.window,
-            budget=reading.budget,
-            chunk_size=reading.chunk_tokens,
-            usual_chunk_size=self.usual_chunk_size,
-            longest_passage=max(lengths, default=0) if whole else 0,
-            document=sum(lengths),
-        )
-        reread = reading.reread and whole
-        plan = PrefillPlan(budget, chunk_size, reading.selection, reread=reread, ranks_only=ranks_only)
-        return Request(
-            question=question,
-            passages=[Passage("") for _ in lengths] if passages is None else passages,
-            prompt=prompt,
-            plan=plan,
-            sampling=sampling,
-            on_progress=settings.on_progress,
-            cancellation=Cancellation() if cancellation is None else cancellation,
-            parse_mode=parse_mode,
-        )
-
-    def request_cached(self, cache: CompressedCache, question: str | None, sampling: Sampling) -> Request:
-        """Resolves a question to a cache.
-
-        Args:
-            cache: That `read` made, with this model.
-            question: The one that the cache was compressed under when None.
-            sampling: How the answer is generated.
-
-        Raises:
-            InputError: If the cache is another model's.
-            WindowError: If question and answer do not fit behind the cache.
-        """
-        if cache.document.model != self.fingerprint:
-            raise InputError(f"the cache was filled by another model than {self.name}: compress the passages again")
-        keys = cache.layers[0].keys
-        if keys is not None and keys.dtype != self.model.dtype:
-            raise InputError(
-                f"the cache holds {keys.dtype} and {self.name} is loaded in {self.model.dtype}: load the model with "
-                "that dtype, or compress the passages again"
-            )
-        asked = cache.document.question if question is None else question
-        prompt = self.prompts.build(asked, [])
-        fixed = FixedTokens(cache.length, len(prompt.question), len(prompt.tail), sampling.max_new_tokens)
-        if fixed.total > self.window:
-            raise WindowError(
-                f"the cache has {cache.length} tokens, the question {fixed.question + fixed.tail} and the answer up to "
-                f"{fixed.new}, more than the window of {self.window}: shorten the question or lower max_new_tokens"
-            )
-        return Request(asked, (), prompt, None, sampling, Settings().on_progress)
 
     def plan(self, request: Request) -> PrefillPlan:
         """How a request's passages are read; finds the model's retrieval heads if need be.

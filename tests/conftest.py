@@ -13,6 +13,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on a CPU
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: the cores are taken
 
 from finch_rag.engine import Finch
 from finch_rag.models.cache import CompressedCache
@@ -20,6 +22,11 @@ from finch_rag.models.cache import CompressedCache
 from .small import chat_tokenizer, plain_tokenizer, small_finch
 
 torch.set_num_threads(1)  # small matrices gain nothing from more
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests begin first, so that no process waits for one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ def bare(answer: Answer) -> Answer:
 
 
 def one_by_one(finch: Finch, lists: list[Any], **options: Any) -> list[Answer]:
-    return [bare(finch.ask(q, its, **options)) for q, its in zip(QUESTIONS, lists, strict=True)]
+    return [bare(finch.ask(q, own, **options)) for q, own in zip(QUESTIONS, lists, strict=True)]
 
 
 @pytest.mark.parametrize("steps", [False, True])

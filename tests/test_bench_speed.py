@@ -10,8 +10,9 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from finch_rag.bench import plots, speed
+from finch_rag.bench.readings import READINGS
 from finch_rag.bench.shapes import SHAPES, random_model, random_prompt, worst_heads
-from finch_rag.bench.timing import READINGS, Measurement, SkippedError, SpeedCase, matrix_rate
+from finch_rag.bench.timing import Measurement, SkippedError, SpeedCase, matrix_rate
 from finch_rag.cli.app import app
 from finch_rag.errors import InputError, MissingExtraError
 

@@ -360,6 +360,7 @@ def test_progress_is_on_stderr_of_a_terminal_only() -> None:
     assert piped.stdout == b'{"a": 1}\n'
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_the_embedded_model_answers_from_a_folder(corpus: Path, private_cache: Path) -> None:
     entry_point = [sys.executable, "-c", "from finch_rag.cli import main; main()"]

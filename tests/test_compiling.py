@@ -28,11 +28,12 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
         compile_layers(small_model("gpt2"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
 @pytest.mark.parametrize("steps", [False, True])
 def test_answers_are_the_same_compiled(steps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fused = small_finch(max_new_tokens=12), small_finch(max_new_tokens=12, compile_layers=True)
-    monkeypatch.setattr(fused.runtime.graphs, "_usable", steps)  # as on a GPU, but for the recording
+    monkeypatch.setattr(fused.runtime.graphs, "enabled", steps)  # as on a GPU, but for the capture
     asked, compiled = plain.ask("When was it?", texts(30)), fused.ask("When was it?", texts(30))
     assert compiled.text == asked.text
     assert [citation.index for citation in compiled.citations] == [citation.index for citation in asked.citations]

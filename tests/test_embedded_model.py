@@ -63,11 +63,12 @@ def test_the_embedded_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -
     def again(*_: Any) -> None:
         raise FinchError("converted again")
 
-    monkeypatch.setattr(module, "_convert_gguf", again)
+    monkeypatch.setattr(module, "convert_gguf", again)
     assert embedded_folder() == folder
     assert load_model("embedded").name == "SmolLM2-135M-Instruct"
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_a_damaged_conversion_is_made_again_once_by_two_processes(tmp_path: Path) -> None:
     good = embedded_folder()

@@ -37,6 +37,7 @@ def test_a_notebook_is_its_script_with_outputs(path: Path) -> None:
     assert "site-packages" not in path.read_text(encoding="utf-8")  # no path of the machine where it ran
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_finds_its_answer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

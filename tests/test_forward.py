@@ -32,15 +32,15 @@ def empty(model: Any) -> CompressedCache:
 @torch.inference_mode()
 def test_sequences_side_by_side_are_read_as_each_alone(kind: str) -> None:
     model = model_of(kind)
-    packed, alone = ([empty(model) for _ in SEQUENCES] for _ in range(2))
+    batched, alone = ([empty(model) for _ in SEQUENCES] for _ in range(2))
     for length in (3, 0):  # onto caches that hold something already, of different lengths
-        for mine, its, tokens in zip(packed, alone, SEQUENCES, strict=True):
-            for cache in (mine, its):
+        for mine, theirs, tokens in zip(batched, alone, SEQUENCES, strict=True):
+            for cache in (mine, theirs):
                 if cache.length == 0:
                     forward(model, torch.tensor(tokens[:length]), cache)
-    segments = [VarlenSequence.onto(cache, torch.tensor(its)) for cache, its in zip(packed, SEQUENCES, strict=True)]
-    logits = varlen_logits(model, segments)
-    for row, cache, mine, tokens in zip(logits, alone, packed, SEQUENCES, strict=True):
+    sequences = [VarlenSequence.onto(cache, torch.tensor(ids)) for cache, ids in zip(batched, SEQUENCES, strict=True)]
+    logits = varlen_logits(model, sequences)
+    for row, cache, mine, tokens in zip(logits, alone, batched, SEQUENCES, strict=True):
         expected = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits[0, -1]
         torch.testing.assert_close(row, expected, atol=1e-4, rtol=1e-4)
         for found, other in zip(mine.layers, cache.layers, strict=True):
@@ -97,9 +97,9 @@ def test_memory_that_runs_out_says_how_much_was_tried() -> None:
     def fail(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    segments = [VarlenSequence.onto(empty(model), torch.tensor([3, 4]), fail) for _ in range(2)]
+    sequences = [VarlenSequence.onto(empty(model), torch.tensor([3, 4]), fail) for _ in range(2)]
     with pytest.raises(DeviceMemoryError, match="4 tokens in 2 sequences"), torch.inference_mode():
-        forward_varlen(model, segments)
+        forward_varlen(model, sequences)
 
 
 def test_other_signals_of_an_observer_pass() -> None:

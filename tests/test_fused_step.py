@@ -90,8 +90,8 @@ def test_what_it_writes_into_the_cache_is_what_a_pass_writes() -> None:
     step.load([cache])
     step([5])
     plain(model, cache, [5])
-    for (keys, values), its in zip(step.buffers, cache.layers, strict=True):
-        for buffer, states in ((keys, its.keys), (values, its.values)):
+    for (keys, values), layer in zip(step.buffers, cache.layers, strict=True):
+        for buffer, states in ((keys, layer.keys), (values, layer.values)):
             assert states is not None
             torch.testing.assert_close(buffer[:, :, :38], states[:, :, :38], atol=1e-5, rtol=1e-5)
             assert not buffer[:, :, 38:].any()

@@ -44,10 +44,8 @@ class Reader:
 
 def in_use(cache: CompressedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's keys and values, each [kv_heads, tokens, head_dim]."""
-    its = cache.layers[layer]
-    assert its.keys is not None
-    assert its.values is not None
-    return its.keys[0, :, : its.length], its.values[0, :, : its.length]
+    keys, values = cache.layers[layer].in_use()
+    return keys[0], values[0]
 
 
 def ends_of(prompt: Prompt) -> list[int]:
@@ -86,11 +84,11 @@ def test_what_is_kept_is_what_a_plain_second_implementation_keeps(
     cache, attention = Reader(kind).read(prompt, 70, 64, selection, heads)
     assert attention.tolist() == pytest.approx(expected_attention, rel=1e-3)
     kept = cache.kept.expand(len(expected), -1).tolist()
-    for layer, its in enumerate(expected):
-        assert kept[layer] == its.positions
+    for layer, states in enumerate(expected):
+        assert kept[layer] == states.positions
         keys, values = in_use(cache, layer)
-        torch.testing.assert_close(keys, its.keys, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(values, its.values, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(keys, states.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(values, states.values, atol=1e-4, rtol=1e-4)
 
 
 def test_the_layers_of_token_selection_choose_their_own() -> None:
@@ -373,8 +371,8 @@ def test_where_memory_runs_out_the_reading_goes_on_with_half_the_chunk(
     assert torch.equal(found.cache.kept, expected.cache.kept)
     torch.testing.assert_close(found.attention, expected.attention)
     for layer in range(2):
-        for mine, its in zip(in_use(found.cache, layer), in_use(expected.cache, layer), strict=True):
-            torch.testing.assert_close(mine, its)
+        for mine, theirs in zip(in_use(found.cache, layer), in_use(expected.cache, layer), strict=True):
+            torch.testing.assert_close(mine, theirs)
 
 
 def test_memory_that_runs_out_on_the_way_leaves_what_was_read() -> None:

@@ -23,7 +23,7 @@ def documents(draw: st.DrawFn) -> tuple[torch.Tensor, list[int], int]:
 
 def reference(scores: list[float], passage_of: list[int], budget: int) -> list[int]:
     """Whole passages by their sums while they fit, then the best tokens of the first that does not."""
-    members = {name: [c for c, its in enumerate(passage_of) if its == name] for name in set(passage_of)}
+    members = {name: [c for c, own in enumerate(passage_of) if own == name] for name in set(passage_of)}
     ranked = sorted(members, key=lambda name: (-sum(scores[c] for c in members[name]), name))
     kept: list[int] = []
     for name in ranked:

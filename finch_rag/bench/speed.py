@@ -22,8 +22,9 @@ from rich.table import Table
 from ..errors import FinchError, InputError
 from ..models.loading import resolve_device
 from ..terminal.output import out, say_json
+from .readings import check_methods
 from .shapes import SHAPES
-from .timing import Measurement, Run, SkippedError, SpeedCase, check_methods
+from .timing import Measurement, Run, SkippedError, SpeedCase
 
 DEFAULT_METHODS = ("full", "finch")
 _TIME_TO_END = 10.0  # seconds that a failed process has to leave its exit code
@@ -47,7 +48,7 @@ def main(
         budget: Finch's budget.
         chunk_size: Finch's chunk size; the engine's default when None.
         repeats: Runs of each case; medians are reported.
-        methods: Of `finch_rag.bench.timing.READINGS`. One is left out where window or memory is too small for it.
+        methods: Of `finch_rag.bench.readings.READINGS`. One is left out where window or memory is too small for it.
         shape: Of `finch_rag.bench.shapes.SHAPES`: random weights in place of ``model``.
         plot: Where to draw seconds and memory against length; not at all when None.
 

@@ -18,6 +18,7 @@ from ..corpus.retrieval import Retriever, in_rank_order
 from ..engine import Finch
 from ..prompts.builder import Prompt
 from ..prompts.passages import Passage
+from ..resolving import resolve_prompt
 from ..streaming import AnswerStream
 
 METHODS = {
@@ -139,7 +140,7 @@ class FullWindow:
         self.passage_ids = {p.id for p, end in zip(passages, ends, strict=True) if end <= self.tokens}
         start = time.perf_counter()
         filled = Prompt([*self._prefix, *document], [], longest.question, longest.own_tokens, longest.tail)
-        self._cache = self._runtime.read(self._runtime.request_of(filled, self._settings))
+        self._cache = self._runtime.read(resolve_prompt(self._runtime, filled, self._settings))
         self.prefill_seconds = time.perf_counter() - start
 
     def answer(self, question: str) -> Answer:
@@ -148,7 +149,7 @@ class FullWindow:
         Args:
             question: One of the questions that the window was filled for.
         """
-        request = self._runtime.request_of(self._prompt(question), self._settings)
+        request = resolve_prompt(self._runtime, self._prompt(question), self._settings)
         return AnswerStream(self._runtime, request, self._cache).read()
 
     def _prompt(self, question: str) -> Prompt:

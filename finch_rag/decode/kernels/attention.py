@@ -57,7 +57,7 @@ def attend(
     The cache's tokens are split among programs whose results are joined, as in Flash-Decoding (Dao et al., 2023).
 
     Args:
-        qkv: Queries of all heads, keys of all KV heads and their values, one behind the other.
+        qkv: Queries of all heads, keys of all KV heads and their values, joined.
         rotary: Cosine and sine at the token's position, each of ``head_dim`` elements.
         keys: The layer's buffer, shape [1, kv_heads, capacity, head_dim].
         values: Buffer of the same shape.

@@ -53,7 +53,7 @@ def linear(
 
     Args:
         x: Shape [columns].
-        parts: All with a bias or none; their products go one behind the other into ``out``.
+        parts: All with a bias or none; their products are joined in ``out``.
         out: Shape [rows of all parts], of any dtype.
         norm: Applied to ``x`` first.
         add: Whether to add to what ``out`` holds.

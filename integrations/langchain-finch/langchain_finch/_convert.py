@@ -218,5 +218,5 @@ def _annotation(citation: Mapping[str, Any]) -> Citation:
         cited_text=citation.get("cited_text"),
         **{name: citation.get(name) for name in names},
     )
-    del annotation["id"]  # made anew at each call, so that the same message would never equal itself
+    del annotation["id"]  # made again at each call, so that the same message would never equal itself
     return annotation

@@ -1,0 +1,111 @@
+"""What an engine tells about itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .heads.pairs import Heads
+from .prefill.planning import ChunkSize, RetrievalHeads
+from .prefill.selection import Selection
+from .prompts.builder import PromptBuilder
+from .request import Progress
+from .runtime import Runtime
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class EngineAttributes:
+    """Settings and model of an engine, read-only.
+
+    Attributes:
+        settings: What a call does where its options do not say otherwise.
+        runtime: Executes the calls.
+    """
+
+    settings: Settings
+    runtime: Runtime
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text as Finch reads it."""
+        return len(self.prompts.encode([text])[0])
+
+    def retrieval_heads(self) -> RetrievalHeads | None:
+        """The heads that rank passages, by layer; None when all are summed. Found on the first call if need be."""
+        return self.runtime.retrieval_heads(self.settings.on_progress)
+
+    @property
+    def heads(self) -> Heads:
+        """The heads as they were asked for; `retrieval_heads` says which ones they are."""
+        return self.runtime.heads
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the model."""
+        return self.runtime.fingerprint
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+        return self.runtime.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return self.runtime.tokenizer
+
+    @property
+    def name(self) -> str:
+        """Its name in reports."""
+        return self.runtime.name
+
+    @property
+    def window(self) -> int:
+        """Positions that the model has."""
+        return self.runtime.window
+
+    @property
+    def prompts(self) -> PromptBuilder:
+        """Builds the model's prompts."""
+        return self.runtime.prompts
+
+    @property
+    def budget(self) -> int | None:
+        """Document tokens kept per layer; None where the window decides."""
+        return self.settings.reading.budget
+
+    @property
+    def chunk_size(self) -> ChunkSize:
+        """Document tokens scanned per step."""
+        return self.settings.reading.chunk_size
+
+    @property
+    def selection(self) -> Selection:
+        """What is kept."""
+        return self.settings.reading.selection
+
+    @property
+    def reread(self) -> bool:
+        """Whether the best passages are prefilled again."""
+        return self.settings.reading.reread
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The most tokens of an answer."""
+        return self.settings.sampling.max_new_tokens
+
+    @property
+    def instructions(self) -> str | None:
+        """Read before the passages; None for the default."""
+        return self.settings.prompt.instructions
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system message; None for the default."""
+        return self.settings.prompt.system_prompt
+
+    @property
+    def on_progress(self) -> Progress:
+        """Told of a stage, and of its steps done and in all."""
+        return self.settings.on_progress

@@ -1,0 +1,151 @@
+"""Ways to read a document whose speed is measured.
+
+full      one plain forward pass (SDPA) and its steps, as transformers runs them
+finch     chunk by chunk into a small cache, and CUDA graphs where there is a GPU: what `Finch.ask` executes
+kvpress   kvpress' FinchPress: one forward pass, each layer compressed after it; needs its own environment
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from ..engine import Finch
+from ..errors import InputError, MissingExtraError
+from ..models.forward import on_device
+from ..prompts.builder import Prompt
+from ..request import Request
+from .peer_methods import compression_ratio
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COMPILED = "finch-compiled"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A prompt in a cache.
+
+    Attributes:
+        layer_tokens: Tokens that ran through a layer, summed over the layers.
+        step: Runs the model for the next token of the answer; the first one reads the question, if need be.
+    """
+
+    layer_tokens: int
+    step: Callable[[], Any]
+
+
+def full(finch: Finch, request: Request) -> Reading:
+    """One plain forward pass.
+
+    Args:
+        finch: The engine, for its model.
+        request: What is read.
+    """
+    cache = DynamicCache()
+    tokens = [*_document(request.prompt), *request.answer_prompt]
+    logits = _logits(finch.model, cache, tokens)
+    return Reading(len(tokens) * _layers(finch.model), _plain_steps(finch.model, cache, logits))
+
+
+def by_finch(finch: Finch, request: Request) -> Reading:
+    """Finch's scan and re-prefill.
+
+    Args:
+        finch: The engine.
+        request: What is read.
+    """
+    cache = finch.runtime.read(request)
+    prompt, figures = request.prompt, cache.document.figures
+    document = sum(request.passage_tokens)
+    scanned = len(prompt.prefix) + document + figures.chunks * len(prompt.question)
+    layer_tokens = scanned * figures.scanned_layers
+    if cache.kept_tokens < document:
+        layer_tokens += cache.length * _layers(finch.model)
+    return Reading(layer_tokens, finch.runtime.decoder(cache.fork(request.room), request).steps().__next__)
+
+
+def kvpress(finch: Finch, request: Request) -> Reading:
+    """Kvpress' FinchPress at the same cache size.
+
+    Args:
+        finch: The engine, for its model.
+        request: What is read.
+    """
+    from kvpress.presses.finch_press import FinchPress
+
+    model, prompt = finch.model, request.prompt
+    document = _document(prompt)
+    tokens = [*document, *prompt.question]
+    press = FinchPress()
+    budget = request.plan.budget if request.plan is not None else 0
+    press.compression_ratio = compression_ratio(len(tokens), len(prompt.prefix) + budget + len(prompt.question))
+    used = set(tokens)
+    press.delimiter_token_id = next(i for i in range(int(model.config.vocab_size)) if i not in used)
+    cache = DynamicCache()
+    ids = torch.tensor([[*document, press.delimiter_token_id, *prompt.question]], device=model.device)
+    with press(model):
+        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    logits = _logits(model, cache, prompt.tail)
+    return Reading(len(tokens) * _layers(model), _plain_steps(model, cache, logits))
+
+
+READINGS: dict[str, Callable[[Finch, Request], Reading]] = {
+    "full": full,
+    "finch": by_finch,
+    COMPILED: by_finch,
+    "kvpress": kvpress,
+}
+
+
+def _plain_steps(model: PreTrainedModel, cache: Any, logits: torch.Tensor) -> Callable[[], int]:
+    """The likeliest tokens one by one; a step beyond the first runs the model for the token before."""
+    made: list[int] = []
+
+    def step() -> int:
+        after = logits if not made else _logits(model, cache, made[-1:])
+        made.append(int(after.argmax()))
+        return made[-1]
+
+    return step
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Raises if a method does not exist, or its package is not installed.
+
+    Args:
+        methods: What to measure.
+
+    Raises:
+        InputError: If there is no such method.
+        MissingExtraError: If kvpress is not installed.
+    """
+    if unknown := [method for method in methods if method not in READINGS]:
+        raise InputError(f"method {', '.join(unknown)} is unknown: use {', '.join(READINGS)}")
+    if "kvpress" in methods:
+        try:
+            import kvpress  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(
+                "kvpress is not installed: it needs transformers below 5.3, so run this with the finch-rag of the "
+                "environment .venv-peers, which 'make bench-peers' sets up"
+            ) from error
+
+
+def _layers(model: PreTrainedModel) -> int:
+    return int(model.config.num_hidden_layers)
+
+
+def _document(prompt: Prompt) -> list[int]:
+    return [*prompt.prefix, *(token for passage in prompt.passages for token in passage)]
+
+
+def _logits(model: PreTrainedModel, cache: Any, tokens: list[int]) -> torch.Tensor:
+    ids = on_device(tokens, model.device)[None]
+    logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits

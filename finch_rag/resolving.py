@@ -1,0 +1,148 @@
+"""From a call's question, passages and settings to a `Request`: everything is checked, nothing is read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .decode.sampling import Sampling
+from .errors import InputError, WindowError
+from .models.cache import CompressedCache
+from .prefill.planning import FixedTokens, PrefillPlan, fit
+from .prompts.builder import Prompt
+from .prompts.parsing import APART
+from .prompts.passages import Passage
+from .request import Cancellation, Request, check_length
+from .runtime import Runtime
+from .settings import Settings
+
+
+def resolve(
+    runtime: Runtime,
+    question: str,
+    passages: Sequence[Passage],
+    settings: Settings,
+    *,
+    ranks_only: bool = False,
+    like: Request | None = None,
+    parse_mode: str = APART,
+    cancellation: Cancellation | None = None,
+) -> Request:
+    """Resolves a call; nothing is read yet.
+
+    Args:
+        runtime: Will execute it.
+        question: The question.
+        passages: Checked passages.
+        settings: Of the call.
+        ranks_only: Whether the passages are only ranked, and nothing is answered.
+        like: A request with the same passages, whose token ids are taken.
+        parse_mode: How passages and question were told apart.
+        cancellation: Asked at each step.
+
+    Raises:
+        InputError: If question or settings cannot work with this model.
+    """
+    own = settings.prompt
+    encoded = None if like is None else like.prompt.passages
+    prompt = runtime.prompts.build(
+        question, passages, own.instructions, own.system_prompt, own.history, own.render, encoded
+    )
+    return resolve_prompt(
+        runtime,
+        prompt,
+        settings,
+        question=question,
+        passages=passages,
+        ranks_only=ranks_only,
+        parse_mode=parse_mode,
+        cancellation=cancellation,
+    )
+
+
+def resolve_prompt(
+    runtime: Runtime,
+    prompt: Prompt,
+    settings: Settings,
+    *,
+    question: str = "",
+    passages: Sequence[Passage] | None = None,
+    ranks_only: bool = False,
+    parse_mode: str = APART,
+    cancellation: Cancellation | None = None,
+) -> Request:
+    """Resolves a call whose prompt is built.
+
+    Args:
+        runtime: Will execute it.
+        prompt: Token ids.
+        settings: Of the call.
+        question: For the record.
+        passages: Those of the prompt; nameless ones when None.
+        ranks_only: See `resolve`.
+        parse_mode: See `resolve`.
+        cancellation: See `resolve`.
+
+    Raises:
+        WindowError: If something does not fit into the window.
+        InputError: If the passages have more tokens than the settings allow.
+    """
+    reading, sampling = settings.reading, settings.sampling
+    if ranks_only:
+        sampling = replace(sampling, max_new_tokens=0)
+    lengths = [len(passage) for passage in prompt.passages]
+    check_length(sum(lengths), reading.max_context_tokens)
+    whole = reading.selection == "passage"
+    budget, chunk_size = fit(
+        FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), sampling.max_new_tokens),
+        window=runtime.window,
+        budget=reading.budget,
+        chunk_size=reading.chunk_tokens,
+        usual_chunk_size=runtime.usual_chunk_size,
+        longest_passage=max(lengths, default=0) if whole else 0,
+        document=sum(lengths),
+    )
+    reread = reading.reread and whole
+    plan = PrefillPlan(budget, chunk_size, reading.selection, reread=reread, ranks_only=ranks_only)
+    return Request(
+        question=question,
+        passages=[Passage("") for _ in lengths] if passages is None else passages,
+        prompt=prompt,
+        plan=plan,
+        sampling=sampling,
+        on_progress=settings.on_progress,
+        cancellation=Cancellation() if cancellation is None else cancellation,
+        parse_mode=parse_mode,
+    )
+
+
+def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | None, sampling: Sampling) -> Request:
+    """Resolves a question to a cache.
+
+    Args:
+        runtime: Will execute it.
+        cache: That a runtime's `read` made, with this model.
+        question: The one that the cache was compressed under when None.
+        sampling: How the answer is generated.
+
+    Raises:
+        InputError: If the cache is another model's.
+        WindowError: If question and answer do not fit behind the cache.
+    """
+    if cache.document.model != runtime.fingerprint:
+        raise InputError(f"the cache was filled by another model than {runtime.name}: compress the passages again")
+    keys = cache.layers[0].keys
+    if keys is not None and keys.dtype != runtime.model.dtype:
+        raise InputError(
+            f"the cache holds {keys.dtype} and {runtime.name} is loaded in {runtime.model.dtype}: load the model with "
+            "that dtype, or compress the passages again"
+        )
+    asked = cache.document.question if question is None else question
+    prompt = runtime.prompts.build(asked, [])
+    fixed = FixedTokens(cache.length, len(prompt.question), len(prompt.tail), sampling.max_new_tokens)
+    if fixed.total > runtime.window:
+        raise WindowError(
+            f"the cache has {cache.length} tokens, the question {fixed.question + fixed.tail} and the answer up to "
+            f"{fixed.new}, more than the window of {runtime.window}: shorten the question or lower max_new_tokens"
+        )
+    return Request(asked, (), prompt, None, sampling, Settings().on_progress)
