@@ -17,6 +17,7 @@ from li_support import (
     engine,
     finch_llm,
     listening,
+    new_engine,
     passages,
     whole_text,
     wrapped,
@@ -73,6 +74,25 @@ def test_an_engine_is_taken_as_it_is() -> None:
     llm = FinchLLM(engine=engine())
     assert llm.engine is engine()
     assert llm.model_name == "small"
+
+
+def test_a_given_engines_settings_hold_where_the_llm_has_none() -> None:
+    own = new_engine(selection="token", max_new_tokens=5, instructions="Say little.")
+    llm = FinchLLM(engine=own)
+    assert llm.metadata.num_output == 5
+    report = llm.chat([PassagesMessage(QUESTION, passages())]).raw["report"]
+    expected = own.ask(QUESTION, passages()).report
+    assert (report["selection"], report["budget"]) == ("token", 60) == (expected.selection, expected.budget)
+    assert report["new_tokens"] == expected.new_tokens <= 5
+    assert report["prefix_tokens"] == expected.prefix_tokens
+    told = FinchLLM(engine=own, selection="passage", max_new_tokens=3)
+    report = told.chat([PassagesMessage(QUESTION, passages())]).raw["report"]
+    assert (report["selection"], report["new_tokens"]) == ("passage", 3)
+
+
+def test_without_an_engine_answers_are_as_long_as_llamaindex_expects() -> None:
+    llm = FinchLLM("/no/such/folder")
+    assert (llm.metadata.num_output, llm.selection) == (256, "passage")
 
 
 def test_nothing_is_loaded_before_the_first_call() -> None:
