@@ -18,7 +18,7 @@ class Refused(Exception):  # noqa: N818 - becomes an error of the caller's class
     """A value breaks a rule; the message is the line for the user."""
 
 
-def checked(rules: Mapping[str, Rule], values: Mapping[str, Any], error: type[FinchError]) -> dict[str, Any]:
+def checked(rules: Mapping[str, Rule], values: Mapping[str, object], error: type[FinchError]) -> dict[str, Any]:
     """The values to use.
 
     Args:

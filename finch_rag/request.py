@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .decode.sampling import Sampling
-from .errors import InputError
 from .prefill.planning import PrefillPlan
 from .prompts.builder import Prompt
 from .prompts.parsing import APART
@@ -57,7 +56,7 @@ class Request:
     """
 
     question: str
-    passages: Sequence[Passage]
+    passages: tuple[Passage, ...]
     prompt: Prompt
     plan: PrefillPlan | None
     sampling: Sampling
@@ -92,17 +91,3 @@ class Request:
             self.cancellation.check()
 
         return tell
-
-
-def check_length(context_tokens: int, max_context_tokens: int | None) -> None:
-    """Raises an InputError if the passages are longer than the caller allows.
-
-    Args:
-        context_tokens: Tokens of all passages.
-        max_context_tokens: The most that are allowed; None for no limit.
-    """
-    if max_context_tokens is not None and context_tokens > max_context_tokens:
-        raise InputError(
-            f"the passages have {context_tokens} tokens, more than max_context_tokens={max_context_tokens}: pass fewer "
-            "passages, or raise max_context_tokens"
-        )

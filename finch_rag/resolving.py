@@ -12,7 +12,7 @@ from .prefill.planning import FixedTokens, PrefillPlan, fit
 from .prompts.builder import Prompt
 from .prompts.parsing import APART
 from .prompts.passages import Passage
-from .request import Cancellation, Request, check_length
+from .request import Cancellation, Request
 from .runtime import Runtime
 from .settings import Settings
 
@@ -91,10 +91,15 @@ def resolve_prompt(
     if ranks_only:
         sampling = replace(sampling, max_new_tokens=0)
     lengths = [len(passage) for passage in prompt.passages]
-    check_length(sum(lengths), reading.max_context_tokens)
+    _check_length(sum(lengths), reading.max_context_tokens)
     whole = reading.selection == "passage"
     budget, chunk_size = fit(
-        FixedTokens(len(prompt.prefix), len(prompt.question), len(prompt.tail), sampling.max_new_tokens),
+        FixedTokens(
+            prefix=len(prompt.prefix),
+            question=len(prompt.question),
+            tail=len(prompt.tail),
+            new=sampling.max_new_tokens,
+        ),
         window=runtime.window,
         budget=reading.budget,
         chunk_size=reading.chunk_tokens,
@@ -103,10 +108,16 @@ def resolve_prompt(
         document=sum(lengths),
     )
     reread = reading.reread and whole
-    plan = PrefillPlan(budget, chunk_size, reading.selection, reread=reread, ranks_only=ranks_only)
+    plan = PrefillPlan(
+        budget=budget,
+        chunk_size=chunk_size,
+        selection=reading.selection,
+        reread=reread,
+        ranks_only=ranks_only,
+    )
     return Request(
         question=question,
-        passages=[Passage("") for _ in lengths] if passages is None else passages,
+        passages=tuple(Passage("") for _ in lengths) if passages is None else tuple(passages),
         prompt=prompt,
         plan=plan,
         sampling=sampling,
@@ -139,10 +150,27 @@ def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | Non
         )
     asked = cache.document.question if question is None else question
     prompt = runtime.prompts.build(asked, [])
-    fixed = FixedTokens(cache.length, len(prompt.question), len(prompt.tail), sampling.max_new_tokens)
+    fixed = FixedTokens(
+        prefix=cache.length, question=len(prompt.question), tail=len(prompt.tail), new=sampling.max_new_tokens
+    )
     if fixed.total > runtime.window:
         raise WindowError(
             f"the cache has {cache.length} tokens, the question {fixed.question + fixed.tail} and the answer up to "
             f"{fixed.new}, more than the window of {runtime.window}: shorten the question or lower max_new_tokens"
         )
-    return Request(asked, (), prompt, None, sampling, Settings().on_progress)
+    return Request(
+        question=asked,
+        passages=(),
+        prompt=prompt,
+        plan=None,
+        sampling=sampling,
+        on_progress=Settings().on_progress,
+    )
+
+
+def _check_length(context_tokens: int, max_context_tokens: int | None) -> None:
+    if max_context_tokens is not None and context_tokens > max_context_tokens:
+        raise InputError(
+            f"the passages have {context_tokens} tokens, more than max_context_tokens={max_context_tokens}: pass fewer "
+            "passages, or raise max_context_tokens"
+        )

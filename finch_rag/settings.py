@@ -152,7 +152,7 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-def check_options(options: Mapping[str, Any], error: type[FinchError] = InputError) -> dict[str, Any]:
+def check_options(options: Mapping[str, object], error: type[FinchError] = InputError) -> dict[str, Any]:
     """Options of a call, or settings of an engine by the same names, as Finch uses them.
 
     Args:
@@ -181,7 +181,7 @@ class Settings:
     sampling: Sampling = field(default_factory=Sampling)
     on_progress: Progress = lambda stage, done, total: None
 
-    def updated(self, options: Mapping[str, Any], error: type[FinchError] = InputError) -> Settings:
+    def updated(self, options: Mapping[str, object], error: type[FinchError] = InputError) -> Settings:
         """The same with options in place of what they name.
 
         Args:

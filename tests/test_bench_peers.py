@@ -79,7 +79,9 @@ def cases() -> list[QualityCase]:
 @pytest.fixture
 def folder(tmp_path: Path, cases: list[QualityCase]) -> Path:
     """What finch-rag bench quality leaves behind."""
-    settings = Settings("small", "made", "bm25", COUNT, "rank", 4, seed=0, max_new_tokens=7)
+    settings = Settings(
+        model="small", data="made", retriever="bm25", top_k=COUNT, order="rank", limit=4, seed=0, max_new_tokens=7
+    )
     (tmp_path / "settings.json").write_text(json.dumps(asdict(settings)))
     write_cases(cases, tmp_path / "cases.jsonl.gz")
     return tmp_path

@@ -122,7 +122,8 @@ def make_cases(
         retriever: What ranks the passages.
         top_k: How many passages a question gets; all where there are fewer.
         order: "rank" (best first), "random", or "gold-at:I": the answer's passage at place I, the others, which are
-            the best ranked that are not gold, in rank order.
+            the best ranked that are not gold, in rank order. Its rank stays the retriever's, the last where it was not
+            retrieved.
         limit: How many questions; all when None.
         seed: Of the draw, and of the random order.
 
@@ -136,9 +137,10 @@ def make_cases(
     search = search_by(retriever, data.passages)
     cases = []
     for question in questions[:limit]:
-        ranked = search(question.question, min(top_k, len(data.passages)))
-        if gold_at is not None:
-            ranked = _with_gold(ranked, data.passages, question)
+        if gold_at is None:
+            ranked = search(question.question, min(top_k, len(data.passages)))
+        else:
+            ranked = _with_one_gold(search, data.passages, question, top_k)
         ranks = list(range(len(ranked)))
         if gold_at is not None:
             gold = next(rank for rank in ranks if data.passages[ranked[rank]].id in question.gold_ids)
@@ -161,11 +163,13 @@ def _places(order: str, top_k: int) -> int | None:
     return int(place)
 
 
-def _with_gold(ranked: list[int], passages: Sequence[Passage], question: Question) -> list[int]:
-    """As many passages, best first, with one that is gold: where the retriever ranks it, or else last."""
-    gold = next(index for index, passage in enumerate(passages) if passage.id in question.gold_ids)
-    one_gold = [index for index in ranked if index == gold or passages[index].id not in question.gold_ids]
-    return one_gold if gold in one_gold else [*one_gold[: len(ranked) - 1], gold]
+def _with_one_gold(search: Search, passages: Sequence[Passage], question: Question, top_k: int) -> list[int]:
+    """So many passages, best first, one of them gold: where the retriever ranks it, or else last."""
+    golds = [index for index, passage in enumerate(passages) if passage.id in question.gold_ids]
+    gold, *further = golds
+    ranked = search(question.question, min(top_k + len(further), len(passages)))  # the further ones are left out
+    one_gold = [index for index in ranked if index not in further][:top_k]
+    return one_gold if gold in one_gold else [*one_gold[: top_k - 1], gold]
 
 
 def write_cases(cases: Iterable[QualityCase], file: Path) -> None:

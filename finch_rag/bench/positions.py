@@ -77,7 +77,14 @@ def main(
         for count in passages:
             for place in places(count):
                 settings = Settings(
-                    model, data_name(data), retriever, count, f"gold-at:{place}", limit, seed, max_new_tokens
+                    model=model,
+                    data=data_name(data),
+                    retriever=retriever,
+                    top_k=count,
+                    order=f"gold-at:{place}",
+                    limit=limit,
+                    seed=seed,
+                    max_new_tokens=max_new_tokens,
                 )
                 folder = Path(out) / f"{count}-passages" / f"gold-at-{place}"
                 on_progress = partial(bars, f"answers with gold at {place} of {count}")

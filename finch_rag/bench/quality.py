@@ -32,7 +32,7 @@ _CASES = "cases.jsonl.gz"
 _SETTINGS = "settings.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What a results folder holds; all of its results have the same.
 
@@ -102,7 +102,16 @@ def main(
 
         plots.check(plot)
     check_runs(methods, METHODS, budgets, top_k=top_k, limit=limit, max_new_tokens=max_new_tokens)
-    settings = Settings(model, data_name(data), retriever, top_k, order, limit, seed, max_new_tokens)
+    settings = Settings(
+        model=model,
+        data=data_name(data),
+        retriever=retriever,
+        top_k=top_k,
+        order=order,
+        limit=limit,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+    )
     with ProgressBars(remaining=True) as bars:
         load, on_progress = loader(model, bars), partial(bars, "answers")
         summary = measure(settings, data, out, budgets, methods, load, on_progress, shard)
@@ -227,7 +236,12 @@ def _cases(settings: Settings, data: Path, folder: Path) -> list[QualityCase]:
             raise InputError(f"{folder} holds results with another {', '.join(changed)}: choose another --out")
         return cases
     cases = make_cases(
-        DataSet.read(data), settings.retriever, settings.top_k, settings.order, settings.limit, settings.seed
+        DataSet.read(data),
+        settings.retriever,
+        settings.top_k,
+        order=settings.order,
+        limit=settings.limit,
+        seed=settings.seed,
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_cases(cases, folder / _CASES)

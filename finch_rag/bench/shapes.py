@@ -40,7 +40,7 @@ _PASSAGE_TOKENS = (96, 160)  # from, to
 _WINDOW = 2**21  # beyond any length that is measured, so that memory alone decides what a method can read
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> PretrainedConfig:
+def _llama(*, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> PretrainedConfig:
     return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=inner,
@@ -69,10 +69,10 @@ def _qwen_1_5b() -> PretrainedConfig:
 
 
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama-8b": lambda: _llama(4096, 14_336, 32, 32, 8, 128_256),
-    "llama-1b": lambda: _llama(2048, 8192, 16, 32, 8, 128_256),
+    "llama-8b": lambda: _llama(hidden=4096, inner=14_336, layers=32, heads=32, kv_heads=8, vocabulary=128_256),
+    "llama-1b": lambda: _llama(hidden=2048, inner=8192, layers=16, heads=32, kv_heads=8, vocabulary=128_256),
     "qwen-1.5b": _qwen_1_5b,
-    "tiny": lambda: _llama(64, 128, 4, 4, 2, 512),
+    "tiny": lambda: _llama(hidden=64, inner=128, layers=4, heads=4, kv_heads=2, vocabulary=512),
 }
 
 

@@ -38,7 +38,7 @@ class SkippedError(Exception):
     """A case that cannot be measured here; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedCase:
     """One method at one length.
 
