@@ -32,7 +32,7 @@ def json_objects(name: str, text: str, error: type[FinchError], cure: str = "") 
             raise error(f"{name}, line {number} is not JSON: {reason}{ending}") from reason
         if not isinstance(fields, dict):
             kind = type(fields).__name__
-            raise error(f"{name}, line {number} is a JSON {kind}: each line must be an object{ending}")
+            raise error(f"{name}, line {number} is a JSON {kind}: {cure or 'each line must be an object'}")
         yield number, fields
 
 
@@ -42,7 +42,7 @@ def complete_objects(text: str) -> Iterator[dict[str, Any]]:
     Args:
         text: JSON lines.
     """
-    for line in text.splitlines():
+    for line in text.split("\n"):  # JSON leaves U+2028 as it is, which splitlines takes for an end
         try:
             fields = json.loads(line)
         except ValueError:

@@ -14,7 +14,7 @@ from finch_rag.bench import peer_methods, peers
 from finch_rag.bench.cases import QualityCase, read_cases, write_cases
 from finch_rag.bench.methods import Contestant, Outcome, run
 from finch_rag.bench.peer_methods import PlainModel, compression_ratio, passages_with
-from finch_rag.bench.quality import Settings
+from finch_rag.bench.quality import RunSettings
 from finch_rag.corpus import Question
 from finch_rag.engine import Finch
 from finch_rag.errors import InputError, MissingExtraError
@@ -79,7 +79,7 @@ def cases() -> list[QualityCase]:
 @pytest.fixture
 def folder(tmp_path: Path, cases: list[QualityCase]) -> Path:
     """What finch-rag bench quality leaves behind."""
-    settings = Settings(
+    settings = RunSettings(
         model="small", data="made", retriever="bm25", top_k=COUNT, order="rank", limit=4, seed=0, max_new_tokens=7
     )
     (tmp_path / "settings.json").write_text(json.dumps(asdict(settings)))

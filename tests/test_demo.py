@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from finch_rag import CorpusError, Passage
 from finch_rag.cli import app as commands
 from finch_rag.cli import demo
-from finch_rag.cli.contest import METHODS, Contest, FullWindow, run_contest, summary
+from finch_rag.cli.contest import DEMO_METHODS, Contest, FullWindow, run_contest, summary
 from finch_rag.corpus import Question, example, read_corpus, retrieval
 from finch_rag.corpus.example import example_corpus
 from finch_rag.corpus.retrieval import Retriever, in_rank_order
@@ -61,7 +61,7 @@ def test_the_full_window_is_the_models_own_generation_on_a_full_window() -> None
         output = plain.generate(torch.tensor([context]), max_new_tokens=6, do_sample=False)
         expected = str(chat_tokenizer().decode(output[0, len(context) :], skip_special_tokens=True))
         assert window.answer(question.question).text == expected.strip()
-    assert longest == finch.window - 2  # what a reading must leave free
+    assert longest == finch.window
     lengths = [len(passage) for passage in finch.prompts.build("x", PASSAGES).passages]
     whole = {f"p{number}" for number in range(60) if sum(lengths[: number + 1]) <= window.tokens}
     assert window.passage_ids == whole
@@ -72,7 +72,7 @@ def test_the_full_window_is_the_models_own_generation_on_a_full_window() -> None
 def test_each_method_sees_what_it_claims(contest: Contest) -> None:
     for question in QUESTIONS:
         outcomes = contest.run(question)
-        assert list(outcomes) == list(METHODS)
+        assert list(outcomes) == list(DEMO_METHODS)
         ranked = in_rank_order(Retriever.build(PASSAGES), PASSAGES, question.question, 60)
         ends = list(accumulate(len(passage) for passage in small_finch().prompts.build("x", ranked).passages))
         fitting = ranked[: sum(end <= 100 for end in ends)]
@@ -88,8 +88,8 @@ def test_outcomes_are_counted(contest: Contest) -> None:
         return {"right": right, "has_gold": gold, "tokens": tokens, "seconds": 2.0}
 
     results = [
-        {"outcomes": dict.fromkeys(METHODS, outcome(True, True, 10))},
-        {"outcomes": {**dict.fromkeys(METHODS, outcome(True, True, 20)), "finch": outcome(False, True, 30)}},
+        {"outcomes": dict.fromkeys(DEMO_METHODS, outcome(True, True, 10))},
+        {"outcomes": {**dict.fromkeys(DEMO_METHODS, outcome(True, True, 20)), "finch": outcome(False, True, 30)}},
     ]
     totals = summary(results)
     assert totals["finch"] == {"right": 1, "has_gold": 2, "mean_tokens": 20, "mean_seconds": 2}
@@ -139,11 +139,11 @@ def test_demo_reads_everything_and_says_whether_the_answer_is_right() -> None:
 def test_demo_all_compares_the_methods() -> None:
     shown = json.loads(CliRunner().invoke(commands.app, ["demo", "--all", "--limit", "1", "--json"]).stdout)
     assert (shown["questions"], shown["budget"]) == (1, 100)
-    assert list(shown["methods"]) == list(METHODS)
+    assert list(shown["methods"]) == list(DEMO_METHODS)
     assert shown["methods"]["full_window"]["has_gold"] == 1
     table = CliRunner().invoke(commands.app, ["demo", "--all"]).stdout
     assert table.count("0 of 2") >= 3
-    assert all(name in table for name in METHODS.values())
+    assert all(name in table for name in DEMO_METHODS.values())
 
 
 def test_the_example_corpus_is_larger_than_the_embedded_models_window() -> None:

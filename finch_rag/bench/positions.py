@@ -18,7 +18,7 @@ from . import tables
 from .arguments import check_runs
 from .cases import DataSet, RetrieverName
 from .methods import METHODS
-from .quality import Settings, data_name, loader, measure
+from .quality import RunSettings, data_name, loader, measure
 from .summary import METRICS
 
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -76,7 +76,7 @@ def main(
         load = loader(model, bars)
         for count in passages:
             for place in places(count):
-                settings = Settings(
+                settings = RunSettings(
                     model=model,
                     data=data_name(data),
                     retriever=retriever,

@@ -33,7 +33,7 @@ _SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class RunSettings:
     """What a results folder holds; all of its results have the same.
 
     Attributes:
@@ -102,7 +102,7 @@ def main(
 
         plots.check(plot)
     check_runs(methods, METHODS, budgets, top_k=top_k, limit=limit, max_new_tokens=max_new_tokens)
-    settings = Settings(
+    settings = RunSettings(
         model=model,
         data=data_name(data),
         retriever=retriever,
@@ -144,7 +144,7 @@ def loader(model: str, bars: ProgressBars) -> Callable[[], Finch]:
 
 
 def measure(
-    settings: Settings,
+    settings: RunSettings,
     data: str | Path,
     out: str | Path,
     budgets: Sequence[int],
@@ -222,7 +222,7 @@ def read_results(folder: Path) -> Iterator[dict[str, Any]]:
         yield from complete_objects(file.read_text(encoding="utf-8"))
 
 
-def _cases(settings: Settings, data: Path, folder: Path) -> list[QualityCase]:
+def _cases(settings: RunSettings, data: Path, folder: Path) -> list[QualityCase]:
     """The cases of a results folder, made at its first use."""
     file = folder / _SETTINGS
     if file.exists():
@@ -249,7 +249,7 @@ def _cases(settings: Settings, data: Path, folder: Path) -> list[QualityCase]:
     return cases
 
 
-def _record(finch: Finch, settings: Settings, case: QualityCase, method: str, budget: int) -> dict[str, Any]:
+def _record(finch: Finch, settings: RunSettings, case: QualityCase, method: str, budget: int) -> dict[str, Any]:
     record = {"id": case.question.id, "label": label(method, budget), "budget": budget}
     device = finch.model.device
     try:

@@ -21,13 +21,12 @@ from ..prompts.passages import Passage
 from ..resolving import resolve_prompt
 from ..streaming import AnswerStream
 
-METHODS = {
+DEMO_METHODS = {
     "finch": "Finch: every passage, in the retriever's order",
     "top_passages": "the retriever's best passages that fit into the same budget",
     # In the retriever's order a full window would only be the best passages with a larger budget.
     "full_window": "passages in the corpus's order, cut off where the window is full",
 }
-_LEFT = 2  # tokens of the window that a reading must leave free
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class Graded:
 
 
 class Contest:
-    """Answers questions by each of `METHODS`.
+    """Answers questions by each of `DEMO_METHODS`.
 
     Args:
         finch: The engine; its window is the one that is filled.
@@ -132,7 +131,7 @@ class FullWindow:
         self._prefix = finch.prompts.build(questions[0], passages[:1]).prefix
         prompts = [self._prompt(question) for question in questions]
         longest = max(prompts, key=lambda prompt: len(prompt.question) + len(prompt.tail))
-        behind = len(longest.question) + len(longest.tail) + max_new_tokens + _LEFT
+        behind = len(longest.question) + len(longest.tail) + max_new_tokens
         texts = finch.prompts.build(questions[0], passages).passages
         document = [token for text in texts for token in text][: finch.window - len(self._prefix) - behind]
         self.tokens = len(document)
@@ -140,7 +139,7 @@ class FullWindow:
         self.passage_ids = {p.id for p, end in zip(passages, ends, strict=True) if end <= self.tokens}
         start = time.perf_counter()
         filled = Prompt([*self._prefix, *document], [], longest.question, longest.own_tokens, longest.tail)
-        self._cache = self._runtime.read(resolve_prompt(self._runtime, filled, self._settings))
+        self._cache = self._runtime.read(resolve_prompt(self._runtime, filled, self._settings, ranks_only=True))
         self.prefill_seconds = time.perf_counter() - start
 
     def answer(self, question: str) -> Answer:
@@ -188,7 +187,7 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
         results: Of `run_contest`.
     """
     totals = {}
-    for method in METHODS:
+    for method in DEMO_METHODS:
         outcomes = [result["outcomes"][method] for result in results]
         totals[method] = {
             "right": sum(outcome["right"] for outcome in outcomes),

@@ -76,7 +76,7 @@ def show_demo(
 
 
 def _demo_all(passages: list[Passage], questions: list[Question], as_json: bool) -> None:
-    from .contest import METHODS, Contest, run_contest, summary  # they wait for torch
+    from .contest import DEMO_METHODS, Contest, run_contest, summary  # they wait for torch
 
     with ProgressBars() as bars:
         finch = load_finch(EMBEDDED, bars)
@@ -90,7 +90,7 @@ def _demo_all(passages: list[Passage], questions: list[Question], as_json: bool)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("method", "right", "answer's passage kept", "tokens in the cache", "seconds"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
-    for method, name in METHODS.items():
+    for method, name in DEMO_METHODS.items():
         total = totals[method]
         figures = f"{total['right']} of {len(results)}", f"{total['has_gold']} of {len(results)}"
         table.add_row(Text(name), *figures, f"{total['mean_tokens']:,.0f}", f"{total['mean_seconds']:.1f}")
