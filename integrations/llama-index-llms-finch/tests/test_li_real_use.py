@@ -4,9 +4,6 @@ import asyncio
 from typing import Any
 
 import pytest
-from finch_rag.corpus.example import example_corpus
-from finch_rag.corpus.metrics import contains_answer
-from finch_rag.corpus.retrieval import embedding_model_folder
 from li_support import calls, listening, reports
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.chat_engine import ContextChatEngine
@@ -16,6 +13,9 @@ from llama_index.llms.finch import FinchLLM, FinchRerank, FinchSynthesizer
 
 from finch_rag import Finch
 from finch_rag.corpus import Question, load_questions, read_corpus
+from finch_rag.corpus.example import example_corpus
+from finch_rag.corpus.metrics import contains_answer
+from finch_rag.corpus.retrieval import embedding_model_folder
 
 pytestmark = pytest.mark.embedded
 

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from finch_rag.corpus.example import example_corpus
-from finch_rag.corpus.retrieval import embedding_model_folder
 from langchain_classic.chains import create_retrieval_chain
 from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_community.cache import SQLiteCache
@@ -22,6 +20,8 @@ from lc_support import Listener, MiniLM, ids
 
 from finch_rag import Finch
 from finch_rag.corpus import load_questions, read_corpus
+from finch_rag.corpus.example import example_corpus
+from finch_rag.corpus.retrieval import embedding_model_folder
 
 pytestmark = [
     pytest.mark.embedded,
