@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -143,3 +145,46 @@ def test_one_question_too_long_is_told_before_anything_is_read(finch: Finch) -> 
 def test_a_bad_option_is_told(finch: Finch) -> None:
     with pytest.raises(InputError, match="unknown option"):
         finch.ask_many(["When?"], texts(3), bugdet=3)  # type: ignore[call-arg]
+
+
+def test_many_questions_are_answered_for_an_event_loop() -> None:
+    finch = small_finch()
+    questions = [f"When {n}?" for n in range(3)]
+    expected = [answer.text for answer in finch.ask_many(questions, texts(6))]
+    assert [answer.text for answer in asyncio.run(finch.aask_many(questions, texts(6)))] == expected
+
+
+@pytest.mark.parametrize("lists", [texts(60), [texts(60)] * 10], ids=["shared", "own"])
+def test_a_cancelled_task_ends_many_answers(lists: Any) -> None:
+    steps: list[int] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def on_progress(stage: str, done: int, total: int) -> None:
+        steps.append(done)
+        begun.set()
+        go_on.wait(10)
+
+    async def run() -> None:
+        asking = small_finch(on_progress=on_progress).aask_many([f"When {n}?" for n in range(10)], lists)
+        task = asyncio.create_task(asking)
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+
+    asyncio.run(run())  # which waits for the thread
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_report_shows_the_budget_that_was_used(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finch_rag.prefill.shared._SHORTLIST_TOKENS", 120)
+    finch = small_finch(budget=None, chunk_size=None, max_new_tokens=4)
+    questions = ["When?", f"When {'was it ' * 60}?"]  # the longer one leaves less room
+    alone = [finch.ask(question, texts(60)).report.budget for question in questions]
+    assert alone[0] > alone[1]
+    answers = finch.ask_many(questions, texts(60) if shared else [texts(60)] * 2)
+    assert [answer.report.budget for answer in answers] == ([alone[1]] * 2 if shared else alone)
+    assert all(answer.report.kept_tokens <= answer.report.budget for answer in answers)
