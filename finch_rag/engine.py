@@ -84,8 +84,8 @@ class Finch(EngineAttributes):
         compile_layers: bool = False,
         on_progress: Progress | None = None,
     ) -> None:
-        if not isinstance(heads, (str, list, tuple)) and isinstance(heads, Iterable):
-            heads = list(heads)
+        if not isinstance(heads, str) and isinstance(heads, Iterable):
+            heads = list(heads)  # a copy, which the caller cannot change
         self.settings = Settings().updated(
             {
                 "budget": budget,

@@ -8,7 +8,7 @@ import pytest
 from finch_rag.engine import Finch
 from finch_rag.errors import InputError, ModelError
 from finch_rag.prompts.builder import Prompt, PromptBuilder
-from finch_rag.prompts.chat_template import Message, check_history, frame, plain_frame, without_system
+from finch_rag.prompts.chat_template import Message, check_messages, frame, plain_frame, without_system
 from finch_rag.prompts.passages import Passage
 
 from .small import CHATML, chat_tokenizer, plain_tokenizer, tokenizer_with
@@ -228,5 +228,6 @@ def test_a_bad_history_is_an_input_error_that_says_which_message(finch: Finch, h
 
 
 def test_a_checked_history_holds_nothing_but_role_and_content() -> None:
-    assert check_history([{"role": "user", "content": "x", "name": "Ann"}]) == [{"role": "user", "content": "x"}]
-    assert check_history(()) == []
+    turns = [{"role": "user", "content": "x", "name": "Ann"}]
+    assert check_messages(turns, ("user", "assistant"), "turn") == [{"role": "user", "content": "x"}]
+    assert check_messages((), ("user", "assistant"), "turn") == []

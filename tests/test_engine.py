@@ -524,3 +524,11 @@ def test_a_ranking_is_the_order_of_a_full_reading() -> None:
     shares = {citation.index: citation.share for citation in finch.rank(QUESTION, texts(12))}
     read = finch.compress(QUESTION, texts(12), reread=False)
     assert [shares[n] for n in range(12)] == pytest.approx(list(read.document.shares), abs=1e-6)
+
+
+def test_a_callers_list_of_heads_is_copied() -> None:
+    pairs = [(0, 1)]
+    finch = small_finch(heads=pairs)
+    pairs.append((1, 2))
+    assert finch.heads == [(0, 1)]
+    assert finch.retrieval_heads() == {0: [1]}

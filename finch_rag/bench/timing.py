@@ -162,7 +162,13 @@ class Measurement:
         with peak_memory(self._device, self._loaded) as peak:
             prefill_seconds, first_token_seconds, decode_ms, layer_tokens = self._measure(self._prompt)
         done = 2 * layer_tokens * sum(weight.numel() for weight in _layer_weights(self.subject.finch.model))
-        return Run(prefill_seconds, first_token_seconds, decode_ms, peak[0], done / prefill_seconds / self._rate)
+        return Run(
+            prefill_seconds=prefill_seconds,
+            first_token_seconds=first_token_seconds,
+            decode_ms=decode_ms,
+            peak_mib=peak[0],
+            matrix_share=done / prefill_seconds / self._rate,
+        )
 
     def _request(self, prompt: Prompt) -> Request:
         case = self._case

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
-from .chat_template import SYSTEM, USER, Message, Render, check_history, frame, plain_frame
+from .chat_template import ASSISTANT, SYSTEM, USER, Message, Render, check_messages, frame, plain_frame
 from .passages import Passage, check_unicode
 
 if TYPE_CHECKING:
@@ -135,7 +135,11 @@ class PromptBuilder:
         # Where nothing stands before the question, the message is the question and needs no label.
         label, question = "Question: " if passages or instructions else "", question.strip()
         system = [Message(role=SYSTEM, content=system_prompt)] if system_prompt else []
-        messages = [*system, *check_history(history), Message(role=USER, content="")]
+        messages = [
+            *system,
+            *check_messages(history, (USER, ASSISTANT), "history message"),
+            Message(role=USER, content=""),
+        ]
         for message in messages:
             check_unicode(message["content"], f"a {message['role']} message")
         head, tail = self._frame(messages, bool(label), render)

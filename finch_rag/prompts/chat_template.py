@@ -59,20 +59,6 @@ def check_messages(messages: Iterable[Mapping[str, object]], roles: Sequence[str
     return checked
 
 
-def check_history(history: Sequence[Mapping[str, object]]) -> list[Message]:
-    """Earlier turns of a conversation, checked.
-
-    Args:
-        history: User's and assistant's messages.
-
-    Raises:
-        InputError: If it is no list, or one of them has another role or no text; the error has its index.
-    """
-    if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Iterable):
-        raise InputError(f"history is {type(history).__name__}: pass a list of messages, or leave it out")
-    return check_messages(history, (USER, ASSISTANT), "history message")
-
-
 def frame(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], render: Render | None = None
 ) -> tuple[list[Message], list[str]]:
