@@ -5,7 +5,8 @@ from __future__ import annotations
 from .prefill.planning import ChunkSize
 from .prefill.selection import Selection
 from .prompts.chat_template import ASSISTANT, SYSTEM, USER, Message, Render
-from .prompts.parsing import ParsedPrompt, parse_prompt
+from .prompts.marked import CONTEXT_MARK, QUESTION_MARK, parse_marked
+from .prompts.parsing import ParsedPrompt
 from .request import Cancelled
 from .settings import CallOptions, ReadingOptions, check_options
 from .sharing import release_engine, shared_engine
@@ -13,6 +14,8 @@ from .streaming import AsyncAnswerStream
 
 __all__ = [
     "ASSISTANT",
+    "CONTEXT_MARK",
+    "QUESTION_MARK",
     "SYSTEM",
     "USER",
     "AsyncAnswerStream",
@@ -25,7 +28,7 @@ __all__ = [
     "Render",
     "Selection",
     "check_options",
-    "parse_prompt",
+    "parse_marked",
     "release_engine",
     "shared_engine",
 ]

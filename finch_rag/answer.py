@@ -65,6 +65,8 @@ class CompressionReport:
         stop_reason: "eos", "stop" (a stop string) or "length"; empty before decoding.
         parse_mode: How passages and question were told apart: "apart" when the caller gave them so, else see
             `finch_rag.prompts.parsing`.
+        notes: What else was done with the input: passages without text, older turns that did not fit, borders between
+            passages that were told by their looks.
     """
 
     model: str
@@ -88,6 +90,7 @@ class CompressionReport:
     new_tokens: int = 0
     stop_reason: str = ""
     parse_mode: str = "apart"
+    notes: tuple[str, ...] = ()
 
     @property
     def compression_factor(self) -> float:
@@ -104,6 +107,7 @@ class CompressionReport:
         return {
             **asdict(self),
             "heads": [list(head) for head in self.heads],
+            "notes": list(self.notes),
             "compression_factor": self.compression_factor,
             "compression_ratio": self.compression_ratio,
         }
@@ -133,7 +137,7 @@ class Answer:
 
 
 def citations(cache: CompressedCache, kept_only: bool = False) -> list[Citation]:
-    """The passages that were read into a cache, by falling share of the question's attention.
+    """The passages that were read into a cache, by falling share of the question's attention; no older turns.
 
     Args:
         cache: A cache that `finch_rag.runtime.Runtime.read` filled.
@@ -141,9 +145,10 @@ def citations(cache: CompressedCache, kept_only: bool = False) -> list[Citation]
     """
     document = cache.document
     kept = _kept_by_passage(cache)
+    own = len(kept) - document.older_turns
     cited = [
         Citation(document.passage_ids[i], i, document.titles[i], document.shares[i], kept[i], length)
-        for i, length in enumerate(document.passage_tokens)
+        for i, length in enumerate(document.passage_tokens[:own])
         if kept[i] or not kept_only
     ]
     return sorted(cited, key=lambda citation: -citation.share)

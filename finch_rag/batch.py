@@ -143,7 +143,10 @@ def _shared_reader(
 def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[CompressedCache]) -> Iterator[Answer]:
     prompts = [request.answer_prompt for request in requests]
     cited = [citations(cache, kept_only=True) for cache in caches]
-    reports = [report(cache, len(prompt)) for cache, prompt in zip(caches, prompts, strict=True)]
+    reports = [
+        replace(report(cache, len(request.answer_prompt)), notes=request.notes)
+        for cache, request in zip(caches, requests, strict=True)
+    ]
     writers = [runtime.writer(request.sampling) for request in requests]
     new_tokens = max(request.sampling.max_new_tokens for request in requests)
     start = time.perf_counter()

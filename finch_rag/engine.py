@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from .answer import Answer, Citation, citations
 from .attributes import EngineAttributes
 from .batch import answer_together, requests_of
 from .errors import SettingsError
+from .fitting import WindowRoom
 from .heads.pairs import Heads, check_heads
 from .models.cache import CompressedCache
 from .models.loading import load_model
@@ -21,7 +22,7 @@ from .prompts.chat_template import Message
 from .prompts.parsing import parse_prompt
 from .prompts.passages import Passage, as_passages
 from .request import Cancellation, Progress
-from .resolving import resolve, resolve_cached
+from .resolving import resolve, resolve_cached, resolve_parsed
 from .runtime import Runtime
 from .settings import CallOptions, EngineSettings, ReadingOptions, SamplingOptions, Settings
 from .streaming import AnswerStream, AsyncAnswerStream, in_thread
@@ -56,6 +57,8 @@ class Finch(EngineAttributes):
         system_prompt: System message; a default when None, the chat template's own when empty.
         compile_layers: Fuse norms and MLPs by ``torch.compile``: faster readings on a GPU, for some ten seconds
             before the first answer, see docs/benchmarks.md. It changes ``model`` for good.
+        strict: Raise an error where an unknown prompt does not fit into the window, and it would have to be guessed
+            what in it may be left out, see `finch_rag.prompts.parsing`.
         on_progress: Called with a stage ("heads", "prefill") and the steps done and in all.
 
     Attributes:
@@ -82,6 +85,7 @@ class Finch(EngineAttributes):
         instructions: str | None = None,
         system_prompt: str | None = None,
         compile_layers: bool = False,
+        strict: bool = False,
         on_progress: Progress | None = None,
     ) -> None:
         if not isinstance(heads, str) and isinstance(heads, Iterable):
@@ -95,6 +99,7 @@ class Finch(EngineAttributes):
                 "max_new_tokens": max_new_tokens,
                 "instructions": instructions,
                 "system_prompt": system_prompt,
+                "strict": strict,
                 "on_progress": on_progress,
             },
             SettingsError,
@@ -202,16 +207,9 @@ class Finch(EngineAttributes):
             options: See `chat`.
         """
         settings = self.settings.updated(options)
-        parsed = parse_prompt(
-            messages,
-            as_passages(passages),
-            lambda texts: self._are_short(texts, settings.reading.chunk_tokens),
-            settings.prompt.instructions,
-        )
-        own = {name: value for name, value in options.items() if name != "instructions"}  # the parsed ones hold them
-        settings = settings.updated({**parsed.options, **own})
-        request = resolve(self.runtime, parsed.question, parsed.passages, settings, parse_mode=parsed.parse_mode)
-        return AnswerStream(self.runtime, request)
+        room = WindowRoom(self.runtime, settings)
+        parsed = parse_prompt(messages, as_passages(passages), room, settings.prompt.instructions, settings.strict)
+        return AnswerStream(self.runtime, resolve_parsed(self.runtime, parsed, settings))
 
     def ask_many(
         self,
@@ -335,9 +333,3 @@ class Finch(EngineAttributes):
         settings = self.settings.updated(options)
         request = resolve(self.runtime, question, as_passages(passages), settings, ranks_only=True)
         return citations(self.runtime.read(request))
-
-    def _are_short(self, texts: Sequence[str], chunk_size: int | None) -> bool:
-        """Whether each text fits into one chunk and all of them into half the window."""
-        lengths = [len(tokens) for tokens in self.prompts.encode(texts)]
-        most = self.runtime.usual_chunk_size if chunk_size is None else chunk_size
-        return max(lengths) <= most and sum(lengths) <= self.window // 2

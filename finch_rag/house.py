@@ -26,6 +26,7 @@ ROOMS = {
     "request": "one call, resolved",
     "settings": "an engine's settings, a call's options",
     "runtime": "executes requests on a model",
+    "fitting": "what fits into the window: parsed prompts, a conversation's turns",
     "resolving": "question, passages and settings -> a request",
     "streaming": "an answer that arrives in pieces, to a thread or an event loop",
     "batch": "several requests, executed together",

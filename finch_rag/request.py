@@ -53,6 +53,8 @@ class Request:
         on_progress: Told of a stage, and of its steps done and in all.
         cancellation: Asked at each step.
         parse_mode: How passages and question were told apart, for the report.
+        notes: What else the report says.
+        older_turns: How many of the passages, the last, are older turns of the conversation.
     """
 
     question: str
@@ -63,6 +65,8 @@ class Request:
     on_progress: Progress
     cancellation: Cancellation = field(default_factory=Cancellation)
     parse_mode: str = APART
+    notes: tuple[str, ...] = ()
+    older_turns: int = 0
 
     @property
     def answer_prompt(self) -> list[int]:

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from .decode.sampling import Sampling
 from .errors import InputError, WindowError
+from .fitting import build_fitting, fixed_tokens, own_settings
 from .models.cache import CompressedCache
-from .prefill.planning import FixedTokens, PrefillPlan, fit
+from .prefill.planning import FixedTokens, PrefillPlan, check_fixed, default_budget, fit
 from .prompts.builder import Prompt
-from .prompts.parsing import APART
+from .prompts.parsing import APART, ParsedPrompt
 from .prompts.passages import Passage
 from .request import Cancellation, Request
 from .runtime import Runtime
@@ -43,21 +44,42 @@ def resolve(
     Raises:
         InputError: If question or settings cannot work with this model.
     """
-    own = settings.prompt
-    encoded = None if like is None else like.prompt.passages
-    prompt = runtime.prompts.build(
-        question, passages, own.instructions, own.system_prompt, own.history, own.render, encoded
-    )
+    encoded = None if like is None else like.prompt.passages[: len(passages)]
+    fitted = build_fitting(runtime, question, passages, settings, encoded)
+    notes = fitted.notes
+    if blank := sum(not passage.text.strip() for passage in passages):
+        notes = (*notes, f"{blank} of {len(passages)} passages had no text: skipped")
     return resolve_prompt(
         runtime,
-        prompt,
-        settings,
+        fitted.prompt,
+        replace(settings, notes=(*settings.notes, *notes)),
         question=question,
-        passages=passages,
+        passages=fitted.passages,
+        older_turns=fitted.turns,
         ranks_only=ranks_only,
         parse_mode=parse_mode,
         cancellation=cancellation,
     )
+
+
+def resolve_parsed(runtime: Runtime, parsed: ParsedPrompt, settings: Settings) -> Request:
+    """Resolves a call whose passages and question were found in messages.
+
+    Args:
+        runtime: Will execute it.
+        parsed: What was found.
+        settings: Of the call.
+
+    Raises:
+        InputError: See `resolve`.
+        WindowError: See `resolve_prompt`.
+    """
+    reading = settings.reading
+    if parsed.keeps_all:
+        reading = replace(reading, budget=sum(map(len, runtime.prompts.build("?", parsed.passages).passages)))
+    notes = (*settings.notes, *parsed.notes)
+    settings = replace(settings, reading=reading, prompt=own_settings(settings, parsed), notes=notes)
+    return resolve(runtime, parsed.question, parsed.passages, settings, parse_mode=parsed.parse_mode)
 
 
 def resolve_prompt(
@@ -67,6 +89,7 @@ def resolve_prompt(
     *,
     question: str = "",
     passages: Sequence[Passage] | None = None,
+    older_turns: int = 0,
     ranks_only: bool = False,
     parse_mode: str = APART,
     cancellation: Cancellation | None = None,
@@ -79,6 +102,7 @@ def resolve_prompt(
         settings: Of the call.
         question: For the record.
         passages: Those of the prompt; nameless ones when None.
+        older_turns: How many of them, the last, are older turns of the conversation.
         ranks_only: See `resolve`.
         parse_mode: See `resolve`.
         cancellation: See `resolve`.
@@ -91,22 +115,23 @@ def resolve_prompt(
     if ranks_only:
         sampling = replace(sampling, max_new_tokens=0)
     lengths = [len(passage) for passage in prompt.passages]
-    _check_length(sum(lengths), reading.max_context_tokens)
+    _check_length(sum(lengths[: len(lengths) - older_turns]), reading.max_context_tokens)
     whole = reading.selection == "passage"
-    budget, chunk_size = fit(
-        FixedTokens(
-            prefix=len(prompt.prefix),
-            question=len(prompt.question),
-            tail=len(prompt.tail),
-            new=sampling.max_new_tokens,
-        ),
-        window=runtime.window,
-        budget=reading.budget,
-        chunk_size=reading.chunk_tokens,
-        usual_chunk_size=runtime.usual_chunk_size,
-        longest_passage=max(lengths, default=0) if whole else 0,
-        document=sum(lengths),
-    )
+    fixed = fixed_tokens(prompt, replace(settings, sampling=sampling))
+    if any(lengths):
+        budget, chunk_size = fit(
+            fixed,
+            window=runtime.window,
+            budget=reading.budget,
+            chunk_size=reading.chunk_tokens,
+            usual_chunk_size=runtime.usual_chunk_size,
+            longest_passage=max(lengths) if whole else 0,
+            document=sum(lengths),
+        )
+    else:  # nothing is compressed, so that nothing has to stay free
+        check_fixed(fixed, runtime.window, passages=0)
+        budget = reading.budget or default_budget(runtime.window)
+        chunk_size = reading.chunk_tokens or runtime.usual_chunk_size
     reread = reading.reread and whole
     plan = PrefillPlan(
         budget=budget,
@@ -124,6 +149,8 @@ def resolve_prompt(
         on_progress=settings.on_progress,
         cancellation=Cancellation() if cancellation is None else cancellation,
         parse_mode=parse_mode,
+        notes=settings.notes,
+        older_turns=older_turns,
     )
 
 

@@ -193,6 +193,7 @@ class Runtime:
                 scanned_layers=prefilled.steps.layers,
                 prefill_seconds=seconds,
             ),
+            older_turns=request.older_turns,
         )
         return cache
 
@@ -219,4 +220,5 @@ class Runtime:
             new_tokens=request.sampling.max_new_tokens,
             graphs=self.graphs,
             cancelled=request.cancellation.is_cancelled,
+            chunk_size=self.usual_chunk_size,
         )

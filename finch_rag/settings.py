@@ -44,6 +44,7 @@ class EngineSettings(TypedDict, total=False):
     instructions: str | None
     system_prompt: str | None
     compile_layers: bool
+    strict: bool
     on_progress: Progress | None
 
 
@@ -73,6 +74,8 @@ class ReadingOptions(TypedDict, total=False):
             They are read before the passages and never evicted.
         render: Makes the prompt of messages, control tokens included, in place of the tokenizer's chat template.
         max_context_tokens: Refuse passages that have more tokens than this.
+        strict: See `Finch`.
+        notes: Said in the report, beside Finch's own.
         on_progress: See `Finch`.
     """
 
@@ -85,6 +88,8 @@ class ReadingOptions(TypedDict, total=False):
     history: Sequence[Mapping[str, object]]
     render: Render | None
     max_context_tokens: int | None
+    strict: bool
+    notes: Sequence[str]
     on_progress: Progress | None
 
 
@@ -138,6 +143,8 @@ RULES: Mapping[str, Rule] = {
     "system_prompt": or_none(text),
     "history": _history,
     "render": or_none(function),
+    "strict": truth,
+    "notes": list_of(text, "texts"),
     "max_new_tokens": whole_number(),
     "temperature": number(
         lambda value: value == 0 or value >= _LEAST_TEMPERATURE,
@@ -174,12 +181,16 @@ class Settings:
         prompt: What the prompt says beside passages and question.
         sampling: How the answer is generated.
         on_progress: Told of a stage, and of its steps done and in all.
+        strict: Raise where a prompt would have to be guessed at.
+        notes: Said in the report.
     """
 
     reading: ReadingSettings = field(default_factory=ReadingSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     sampling: Sampling = field(default_factory=Sampling)
     on_progress: Progress = lambda stage, done, total: None
+    strict: bool = False
+    notes: tuple[str, ...] = ()
 
     def updated(self, options: Mapping[str, object], error: type[FinchError] = InputError) -> Settings:
         """The same with options in place of what they name.
@@ -197,5 +208,11 @@ class Settings:
             own = {entry.name for entry in fields(settings)}
             return replace(settings, **{name: value for name, value in values.items() if name in own})
 
-        on_progress = values.get("on_progress") or self.on_progress
-        return Settings(part(self.reading), part(self.prompt), part(self.sampling), on_progress)
+        return Settings(
+            part(self.reading),
+            part(self.prompt),
+            part(self.sampling),
+            on_progress=values.get("on_progress") or self.on_progress,
+            strict=values.get("strict", self.strict),
+            notes=values.get("notes", self.notes),
+        )

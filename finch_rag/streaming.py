@@ -101,7 +101,7 @@ def _answer(
     except Cancelled:
         return
     cited = citations(cache, kept_only=True)
-    read = replace(report(cache, len(request.answer_prompt)), parse_mode=request.parse_mode)
+    read = replace(report(cache, len(request.answer_prompt)), parse_mode=request.parse_mode, notes=request.notes)
     started = time.perf_counter()
     seconds = 0.0
     cache = cache.fork(request.room)  # frees the room that reading needed

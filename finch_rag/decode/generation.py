@@ -115,6 +115,7 @@ class Decoder:
         new_tokens: The most tokens of it.
         graphs: CUDA graphs of the model; plain forward passes when None.
         cancelled: Asked before each token; the generation ends where it says yes.
+        chunk_size: The most tokens of the prompt in one pass; no limit when None.
     """
 
     def __init__(
@@ -127,8 +128,10 @@ class Decoder:
         new_tokens: int,
         graphs: CudaGraphs | None = None,
         cancelled: Callable[[], bool] = lambda: False,
+        chunk_size: int | None = None,
     ) -> None:
         self._model = model
+        self._chunk_size = chunk_size
         self._graphs = graphs
         self._cache = cache
         self._prompt = list(prompt)
@@ -152,7 +155,10 @@ class Decoder:
 
     def logits(self) -> Generator[torch.Tensor, None, None]:
         """Logits after the prompt, then after each generated token; float32, shape [1, vocabulary]."""
-        yield self._forward(self._prompt)
+        most = self._chunk_size or len(self._prompt)
+        for start in range(0, len(self._prompt), most):
+            logits = self._forward(self._prompt[start : start + most])
+        yield logits
         graphs = self._graphs
         with nullcontext() if graphs is None else graphs.lend([self._cache], self._new_tokens - 1) as step:
             while True:

@@ -48,6 +48,7 @@ class CachedDocument:
         question: The question that the passages were compressed under.
         model: Fingerprint of the model that filled the cache.
         figures: How they were read.
+        older_turns: How many of the passages, the last, are older turns of the conversation.
     """
 
     passage_ids: tuple[str | None, ...] = ()
@@ -57,6 +58,7 @@ class CachedDocument:
     question: str = ""
     model: str = ""
     figures: ReadingFigures = ReadingFigures()
+    older_turns: int = 0
 
     def to_json(self) -> str:
         """All fields as a JSON object."""

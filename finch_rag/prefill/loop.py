@@ -61,8 +61,9 @@ def prefill(
         forward(model, tokens, scan.cache, observer)
         return observer
 
-    if not prompt.passages:
-        forward(model, scan.prefix, scan.cache)
+    if not any(prompt.passages):
+        for part in scan.prefix.split(plan.chunk_size):
+            forward(model, part, scan.cache)
     steps = read_in_chunks(
         read,
         scan.evict,

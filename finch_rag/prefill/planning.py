@@ -157,6 +157,34 @@ def chunk_within(memory: int, chunk_size: int, config: Any, element_bytes: int) 
     return chunk_size
 
 
+def default_budget(window: int) -> int:
+    """A thirty-second of the window, between 256 and 2,048 tokens: small caches answer better (docs/benchmarks.md).
+
+    Args:
+        window: Positions that the model has.
+    """
+    return min(_LARGEST_DEFAULT_BUDGET, max(_SMALLEST_DEFAULT_BUDGET, window // 32))
+
+
+def check_fixed(fixed: FixedTokens, window: int, passages: int) -> None:
+    """Raises a WindowError if what is never compressed does not fit, with both numbers and the cure.
+
+    Args:
+        fixed: Tokens that are never compressed.
+        window: Positions that the model has.
+        passages: The least room to leave for passages.
+    """
+    if window - fixed.total >= passages:
+        return
+    answer = f", the answer up to {fixed.new}" if fixed.new else ""
+    cure = "shorten them or lower max_new_tokens" if fixed.new else "shorten them"
+    left = "leaves no room in" if passages else "does not fit into"
+    raise WindowError(
+        f"the question takes {fixed.question + fixed.tail} tokens, the instructions {fixed.prefix}{answer}, which "
+        f"{left} the model's window of {window}: {cure}"
+    )
+
+
 def fit(
     fixed: FixedTokens,
     *,
@@ -172,8 +200,8 @@ def fit(
     Args:
         fixed: Tokens that are never compressed.
         window: Positions that the model has.
-        budget: Asked for; None derives it from the window: a thirty-second of it, between 256 and 2,048 tokens where
-            they fit. Small caches answer better (see docs/benchmarks.md), but any passage up to 2,048 tokens gets room.
+        budget: Asked for; None derives it from the window, see `default_budget`, but any passage up to 2,048 tokens
+            gets room.
         chunk_size: Asked for; None takes about ``usual_chunk_size``, so that chunks of whole passages come out even:
             a last chunk of a few tokens would take nearly as long as a full one.
         usual_chunk_size: What the device reads well in one step.
@@ -187,15 +215,9 @@ def fit(
         WindowError: If something does not fit, with both numbers and the cure.
     """
     room = window - fixed.total
-    if room < 2:
-        answer = f", the answer up to {fixed.new}" if fixed.new else ""
-        cure = "shorten them or lower max_new_tokens" if fixed.new else "shorten them"
-        raise WindowError(
-            f"the question takes {fixed.question + fixed.tail} tokens, the instructions {fixed.prefix}{answer}, which "
-            f"leaves no room in the model's window of {window}: {cure}"
-        )
+    check_fixed(fixed, window, passages=2)
     if budget is None:
-        wanted = min(_LARGEST_DEFAULT_BUDGET, max(_SMALLEST_DEFAULT_BUDGET, window // 32))
+        wanted = default_budget(window)
         if longest_passage <= _LARGEST_DEFAULT_BUDGET:
             wanted = max(wanted, longest_passage)
         budget = min(wanted, room // 2)

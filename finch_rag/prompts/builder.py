@@ -40,12 +40,14 @@ class PromptSettings:
         system_prompt: The system message; a default when None, the chat template's own (or none) when empty.
         history: Earlier messages of the conversation, see `Message`; never evicted.
         render: Makes the prompt of messages, control tokens included, in place of the tokenizer's chat template.
+        in_own_words: The question brings all words that it needs: no defaults and no label stand around it.
     """
 
     instructions: str | None = None
     system_prompt: str | None = None
     history: Sequence[Mapping[str, object]] = ()
     render: Render | None = None
+    in_own_words: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +111,19 @@ class PromptBuilder:
         history: Sequence[Mapping[str, object]] = (),
         render: Render | None = None,
         encoded: list[list[int]] | None = None,
+        in_own_words: bool = False,
     ) -> Prompt:
         """Token ids for a question over passages.
 
         Args:
             question: The question.
-            passages: Checked passages, possibly none.
-            instructions: Read before the passages; a default that asks for a short answer when None.
-            system_prompt: The system message; a default when None, the chat template's own (or none) when empty.
-            history: Earlier messages of the conversation, see `Message`; never evicted.
-            render: Used in place of the tokenizer's chat template, see `finch_rag.chat_template.frame`.
+            passages: Checked passages, possibly none; one without text gets no tokens.
+            instructions: See `PromptSettings`.
+            system_prompt: See `PromptSettings`.
+            history: See `PromptSettings`.
+            render: See `PromptSettings`.
             encoded: Token ids of the passages, where an earlier prompt has them.
+            in_own_words: See `PromptSettings`.
 
         Raises:
             InputError: If the question is empty or not text, or the history cannot be used.
@@ -128,12 +132,13 @@ class PromptBuilder:
         if not isinstance(question, str) or not question.strip():
             raise InputError("the question is empty: ask one")
         check_unicode(question, "the question")
-        if instructions is None:
+        if instructions is None and not in_own_words:
             instructions = INSTRUCTIONS if passages else INSTRUCTIONS_WITHOUT_PASSAGES
-        if system_prompt is None and passages:
+        if system_prompt is None and passages and not in_own_words:
             system_prompt = SYSTEM_PROMPT
         # Where nothing stands before the question, the message is the question and needs no label.
-        label, question = "Question: " if passages or instructions else "", question.strip()
+        labelled = bool(passages or instructions) and not in_own_words
+        label, question = "Question: " if labelled else "", question.strip()
         system = [Message(role=SYSTEM, content=system_prompt)] if system_prompt else []
         messages = [
             *system,
@@ -142,16 +147,17 @@ class PromptBuilder:
         ]
         for message in messages:
             check_unicode(message["content"], f"a {message['role']} message")
-        head, tail = self._frame(messages, bool(label), render)
+        head, tail = self._frame(messages, labelled, render)
         opening = f"{instructions}\n\n" if instructions else ""
         prefix = head + self.encode([opening])[0]
         if encoded is None:
-            encoded = self.encode([f"{passage.titled_text}\n\n" for passage in passages])
+            texts = [f"{passage.titled_text}\n\n" if passage.text.strip() else "" for passage in passages]
+            encoded = self.encode(texts)
         # The label ends in a space that most tokenizers join to the next word: encode both, then find the border.
         label_ids = self.encode([label.rstrip()])[0]
         question_ids = self.encode([label + question])[0]
-        own = len(label_ids) if question_ids[: len(label_ids)] == label_ids else 0
-        return Prompt(prefix, encoded, question_ids, slice(own, len(question_ids)), tail)
+        start = len(label_ids) if question_ids[: len(label_ids)] == label_ids else 0
+        return Prompt(prefix, encoded, question_ids, slice(start, len(question_ids)), tail)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of untrusted texts: control tokens inside them stay plain text.

@@ -5,41 +5,107 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-from collections.abc import Iterator
+from typing import NamedTuple
 
 from .passages import Passage
 
-_HEADING = 80  # characters: a shorter paragraph that is no sentence belongs to the next
-_FIELDS = r"(?:[^\s:][^:\n]{0,60}: [^\n]*\n){1,50}\n"  # a node's metadata; bounded, as it is tried at many places
-_METADATA = re.compile(_FIELDS)
+_HEADING = 80  # characters: a shorter line that is no sentence belongs to the next paragraph
+_HEADING_LINE = re.compile(r"#{1,6}[ \t]|[^=(){}\[\];<>]*[^=(){}\[\];<>.!?]\s*\Z")  # code is none
+_METADATA = re.compile(r"(?:[^\s:][^:\n]{0,60}: [^\n]*\n){1,50}(?=\n|\Z)")  # bounded, as it is tried at many places
+_SOURCE = re.compile(r"^Source (\d+):\n", re.MULTILINE)
+_BLANK = re.compile(r"\n[ \t]*\n")
+
+SOURCES, METADATA, PARAGRAPHS = "numbered sources", "metadata", "blank lines"
 
 
-def split_context(context: str) -> list[Passage]:
+class Split(NamedTuple):
+    """A context's passages.
+
+    Attributes:
+        passages: In their order; their texts are pieces of the context. They have no titles: a title that stands in a
+            text may be forged by the text before it.
+        borders: What their borders were told by: "numbered sources", "metadata" or "blank lines".
+    """
+
+    passages: list[Passage]
+    borders: str
+
+
+def split_context(context: str) -> Split:
     """The passages that a framework has joined to one context.
 
-    Numbered sources ("Source 1:") are told apart exactly, and so are several passages that begin with the same
-    metadata ("file_name: ..."); else each paragraph is a passage, together with the headings before it.
+    Sources whose numbers count up ("Source 1:") are told apart, and so are passages that all begin with the same
+    metadata ("file_name: ..."). Otherwise each paragraph is a passage, together with the headings or the metadata
+    before it. None of these is certain, as passages may hold anything: so only borders come of it, never titles.
 
     Args:
         context: The passages, joined.
     """
     context = _unquoted(context)
-    key = re.escape(context[: context.index(":") + 1]) if _METADATA.match(context) else None
-    # Only what begins as the first passage's metadata is metadata; a source's last line may look like it.
-    header = f"(?={key} ){_FIELDS}" if key else "(?!)"
-    numbered = re.split(rf"^({header})?(Source \d+):\n", context, flags=re.MULTILINE)
-    if len(numbered) > 1:
-        sources = zip(numbered[1::3], numbered[2::3], numbered[3::3], strict=True)
-        opening = [Passage(numbered[0].strip())] if numbered[0].strip() else []
-        found = ((source, f"{metadata or ''}{text}".strip()) for metadata, source, text in sources)
-        return opening + [Passage(text, title=source) for source, text in found if text]
-    if key:
-        starts = [found.start() for found in re.finditer(f"^{key} ", context, re.MULTILINE)]
-        starts = [start for start in starts if _METADATA.match(context, start)]
+    for starts, borders in ((_sources(context), SOURCES), (_metadata(context), METADATA)):
         if len(starts) > 1:
-            texts = [context[start:end].strip() for start, end in itertools.pairwise([*starts, len(context)])]
-            return [Passage(text) for text in texts]
-    return [Passage(text) for text in _paragraphs(context)]
+            return Split(_pieces(context, starts), borders)
+    return Split(_pieces(context, _paragraphs(context)), PARAGRAPHS)
+
+
+def _pieces(context: str, starts: list[int]) -> list[Passage]:
+    """The pieces of a context between places, without those of white space."""
+    places = sorted({0, *starts, len(context)})
+    texts = (context[start:end].strip() for start, end in itertools.pairwise(places))
+    return [Passage(text) for text in texts if text]
+
+
+def _sources(context: str) -> list[int]:
+    """Where numbered sources begin, the metadata before each included; nothing where the numbers do not count up."""
+    found = list(_SOURCE.finditer(context))
+    numbers = [int(source[1]) for source in found]
+    if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        return []
+    # Only what begins as the first passage's metadata is metadata; a source's last line may look like it.
+    key = context[: context.index(":") + 1] if _METADATA.match(context) else None
+    starts = []
+    for least, source in zip((0, *(source.end() for source in found)), found, strict=False):
+        start = source.start()
+        if key is not None:
+            place = context.rfind(f"\n{key} ", least, start) + 1 or (0 if least == 0 else -1)
+            header = _METADATA.match(context, place) if place >= 0 else None
+            if header is not None and not context[header.end() : start].strip():
+                start = place
+        starts.append(start)
+    return starts
+
+
+def _metadata(context: str) -> list[int]:
+    """Where passages begin that all have the same metadata; nothing where some have another."""
+    if not _METADATA.match(context):
+        return []
+    key = context[: context.index(":") + 1]
+    starts = [found.start() for found in re.finditer(f"^{re.escape(key)} ", context, re.MULTILINE)]
+    starts = [start for start in starts if _METADATA.match(context, start)]
+    others = {found.end() for found in _BLANK.finditer(context)} - set(starts)
+    return [] if any(_METADATA.match(context, place) for place in others) else starts
+
+
+def _paragraphs(context: str) -> list[int]:
+    """Where paragraphs begin; one that is a heading or metadata opens the next."""
+    starts, held = [], None
+    place = 0
+    for end in (*(found.end() for found in _BLANK.finditer(context)), len(context)):
+        paragraph = context[place:end]
+        if paragraph.strip():
+            held = place if held is None else held
+            if not _opens_the_next(paragraph):
+                starts.append(held)
+                held = None
+        place = end
+    return starts if held is None else [*starts, held]
+
+
+def _opens_the_next(paragraph: str) -> bool:
+    line = paragraph.strip()
+    if _METADATA.fullmatch(f"{line}\n"):
+        return True
+    return len(line) < _HEADING and "\n" not in line and _HEADING_LINE.match(line) is not None
 
 
 def _unquoted(context: str) -> str:
@@ -52,15 +118,3 @@ def _unquoted(context: str) -> str:
         if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
             return "\n\n".join(texts)
     return context
-
-
-def _paragraphs(text: str) -> Iterator[str]:
-    held: list[str] = []
-    for paragraph in re.split(r"\n[ \t]*\n", text):
-        if paragraph.strip():
-            held.append(paragraph.rstrip())
-        if len(paragraph.strip()) >= _HEADING or paragraph.rstrip().endswith((".", "!", "?")):
-            yield "\n\n".join(held).strip()
-            held = []
-    if held:
-        yield "\n\n".join(held).strip()

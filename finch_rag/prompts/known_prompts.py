@@ -1,181 +1,164 @@
-"""The prompts of RAG frameworks, by the words that they put around context and question."""
+"""The prompts of RAG frameworks, by the words that they put around context and question.
+
+Read off llama-index-core 0.14.25 and langchain-classic 1.0.8; LangChain's hub (rlm/rag-prompt, langchain-ai/
+retrieval-qa-chat) and LangGraph's tutorial of agentic RAG, as of 2026.
+"""
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """A prompt of a known template.
-
-    Attributes:
-        template: The template.
-        before: What stands before it.
-        head: Its own words before the context.
-        fields: Its fields' values, stripped.
-    """
-
-    template: Template
-    before: str
-    head: str
-    fields: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Template:
-    """A known prompt.
-
-    Attributes:
-        name: For the report.
-        pattern: Its words, with fields in braces: "context"; "question" where the same message asks it; "answer", an
-            earlier answer; "rest", the user's own words; "_", words that may be anything. How much white space stands
-            between words does not matter.
-        keeps_words: The words ask for more than an answer from the context, so they become the instructions.
-    """
-
-    name: str
-    pattern: str
-    keeps_words: bool = False
-
-    def match(self, text: str) -> Match | None:
-        """Takes a text apart, in linear time.
-
-        What stands before the context is searched from the start, what stands after it from the end, so that the
-        context may hold anything, the template's own words too.
-
-        Args:
-            text: A prompt or a message.
-        """
-        literals, names = self._parts
-        context = names.index("context")
-        spans: list[tuple[int, int]] = []
-        start, end = 0, len(text.rstrip())
-        for literal in literals[: context + 1]:
-            if (found := literal.search(text, start, end)) is None:
-                return None
-            spans.append(found.span())
-            start = found.end()
-        after: list[tuple[int, int]] = []
-        for literal in reversed(literals[context + 1 :]):
-            if (found := last_match(literal.finditer(text, start, end))) is None:
-                return None
-            after.append(found.span())
-            end = found.start()
-        spans += reversed(after)
-        values = [text[left:right].strip() for (_, left), (right, _) in itertools.pairwise(spans)]
-        opening = spans[0][0]
-        return Match(
-            self, text[:opening].strip(), text[opening : spans[context][1]], dict(zip(names, values, strict=True))
-        )
-
-    @cached_property
-    def _parts(self) -> tuple[list[re.Pattern[str]], list[str]]:
-        """Its words between fields, as patterns, and the fields' names."""
-        words, names = re.split(r"\{\w+\}", self.pattern), re.findall(r"\{(\w+)\}", self.pattern)
-        patterns = [self._words(text) for text in words]
-        patterns[-1] += r"\Z"
-        return [re.compile(pattern) for pattern in patterns], names
-
-    @staticmethod
-    def _words(text: str) -> str:
-        """A pattern for words, whatever the white space between them; a line's start stays one."""
-        line_start = r"\n[ \t]*" if text.startswith("\n") else ""
-        return line_start + r"\s+".join(map(re.escape, text.split()))
-
+from .template import Template
 
 _DASHES = "-" * 21
+_NO_GUESSING = (
+    "If you don't know the answer, just say that you don't know, don't try to make up an answer.",
+    "If you don't know the answer, say that you don't know.",
+    "If you don't know the answer, just say that you don't know.",
+)
+_BRIEF = "Use three sentences maximum and keep the answer concise."
+_ASSISTANT = (
+    "You are an assistant for question-answering tasks. Use the following pieces of retrieved context to answer the "
+    "question."
+)
+_REFINE_WORDING = (
+    "to better answer the query. If the context isn't useful, return the original answer.",
+    "to better answer the question. If the context isn't useful, return the original answer.",
+    "(only if needed)",
+)
+_FRIENDLY = (
+    "The assistant is talkative and provides lots of specific details from its context. If the assistant does not know "
+    "the answer to a question, it truthfully says it does not know."
+)
+_TWO_MODES = (
+    "1. **Rewrite** an original answer using the new context. 2. **Repeat** the original answer if the new context "
+    "isn't useful. Never reference the original answer or context directly in your answer. When in doubt, just repeat "
+    "the original answer."
+)
+
+# Each message is read as a whole: question and context stand in it.
 IN_ONE_MESSAGE = (
     Template(
         "llama-index/text-qa",
-        f"Context information is below.\n{_DASHES}\n{{context}}\n{_DASHES}\n"
-        "Given the context information and not prior knowledge, answer the query.\nQuery: {question}\nAnswer:",
+        f"Context information is below.{{words}}\n{_DASHES}\n{{context}}\n{_DASHES}\n{{words}}"
+        "Given the context information and not prior knowledge, answer the query.{words}\nQuery: {question}"
+        "\nAnswer:",
     ),
     Template(
         "llama-index/tree-summarize",
-        f"Context information from multiple sources is below.\n{_DASHES}\n{{context}}\n{_DASHES}\n"
-        "Given the information from multiple sources and not prior knowledge, answer the query.\n"
-        "Query: {question}\nAnswer:",
+        f"Context information from multiple sources is below.{{words}}\n{_DASHES}\n{{context}}\n{_DASHES}\n{{words}}"
+        "Given the information from multiple sources and not prior knowledge, answer the query.{words}"
+        "\nQuery: {question}\nAnswer:",
     ),
     Template(
         "llama-index/refine",
         "The original query is as follows: {question}\nWe have provided an existing answer: {answer}\n"
-        "We have the opportunity to refine the existing answer (only if needed) with some more context below.\n"
-        "------------\n{context}\n------------\nGiven the new context, refine the original answer{_}Refined Answer:",
+        "We have the opportunity to refine the existing answer{words}with some more context below.{words}"
+        "\n------------\n{context}\n------------\nGiven the new context, refine the original answer{words}"
+        "\nRefined Answer:",
+        wording=_REFINE_WORDING,
     ),
     Template(
         "llama-index/refine-chat",
-        "You are an expert Q&A system that strictly operates in two modes when refining existing answers:{_}"
+        "You are an expert Q&A system that strictly operates in two modes when refining existing answers:{words}"
         "\nNew Context: {context}\nQuery: {question}\nOriginal Answer: {answer}\nNew Answer:",
+        wording=(_TWO_MODES,),
     ),
     Template(
         "llama-index/citation",
-        "Please provide an answer based solely on the provided sources.{_}Now it's your turn. "
+        "Please provide an answer based solely on the provided sources.{words}Now it's your turn. "
         "Below are several numbered sources of information:\n------\n{context}\n------\nQuery: {question}\nAnswer:",
         keeps_words=True,
     ),
     Template(
         "llama-index/citation-refine",
-        "Please provide an answer based solely on the provided sources.{_}Now it's your turn. "
-        "We have provided an existing answer: {_}\nBegin refining!\n------\n{context}\n------\n"
+        "Please provide an answer based solely on the provided sources.{words}Now it's your turn. "
+        "We have provided an existing answer: {words}\nBegin refining!\n------\n{context}\n------\n"
         "Query: {question}\nAnswer:",
         keeps_words=True,
     ),
     Template(
         "langchain/stuff",
-        "Use the following pieces of context to answer the question at the end.{_}\n\n{context}"
+        "Use the following pieces of context to answer the question at the end.{words}\n\n{context}"
         "\nQuestion: {question}\nHelpful Answer:",
+        wording=_NO_GUESSING,
+        open_start=True,
+        open_end=True,
+    ),
+    Template(
+        "langchain/refine-start",
+        "Context information is below.{words}\n------------\n{context}\n------------\n{words}"
+        "Given the context information and not prior knowledge, answer the question: {question}",
+    ),
+    Template(
+        "langchain/refine",
+        "The original question is as follows: {question}\nWe have provided an existing answer: {answer}\n"
+        "We have the opportunity to refine the existing answer{words}with some more context below.{words}"
+        "\n------------\n{context}\n------------\nGiven the new context, refine the original answer{words}",
+        wording=_REFINE_WORDING,
     ),
     Template(
         "langchain/rag-prompt",
-        "You are an assistant for question-answering tasks. Use the following pieces of retrieved context to answer "
-        "the question.{_}\nQuestion: {question}\nContext: {context}\nAnswer:",
+        f"{_ASSISTANT}{{words}}\nQuestion: {{question}}\nContext: {{context}}\nAnswer:",
+        wording=(*_NO_GUESSING, _BRIEF),
+    ),
+    Template(
+        "langgraph/agentic-rag",
+        f"{_ASSISTANT}{{words}}\nQuestion: {{question}}\nContext: {{context}}",
+        wording=(*_NO_GUESSING, _BRIEF),
+        open_end=True,
     ),
 )
+# The context stands in a system message, the question in the user's.
 IN_SYSTEM_MESSAGE = (
     Template(
         "llama-index/context-chat",
-        "Use the context information below to assist the user.\n--------------------\n{context}"
+        "Use the context information below to assist the user.{words}\n--------------------\n{context}"
         "\n--------------------\n{rest}",
     ),
     Template(
         "llama-index/context-chat-refine",
         "Using the context below, refine the following existing answer using the provided context to assist the user."
-        "{_}--------------------\n{context}\n--------------------\nExisting Answer:\n{answer}"
+        "{words}\n--------------------\n{context}\n--------------------\nExisting Answer:\n{answer}"
         "\n--------------------\n{rest}",
+        wording=("If the context isn't helpful, just repeat the existing answer and nothing more.",),
     ),
     Template(
         "llama-index/condense-plus-context",
-        "The following is a friendly conversation between a user and an AI assistant.{_}"
+        "The following is a friendly conversation between a user and an AI assistant.{words}"
         "Here are the relevant documents for the context:{context}"
         "\nInstruction: Based on the above documents, provide a detailed answer for the user question below.\n"
         'Answer "don\'t know" if not present in the document.{rest}',
+        wording=(_FRIENDLY,),
     ),
     Template(
         "llama-index/condense-plus-context-refine",
-        "The following is a friendly conversation between a user and an AI assistant.{_}"
+        "The following is a friendly conversation between a user and an AI assistant.{words}"
         "Here are the relevant documents for the context:{context}"
         "\nExisting Answer:\n{answer}"
         "\nInstruction: Refine the existing answer using the provided context to assist the user.\n"
         "If the context isn't helpful, just repeat the existing answer and nothing more.{rest}",
+        wording=(_FRIENDLY,),
     ),
     Template(
         "langchain/stuff-chat",
-        "Use the following pieces of context to answer the user's question.{_}\n----------------\n{context}",
+        "Use the following pieces of context to answer the user's question.{words}\n----------------\n{context}",
+        wording=_NO_GUESSING,
+        open_end=True,
+    ),
+    Template(
+        "langchain/refine-start-chat",
+        "Context information is below.{words}\n------------\n{context}\n------------\n{words}"
+        "Given the context information and not prior knowledge, answer any questions{rest}",
     ),
     Template(
         "langchain/retrieval-qa-chat",
-        "Answer any use questions based solely on the context below:\n\n<context>{context}</context>{rest}",
+        "Answer any use questions based solely on the context below:{words}\n<context>{context}</context>{rest}",
     ),
     Template(
         "langchain/rag-chat",
-        "You are an assistant for question-answering tasks. Use the following pieces of retrieved context to answer "
-        "the question.{_}\n\n{context}",
+        f"{_ASSISTANT}{{words}}\n\n{{context}}",
+        wording=(*_NO_GUESSING, _BRIEF),
+        open_start=True,
+        open_end=True,
     ),
 )
 # LlamaIndex puts it before its own prompts for chat models; it says no more than Finch's own.
@@ -187,22 +170,187 @@ DEFAULT_SYSTEM_PROMPT = (
     "those lines."
 )
 
-# Prompts that have no context, however long: they turn a conversation's last message into a question of its own.
-CONDENSE = ("Given the following conversation", "Given a chat history and the latest user question")
-
-
-def first_match(templates: Iterable[Template], text: str) -> Match | None:
-    """The match whose context begins first, and ends last: a context may hold another template's prompt.
-
-    Args:
-        templates: Known prompts.
-        text: A prompt or a message.
-    """
-    matches = filter(None, (template.match(text) for template in templates))
-    return min(matches, key=lambda m: (len(m.before) + len(m.head), -len(m.fields["context"])), default=None)
-
-
-def last_match(matches: Iterator[re.Match[str]]) -> re.Match[str] | None:
-    """The last of a pattern's matches."""
-    found = deque(matches, maxlen=1)
-    return found[0] if found else None
+# Tasks over a text: read whole wherever they fit. Where they do not, all their words are kept, and the text is what
+# may be evicted. Two or three words on each side of the text are enough to know them by.
+TASKS = tuple(
+    Template(name, pattern, keeps_words=True)
+    for name, pattern in (
+        ("llama-index/title", "Context: {context}. Give a title that summarizes {words} Title:"),
+        ("llama-index/questions", "Here is the context:\n{context}\n\nGiven the contextual information, {words}"),
+        ("llama-index/section-summary", "Here is the content of the section:\n{context}\n\nSummarize the key {words}"),
+        (
+            "llama-index/extract",
+            "Here is the content of the section:\n----------------\n{context}\n----------------\nGiven the contextual"
+            " information, {words}",
+        ),
+        ("llama-index/summary", 'Write a summary of the following.{words}\n\n\n{context}\n\n\nSUMMARY:"""'),
+        (
+            "llama-index/faithfulness",
+            "Please tell if a given piece of information{words}crosswise strips).\nAnswer: NO\nInformation: {words}"
+            "\nContext: {context}\nAnswer:",
+        ),
+        (
+            "llama-index/faithfulness-llama",
+            "Please tell if a given piece of information{words}products and services.\nAnswer: YES\n\nInformation: "
+            "{words}\nContext: {context}\nAnswer:",
+        ),
+        (
+            "llama-index/relevancy",
+            "Your task is to evaluate if the response for the query{words}\nContext:{context}\nAnswer:",
+        ),
+        (
+            "llama-index/context-relevancy",
+            "Your task is to evaluate if the retrieved context{words}\n\nQuery:{words}\nContext:{context}\nFeedback:",
+        ),
+        (
+            "llama-index/evaluation-refine",
+            "We want to understand if the following {words}\n------------\n{context}\n------------\nIf the existing "
+            "{words}",
+        ),
+        (
+            "llama-index/question-generation",
+            f"Context information is below.\n{_DASHES}\n{{context}}\n{_DASHES}\nGiven the context information and not"
+            " prior knowledge.{words}",
+        ),
+        (
+            "llama-index/choice-select",
+            "A list of documents is shown below.{words}Let's try this now:{context}\nQuestion: {words}\nAnswer:",
+        ),
+        (
+            "llama-index/keywords",
+            f"Some text is provided below.{{words}}\n{_DASHES}\n{{context}}\n{_DASHES}\nProvide keywords {{words}}",
+        ),
+        ("llama-index/triplets", "Some text is provided below.{words}\nText: {context}\nTriplets:"),
+        ("llama-index/dynamic-triplets", "Extract up to {words} knowledge triplets {words}\nText: {context}\nOutput:"),
+        (
+            "llama-index/schema-triplets",
+            "Give the following text, extract the knowledge graph{words}\n-------\n{context}\n-------",
+        ),
+        (
+            "llama-index/tree-insert",
+            f"Context information is below. It is provided in a numbered list{{words}}\n{_DASHES}\n{{context}}"
+            f"{_DASHES}\nGiven the context information, here is a new piece{{words}}",
+        ),
+        (
+            "llama-index/tree-select",
+            f"Some choices are given below.{{words}}\n{_DASHES}\n{{context}}\n{_DASHES}\nUsing only the choices above"
+            "{words}",
+        ),
+        (
+            "llama-index/sql-answer",
+            "Given an input question, synthesize a response{words}\nSQL Response: {context}\nResponse:",
+        ),
+        (
+            "llama-index/graph-answer",
+            "The original question is given below.{words}\nGraph response: {context}\nResponse:",
+        ),
+        (
+            "llama-index/fields",
+            "We wish to extract relevant fields{words}-text-----------\n{context}"
+            "\n-----------schema-----------\n{words}\nFields:",
+        ),
+        (
+            "llama-index/private",
+            "The current context information is provided.{words}\nContext:\n{context}\nTask: {words}\nOutput:",
+        ),
+        ("langchain/summary", 'Write a concise summary of the following:{words}"{context}"\n\n\nCONCISE SUMMARY:'),
+        (
+            "langchain/summary-refine",
+            "Your job is to produce a final summary.{words}\n------------\n{context}\n------------\nGiven the new "
+            "context, refine the original summary.{words}",
+        ),
+        (
+            "langchain/map-rerank",
+            "Use the following pieces of context to answer the question at the end.{words}Begin!\n\nContext:\n"
+            "---------\n{context}\n---------\nQuestion: {words}\nHelpful Answer:",
+        ),
+        (
+            "langchain/map-reduce",
+            "Use the following portion of a long document{words}Return any relevant text verbatim.\n{context}"
+            "\nQuestion: {words}\nRelevant text, if any:",
+        ),
+        (
+            "langchain/with-sources",
+            "Given the following extracted parts of a long document and a question, create a final answer with"
+            " references{words}The president did not mention Michael Jackson.\nSOURCES:\n\nQUESTION: {words}\n========="
+            "\n{context}\n=========\nFINAL ANSWER:",
+        ),
+        (
+            "langchain/combine",
+            "Given the following extracted parts of a long document and a question, create a final answer.{words}"
+            "\nFINAL ANSWER: The president did not mention Michael Jackson.\n\nQUESTION: {words}\n=========\n{context}"
+            "\n=========\nFINAL ANSWER:",
+        ),
+        (
+            "langchain/refine-chat",
+            "We have the opportunity to refine the existing answer{words}\n------------\n{context}\n------------\n"
+            "Given the new context, refine {words}",
+        ),
+        (
+            "langchain/question-generation",
+            "You are a smart assistant designed to help high school teachers{words}for the following text:"
+            "\n----------------\n{context}",
+        ),
+        ("langchain/quiz", "You are a teacher coming up with questions{words}<Begin Document>{context}<End Document>"),
+        (
+            "langchain/grade",
+            "You are a teacher grading a quiz.{words}Begin!\n\nQUESTION: {words}\nCONTEXT: {context}"
+            "\nSTUDENT ANSWER: {words}",
+        ),
+        (
+            "langchain/extract",
+            "Given the following question and context, extract any part{words}> Context:\n>>>\n{context}\n>>>\n"
+            "Extracted relevant parts:",
+        ),
+        (
+            "langchain/filter",
+            "Given the following question and context, return YES{words}> Context:\n>>>\n{context}\n>>>\n"
+            "> Relevant (YES / NO):",
+        ),
+        ("langchain/facts", 'Given some text, extract a list of facts{words}Text:\n"""\n{context}\n"""\n\nFacts:'),
+        (
+            "langchain/assertions",
+            'You are an expert fact checker.{words}\n"""\n{context}\n"""\n\nFor each fact, determine {words}',
+        ),
+        (
+            "langchain/trajectory",
+            "An AI language model has been given access {words}[AGENT_TRAJECTORY]\n{context}\n[END_AGENT_TRAJECTORY]"
+            "{words}",
+        ),
+        (
+            "langchain/conversation-summary",
+            "Progressively summarize the lines of conversation{words}END OF EXAMPLE\n\nCurrent summary:{words}"
+            "\n\nNew lines of conversation:\n{context}\n\nNew summary:",
+        ),
+        (
+            "langgraph/grade",
+            "You are a grader assessing relevance of a retrieved document{words}Here is the retrieved document:"
+            "{context}\nHere is the user question: {words}",
+        ),
+        ("langchain/middleware-summary", "<role>{words}<messages>Messages to summarize:\n{context}</messages>"),
+        (
+            "langchain/condense",
+            "Given the following conversation{words}Chat History:\n{context}\nFollow Up Input: "
+            "{words}\nStandalone question:",
+        ),
+        (
+            "llama-index/condense",
+            "Given a conversation (between Human and Assistant){words}<Chat History>\n{context}"
+            "\n\n<Follow Up Message>{words}<Standalone question>",
+        ),
+    )
+)
+# A task whose text stands in a system message, the question in the user's.
+TASKS_IN_SYSTEM_MESSAGE = tuple(
+    Template(name, pattern, keeps_words=True, open_end=True)
+    for name, pattern in (
+        (
+            "langchain/map-reduce-chat",
+            "Use the following portion of a long document{words}\n______________________\n{context}",
+        ),
+        (
+            "langchain/combine-chat",
+            "Given the following extracted parts of a long document{words}\n______________________\n{context}",
+        ),
+    )
+)

@@ -3,41 +3,56 @@
 A framework formats its passages into one text before a model sees them. Such a prompt is recognised here by the words
 that its template puts around the context, and taken apart again, so that passages can be kept or evicted whole:
 
-    a known prompt         context -> passages, query -> question; its wording gives way to Finch's own, but for what
-                           asks for more than an answer from the context, and for what the user added
-    an unknown short one   read whole, as any model reads it
-    an unknown long one    its last paragraph is taken for the question, the others for passages, with a warning
+    a known prompt       context -> passages, query -> question; the framework's wording gives way to Finch's own, but
+                         for what asks for more than an answer from the context, and for what the user wrote
+    any other that fits  read whole, as any model reads it
+    a known task         (summarise, grade, extract) over a text that does not fit: its words are kept, the text is
+                         what may be evicted
+    an unknown long one  its ends are kept, what stands between them may be evicted, with a warning
 
-Nothing is guessed silently: ``parse_mode`` in the report names what was done.
+A template counts only where it frames the whole message, so that no passage can take over. Nothing is guessed silently:
+``parse_mode`` and ``notes`` of the report say what was done.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 from ..errors import InputError
 from .builder import INSTRUCTIONS, refine_instructions
 from .chat_template import ASSISTANT, SYSTEM, USER, Message, check_messages
 from .contexts import split_context
-from .known_prompts import (
-    CONDENSE,
-    DEFAULT_SYSTEM_PROMPT,
-    IN_ONE_MESSAGE,
-    IN_SYSTEM_MESSAGE,
-    Match,
-    first_match,
-    last_match,
-)
+from .frames import frame_of_task
+from .known_prompts import DEFAULT_SYSTEM_PROMPT, IN_ONE_MESSAGE, IN_SYSTEM_MESSAGE, TASKS, TASKS_IN_SYSTEM_MESSAGE
 from .passages import Passage, check_unicode
+from .template import ANSWER, QUESTION, REST, Match, first_match, last_match
+from .unknown import Parts, parts_of
 
 APART = "apart"
 WHOLE = "whole"
-LAST_PARAGRAPH = "last paragraph"
-LONGEST_MESSAGE = "longest message"
+KEPT_ENDS = "kept ends"
+
+_ENDS = 8  # of the window, each end of an unknown long prompt may take this part
+_SHOWN = 80  # characters of a question in a warning
+_SHORT = 200  # characters: a shorter paragraph at an open border may be the user's instruction
+
+
+class Room(Protocol):
+    """What a model reads in one call."""
+
+    def holds(self, parsed: ParsedPrompt) -> bool:
+        """Whether a prompt fits into the window, answer included, with nothing evicted but older turns."""
+
+    def tokens(self, text: str) -> int:
+        """Counts the tokens of a text."""
+
+    @property
+    def window(self) -> int:
+        """Positions of the model."""
 
 
 class PromptOptions(TypedDict, total=False):
@@ -46,6 +61,7 @@ class PromptOptions(TypedDict, total=False):
     instructions: str
     system_prompt: str
     history: list[Message]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +71,13 @@ class ParsedPrompt:
     Attributes:
         question: The question.
         passages: What it is asked of; empty where the prompt has no context.
-        parse_mode: Name of the template; or "apart" (the caller gave the passages), "whole", "last paragraph",
-            "longest message".
+        parse_mode: Name of the template; or "apart" (the caller gave the passages), "whole", "kept ends".
         instructions: The prompt's own; None where it has none.
         system_prompt: The prompt's own; None where it has none.
         history: Earlier messages.
+        in_own_words: The question brings all words that it needs, so that none are put around it.
+        keeps_all: Nothing may be evicted: a passage may be the user's instruction.
+        notes: What else the report should say.
     """
 
     question: str
@@ -68,6 +86,9 @@ class ParsedPrompt:
     instructions: str | None = None
     system_prompt: str | None = None
     history: list[Message] = field(default_factory=list)
+    in_own_words: bool = False
+    keeps_all: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def options(self) -> PromptOptions:
@@ -79,25 +100,29 @@ class ParsedPrompt:
             found["system_prompt"] = self.system_prompt
         if self.history:
             found["history"] = self.history
+        if self.notes:
+            found["notes"] = self.notes
         return found
 
 
 def parse_prompt(
     messages: str | Iterable[Message],
     passages: Sequence[Passage],
-    are_short: Callable[[Sequence[str]], bool],
+    room: Room,
     instructions: str | None = None,
+    strict: bool = False,
 ) -> ParsedPrompt:
     """Finds question and passages in a conversation, or in a flat prompt.
 
     Args:
         messages: A prompt, or messages of which the last is the user's.
         passages: Given apart; then the messages are not searched.
-        are_short: Whether texts are short enough to be read whole.
+        room: What the model reads in one call.
         instructions: The caller's own; they stand before those of the prompt. None for Finch's.
+        strict: Raise where a prompt would have to be guessed at.
 
     Raises:
-        InputError: If the messages cannot be used.
+        InputError: If the messages cannot be used, or with ``strict``, if an unknown prompt does not fit.
     """
     if isinstance(messages, str):
         check_unicode(messages, "the prompt")
@@ -107,16 +132,21 @@ def parse_prompt(
     *earlier, last = conversation
     question = last["content"]
     if passages:
-        return _around(earlier, ParsedPrompt(question, list(passages), APART))
+        return around(earlier, ParsedPrompt(question, list(passages), APART))
     if match := first_match(IN_ONE_MESSAGE, question):
-        return _from_match(match, match.fields["question"], instructions, earlier, match.before)
+        return _from_match(match, match.field(QUESTION) or "", room, instructions, earlier)
     for place, message in enumerate(earlier):
         if message["role"] == SYSTEM and (match := first_match(IN_SYSTEM_MESSAGE, message["content"])):
             others = [*earlier[:place], *earlier[place + 1 :]]
-            return _from_match(match, question, instructions, others, match.before, match.fields.get("rest", ""))
+            return _from_match(match, question, room, instructions, others, match.field(REST) or "")
     only_system = all(message["role"] == SYSTEM for message in earlier)
-    found = _from_transcript(earlier, question, instructions) if only_system else None
-    return found or _from_unknown(earlier, question, are_short)
+    found = _from_transcript(earlier, question, room, instructions) if only_system else None
+    if found is not None:
+        return found
+    whole = around(earlier, ParsedPrompt(question, [], WHOLE, instructions=instructions or "", in_own_words=True))
+    if room.holds(whole):
+        return whole
+    return _from_task(earlier, question, instructions) or _from_unknown(whole, room, strict)
 
 
 def _checked(messages: Iterable[Message]) -> list[Message]:
@@ -129,17 +159,65 @@ def _checked(messages: Iterable[Message]) -> list[Message]:
 
 
 def _from_match(
-    match: Match, question: str, instructions: str | None, earlier: Sequence[Message], *own: str
+    match: Match,
+    question: str,
+    room: Room,
+    instructions: str | None,
+    earlier: Sequence[Message],
+    *own: str,
 ) -> ParsedPrompt:
     """What a known prompt asks; ``own`` are the user's words around the template's."""
-    parsed = ParsedPrompt(question, split_context(match.fields["context"]), match.template.name)
+    split = split_context(match.context)
+    notes = _borders_note(split.borders, len(split.passages))
+    parsed = ParsedPrompt(question, split.passages, match.template.name, notes=notes)
+    parsed = known_options(match, parsed, instructions)
+    parsed = around([*earlier, *(Message(role=SYSTEM, content=text) for text in own)], parsed)
+    return _at_open_borders(match, parsed, room, INSTRUCTIONS if instructions is None else instructions)
+
+
+def known_options(match: Match, parsed: ParsedPrompt, instructions: str | None) -> ParsedPrompt:
+    """The same with what a known prompt says beside context and question.
+
+    Args:
+        match: The prompt.
+        parsed: Its question and passages.
+        instructions: The caller's own.
+    """
+    base = INSTRUCTIONS if instructions is None else instructions
     if match.template.keeps_words:
-        words = match.head.rstrip("-\n ")
-        parsed = replace(parsed, instructions=f"{instructions}\n\n{words}" if instructions else words)
-    elif answer := match.fields.get("answer"):
-        base = INSTRUCTIONS if instructions is None else instructions
+        words = match.before.strip().rstrip("-\n ")
+        return replace(parsed, instructions=f"{instructions}\n\n{words}" if instructions else words)
+    if answer := match.field(ANSWER):
         parsed = replace(parsed, instructions=refine_instructions(base, answer))
-    return _around([*earlier, *(Message(role=SYSTEM, content=text) for text in own)], parsed)
+    if match.own_words:
+        parsed = replace(parsed, instructions=f"{parsed.instructions or base}\n\n{match.own_words}")
+    return parsed
+
+
+def _at_open_borders(match: Match, parsed: ParsedPrompt, room: Room, base: str) -> ParsedPrompt:
+    """The same where a short first or last paragraph may be an instruction that the user put there.
+
+    Then nothing is evicted, if all of it fits; else such a paragraph is read with the instructions.
+    """
+    passages = parsed.passages
+    borders = {0: match.template.open_start, len(passages) - 1: match.template.open_end}
+    doubtful = [place for place, is_open in borders.items() if is_open and _is_short(passages, place)]
+    if not doubtful:
+        return parsed
+    kept = replace(parsed, keeps_all=True)
+    if room.holds(kept):
+        return replace(kept, notes=(*parsed.notes, "a short paragraph may be an instruction: nothing was evicted"))
+    words = "\n\n".join(passages[place].text for place in doubtful)
+    return replace(
+        parsed,
+        passages=[passage for place, passage in enumerate(passages) if place not in doubtful],
+        instructions=f"{parsed.instructions or base}\n\n{words}",
+        notes=(*parsed.notes, f"{len(doubtful)} short paragraph(s) may be instructions: read as such"),
+    )
+
+
+def _is_short(passages: Sequence[Passage], place: int) -> bool:
+    return 0 <= place < len(passages) and len(passages[place].text) < _SHORT
 
 
 _OPENING = "system: "
@@ -148,44 +226,98 @@ _TURN_LABEL = re.compile(r"\n(user|human|assistant|ai): ", re.IGNORECASE)
 _END_LABEL = re.compile(r"\n(?:assistant|ai): *\Z", re.IGNORECASE)
 
 
-def _from_transcript(earlier: Sequence[Message], prompt: str, instructions: str | None) -> ParsedPrompt | None:
+def _from_transcript(
+    earlier: Sequence[Message], prompt: str, room: Room, instructions: str | None
+) -> ParsedPrompt | None:
     """A conversation written out as "system: ...", "user: ...", as frameworks do for models that cannot chat."""
     label = last_match(_USER_LABEL.finditer(prompt))
     if label is None or prompt[: len(_OPENING)].lower() != _OPENING:
         return None
-    match = first_match(IN_SYSTEM_MESSAGE, prompt[: label.start()])
+    match = first_match(IN_SYSTEM_MESSAGE, prompt[len(_OPENING) : label.start()])
     if match is None:
         return None
     # Turns are looked for behind the context only: the context may hold anything.
-    own, *turns = _TURN_LABEL.split(f"\n{match.fields.get('rest', '')}")
+    own, *turns = _TURN_LABEL.split(f"\n{match.field(REST) or ''}")
     roles = (USER if role.lower() in ("user", "human") else ASSISTANT for role in turns[::2])
     history = [Message(role=role, content=text.strip()) for role, text in zip(roles, turns[1::2], strict=True)]
     question = _END_LABEL.sub("", prompt[label.end() :])
-    return _from_match(match, question, instructions, [*earlier, *history], match.before[len(_OPENING) :], own)
+    return _from_match(match, question, room, instructions, [*earlier, *history], own)
 
 
-_ANSWER_LABEL = re.compile(r"\n[ \t]*\w[\w ]{0,29}:\Z")  # a last line such as "Answer:" asks nothing
-
-
-def _from_unknown(earlier: Sequence[Message], text: str, are_short: Callable[[Sequence[str]], bool]) -> ParsedPrompt:
-    if text.lstrip().startswith(CONDENSE) or are_short([text, *(message["content"] for message in earlier)]):
-        return _around(earlier, ParsedPrompt(text, [], WHOLE, instructions=""))
-    context, _, question = _ANSWER_LABEL.sub("", text.rstrip()).rpartition("\n\n")
-    mode, taken = LAST_PARAGRAPH, "the question, the others for passages"
-    longest = max(earlier, key=lambda message: len(message["content"]), default=None)
-    if longest is not None and len(longest["content"]) > len(text):
-        mode, taken, context, question = LONGEST_MESSAGE, "passages", longest["content"], text
-        earlier = [message for message in earlier if message is not longest]
-    warnings.warn(
-        f"this prompt is of no known template: its {mode} is taken for {taken}; pass the passages apart to be sure",
-        stacklevel=2,
+def _from_task(earlier: Sequence[Message], question: str, instructions: str | None) -> ParsedPrompt | None:
+    """A known task over a text that does not fit: all its words are kept."""
+    match = first_match(TASKS, question)
+    others = list(earlier)
+    if match is None:
+        for place, message in enumerate(earlier):
+            if message["role"] == SYSTEM and (match := first_match(TASKS_IN_SYSTEM_MESSAGE, message["content"])):
+                others = [*earlier[:place], *earlier[place + 1 :]]
+                words, asked = match.before.strip().rstrip("_\n "), question
+                break
+        else:
+            return None
+    else:
+        words, asked = frame_of_task(match.before, match.after)
+    split = split_context(match.context)
+    parsed = ParsedPrompt(
+        asked,
+        split.passages,
+        match.template.name,
+        instructions="\n\n".join(filter(None, (instructions, words))),
+        in_own_words=True,
+        notes=_borders_note(split.borders, len(split.passages)),
     )
-    return _around(earlier, ParsedPrompt(question, split_context(context), mode))
+    return around(others, parsed)
 
 
-def _around(earlier: Sequence[Message], parsed: ParsedPrompt) -> ParsedPrompt:
-    """The same with what stands before the last message."""
+def _from_unknown(whole: ParsedPrompt, room: Room, strict: bool) -> ParsedPrompt:
+    """A prompt that does not fit and is of no known template; earlier turns are no part of it."""
+    in_system = len(whole.system_prompt or "") > len(whole.question)
+    text = (whole.system_prompt or "") if in_system else whole.question
+    parts = parts_of(text, room.tokens, room.window // _ENDS)
+    asks = whole.question if in_system else parts.asks
+    shown = " ".join(asks.split())
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    message = (
+        f"this {'system message' if in_system else 'prompt'} of {len(text)} characters is of no known template and "
+        f"does not fit into the window of {room.window} tokens: {shown!r} is taken as the question, and what stands "
+        "between the text's ends may be left out; pass the passages apart to be sure"
+    )
+    if strict:
+        raise InputError(message)
+    warnings.warn(message, stacklevel=2)
+    split = split_context(parts.middle)
+    parsed = replace(
+        whole,
+        question=_with_system_tail(whole.question, parts) if in_system else parts.tail,
+        passages=split.passages,
+        parse_mode=KEPT_ENDS,
+        notes=_borders_note(split.borders, len(split.passages)),
+    )
+    if in_system:
+        return replace(parsed, system_prompt=parts.head or None)
+    return replace(parsed, instructions="\n\n".join(filter(None, (whole.instructions, parts.head))))
+
+
+def _with_system_tail(question: str, parts: Parts) -> str:
+    """A system message's end stands behind the passages, before the question that the user's message asks."""
+    return f"{parts.tail}\n\n{question}" if parts.tail else question
+
+
+def _borders_note(borders: str, passages: int) -> tuple[str, ...]:
+    return (f"the passages came as one text: parted at {borders}",) if passages > 1 else ()
+
+
+def around(earlier: Sequence[Message], parsed: ParsedPrompt) -> ParsedPrompt:
+    """The same with what stands before the last message.
+
+    Args:
+        earlier: All messages but the last.
+        parsed: What the last one asks.
+    """
     texts = [message["content"].strip() for message in earlier if message["role"] == SYSTEM]
-    own = "\n\n".join(filter(None, (text.removeprefix(DEFAULT_SYSTEM_PROMPT).strip() for text in texts)))
+    # What says no more than Finch's own prompt gives way where Finch's own stands.
+    given_way = "" if parsed.in_own_words else DEFAULT_SYSTEM_PROMPT
+    own = "\n\n".join(filter(None, (text.removeprefix(given_way).strip() for text in texts)))
     history = [message for message in earlier if message["role"] != SYSTEM]
     return replace(parsed, system_prompt=own or None, history=history)

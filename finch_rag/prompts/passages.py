@@ -32,13 +32,13 @@ class Passage:
 
 
 def as_passages(passages: Iterable[str | Passage]) -> list[Passage]:
-    """Checks what a caller passes as passages.
+    """Checks what a caller passes as passages. One without text is taken and never read.
 
     Args:
         passages: Strings or `Passage` objects.
 
     Raises:
-        InputError: If one of them is empty or not text; the message has its index.
+        InputError: If one of them is not text; the message has its index.
     """
     if isinstance(passages, (str, Passage)):
         raise InputError("passages is a single text: pass a list of texts or of Passage objects")
@@ -49,8 +49,6 @@ def as_passages(passages: Iterable[str | Passage]) -> list[Passage]:
         passage = item if isinstance(item, Passage) else Passage(item)
         if not isinstance(passage.text, str):
             raise InputError(f"passage {index} is {type(passage.text).__name__}, not text: pass a str or a Passage")
-        if not passage.text.strip():
-            raise InputError(f"passage {index} is empty: leave it out, or give it text")
         check_unicode(f"{passage.title or ''}{passage.text}", f"passage {index}")
         checked.append(passage)
     return checked

@@ -1,0 +1,89 @@
+"""A prompt whose places of context and question are known: frameworks fill in marks there, and nothing is guessed.
+
+The passages are then read apart from the prompt, and the question is the question, whatever the prompt looks like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .chat_template import SYSTEM, USER, Message
+from .frames import frame_of_task, words_around
+from .known_prompts import IN_ONE_MESSAGE, IN_SYSTEM_MESSAGE
+from .parsing import APART, ParsedPrompt, around, known_options
+from .template import QUESTION, REST, first_match
+
+CONTEXT_MARK = "FinchContextGoesHere"
+QUESTION_MARK = "FinchQuestionGoesHere"
+
+
+def parse_marked(
+    messages: Sequence[Message], question: str | None, instructions: str | None = None
+) -> ParsedPrompt | None:
+    """What a prompt asks that was formatted with marks.
+
+    Args:
+        messages: With `CONTEXT_MARK` for the context, at least once, and `QUESTION_MARK` for the question, maybe.
+        question: The question; None where the prompt's own words ask.
+        instructions: The caller's own; they stand before those of the prompt.
+
+    Returns:
+        The prompt without its passages; None where it has no context.
+    """
+    place = next((index for index, message in enumerate(messages) if CONTEXT_MARK in message["content"]), None)
+    if place is None:
+        return None
+    filled = [
+        message if index == place else Message(role=message["role"], content=_filled(message["content"], question))
+        for index, message in enumerate(messages)
+    ]
+    return _of_known(filled, place, question, instructions) or _of_own(filled, place, question, instructions)
+
+
+def _filled(text: str, question: str | None) -> str:
+    return text.replace(QUESTION_MARK, question or "").replace(CONTEXT_MARK, "")
+
+
+def _of_known(
+    messages: Sequence[Message], place: int, question: str | None, instructions: str | None
+) -> ParsedPrompt | None:
+    *earlier, last = messages
+    content = messages[place]["content"]
+    if place == len(messages) - 1:
+        match = first_match(IN_ONE_MESSAGE, content)
+        if match is None or match.context != CONTEXT_MARK or match.field(QUESTION) is None:
+            return None
+        asked = _filled(match.field(QUESTION) or "", question)
+        return around(earlier, known_options(match, ParsedPrompt(asked, [], APART), instructions))
+    match = first_match(IN_SYSTEM_MESSAGE, content) if messages[place]["role"] == SYSTEM else None
+    if match is None or match.context != CONTEXT_MARK:
+        return None
+    parsed = known_options(match, ParsedPrompt(last["content"], [], APART), instructions)
+    rest = Message(role=SYSTEM, content=_filled(match.field(REST) or "", question))
+    return around([*messages[:place], rest, *messages[place + 1 : -1]], parsed)
+
+
+def _of_own(messages: Sequence[Message], place: int, question: str | None, instructions: str | None) -> ParsedPrompt:
+    """A user's own prompt: what stands around the context, without the labels and marks that set it off."""
+    *earlier, last = messages
+    before, _, after = messages[place]["content"].partition(CONTEXT_MARK)
+    after = after.replace(CONTEXT_MARK, "")
+    if place == len(messages) - 1:
+        if question is None:
+            frame = frame_of_task(before, after)
+            words = "\n\n".join(filter(None, (instructions, frame.instructions)))
+            return around(earlier, ParsedPrompt(frame.question, [], APART, instructions=words, in_own_words=True))
+        words = "\n\n".join(filter(None, (instructions, words_around(before, after, QUESTION_MARK))))
+        return around(earlier, ParsedPrompt(question, [], APART, instructions=words or None))
+    words = words_around(before, after, QUESTION_MARK)
+    asked = last["content"]
+    if question is not None and question not in asked:
+        asked = "\n\n".join(filter(None, (asked.strip(), question)))
+    kept = [Message(role=messages[place]["role"], content=words)] if words else []
+    if kept and kept[0]["role"] != SYSTEM and place + 1 < len(messages) and messages[place + 1]["role"] == USER:
+        # Two turns of the user in a row: the words are instructions, and many chat templates refuse them.
+        own = "\n\n".join(filter(None, (instructions, words)))
+        parsed = ParsedPrompt(asked, [], APART, instructions=own)
+        return around([*messages[:place], *messages[place + 1 : -1]], parsed)
+    parsed = ParsedPrompt(asked, [], APART, instructions=instructions)
+    return around([*messages[:place], *kept, *messages[place + 1 : -1]], parsed)
