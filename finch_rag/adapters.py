@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .decode.constraint import can_force_json
 from .prefill.planning import ChunkSize
 from .prefill.selection import Selection
 from .prompts.chat_template import ASSISTANT, SYSTEM, USER, Message, Render
@@ -27,6 +28,7 @@ __all__ = [
     "ReadingOptions",
     "Render",
     "Selection",
+    "can_force_json",
     "check_options",
     "parse_marked",
     "release_engine",

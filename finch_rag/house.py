@@ -21,7 +21,7 @@ ROOMS = {
     "models": "loading, attention that can be observed, re-rotation, the cache, forward passes",
     "prefill": "the loop: scan a chunk under the question, evict, go on; re-prefill",
     "heads": "which attention heads find passages",
-    "decode": "sampling, text deltas, CUDA graphs, fused kernels",
+    "decode": "sampling, JSON by a schema, text deltas, CUDA graphs, fused kernels",
     "answer": "answer, citations, figures",
     "request": "one call, resolved",
     "settings": "an engine's settings, a call's options",

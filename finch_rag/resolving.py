@@ -116,6 +116,7 @@ def resolve_prompt(
         sampling = replace(sampling, max_new_tokens=0)
     lengths = [len(passage) for passage in prompt.passages]
     _check_length(sum(lengths[: len(lengths) - older_turns]), reading.max_context_tokens)
+    runtime.constraint(sampling)  # raises if an answer cannot be held to it
     whole = reading.selection == "passage"
     fixed = fixed_tokens(prompt, replace(settings, sampling=sampling))
     if any(lengths):
@@ -185,6 +186,7 @@ def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | Non
             f"the cache has {cache.length} tokens, the question {fixed.question + fixed.tail} and the answer up to "
             f"{fixed.new}, more than the window of {runtime.window}: shorten the question or lower max_new_tokens"
         )
+    runtime.constraint(sampling)  # raises if an answer cannot be held to it
     return Request(
         question=asked,
         passages=(),

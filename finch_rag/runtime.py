@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .decode.constraint import JsonConstraint, JsonConstraints
 from .decode.cuda_graphs import CudaGraphs
 from .decode.generation import Decoder, Writer, end_tokens
 from .decode.sampling import Sampling
@@ -78,6 +79,7 @@ class Runtime:
         use_finch_attention(model)
         self.prompts = PromptBuilder(tokenizer)
         self.graphs = CudaGraphs(model)
+        self._constraints = JsonConstraints(self.prompts, self._end_tokens)
         if compile_layers:
             compiling.compile_layers(model)
         self._found_heads: tuple[RetrievalHeads | None] | None = None
@@ -197,13 +199,26 @@ class Runtime:
         )
         return cache
 
+    def constraint(self, sampling: Sampling) -> JsonConstraint | None:
+        """What holds one answer to a JSON schema; None where it is free text.
+
+        Args:
+            sampling: How tokens are chosen.
+
+        Raises:
+            InputError: If an answer cannot be held to the schema.
+            MissingExtraError: If llguidance is not installed.
+            ModelError: If the tokenizer is one that llguidance cannot read.
+        """
+        return None if sampling.json_schema is None else self._constraints.of(sampling.json_schema)
+
     def writer(self, sampling: Sampling) -> Writer:
         """What makes an answer of the model's logits.
 
         Args:
             sampling: How tokens are chosen.
         """
-        return Writer(sampling, self._end_tokens, self.prompts.decode)
+        return Writer(sampling, self._end_tokens, self.prompts.decode, self.constraint(sampling))
 
     def decoder(self, cache: CompressedCache, request: Request) -> Decoder:
         """The generation of a request's answer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict, TypeVar
@@ -15,6 +16,7 @@ from .checks import (
     number,
     one_of,
     or_none,
+    shown,
     text,
     truth,
     whole_number,
@@ -49,7 +51,7 @@ class EngineSettings(TypedDict, total=False):
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Options of generation; see `finch_rag.decode.sampling.Sampling`."""
+    """Options of generation; see `finch_rag.decode.sampling.Sampling`. ``json_schema`` is a dictionary here."""
 
     max_new_tokens: int
     temperature: float
@@ -58,6 +60,7 @@ class SamplingOptions(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int]
+    json_schema: Mapping[str, Any] | None
 
 
 class ReadingOptions(TypedDict, total=False):
@@ -127,6 +130,18 @@ def _stop(name: str, value: Any) -> tuple[str, ...]:
     return stops
 
 
+def _json_schema(name: str, value: Any) -> str:
+    """A schema as JSON, so that nobody changes it during the call."""
+    if not isinstance(value, Mapping):
+        raise Refused(f"{name} is {shown(value)}: pass a JSON schema as a dictionary, or None")
+    try:
+        written = json.dumps(dict(value), allow_nan=False, ensure_ascii=False)
+        written.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Refused(f"{name} cannot be written as JSON: {shown(str(error))}; pass plain values") from None
+    return written
+
+
 def _history(name: str, value: Any) -> Any:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
         raise Refused(f"{name} is {type(value).__name__}: pass a list of messages, or leave it out")
@@ -155,6 +170,7 @@ RULES: Mapping[str, Rule] = {
     "seed": or_none(whole_number(least=_SEEDS[0], most=_SEEDS[1], cure=", or None")),
     "stop": _stop,
     "stop_token_ids": list_of(whole_number(least=0), "token ids"),
+    "json_schema": or_none(_json_schema),
     "on_progress": or_none(function),
 }
 

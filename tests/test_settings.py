@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ BAD: dict[str, list[Any]] = {
     "seed": [1.5, "x", 2**64, -(2**70), True],
     "stop": [5, [5], b"a", [["a"]], ["a", ""], [b"a"], {"a": 1}, SURROGATE],
     "stop_token_ids": [5.5, 5, [5.5], ["5"], "5", [True], [-1]],
+    "json_schema": [5, "x", b"x", [{"type": "object"}], True, {"const": NAN}, {"enum": {1, 2}}, {"const": SURROGATE}],
     "on_progress": [5, "print"],
 }
 GOOD: dict[str, list[Any]] = {
@@ -55,6 +57,7 @@ GOOD: dict[str, list[Any]] = {
     "seed": [None, 0, -(2**63), 2**64 - 1],
     "stop": [None, "", "a", ["a"], ("a", "b"), []],
     "stop_token_ids": [None, [], [5], (5,)],
+    "json_schema": [None, {}, {"type": "integer"}, MappingProxyType({"type": "string"})],
     "on_progress": [None, print],
 }
 CALLS: dict[str, Callable[[Finch, Any], Any]] = {

@@ -13,6 +13,7 @@ from ..models.cache import CompressedCache
 from ..models.forward import memory_guard, on_device, varlen_logits
 from ..models.inspection import input_embedding
 from ..models.varlen import VarlenSequence
+from .constraint import JsonConstraint
 from .cuda_graphs import CudaGraphs
 from .detokenising import StopStrings, TextStream, strip_stream
 from .sampling import Sampling, sampler
@@ -44,6 +45,7 @@ class Writer:
         sampling: How tokens are chosen, and when the answer ends.
         eos_token_ids: Tokens that end it.
         detokenise: Token ids -> text.
+        constraint: Decides which tokens may come next, and when nothing may; all may when None.
 
     Attributes:
         token_ids: Generated so far, the end token included.
@@ -52,14 +54,20 @@ class Writer:
     """
 
     def __init__(
-        self, sampling: Sampling, eos_token_ids: frozenset[int], detokenise: Callable[[Sequence[int]], str]
+        self,
+        sampling: Sampling,
+        eos_token_ids: frozenset[int],
+        detokenise: Callable[[Sequence[int]], str],
+        constraint: JsonConstraint | None = None,
     ) -> None:
         self._pick = sampler(sampling)
+        self._constraint = constraint
         own = frozenset() if sampling.ignore_eos else eos_token_ids
-        self._eos = own | frozenset(sampling.stop_token_ids)
+        free = constraint is None  # what is held to a form ends by it alone
+        self._eos = own | frozenset(sampling.stop_token_ids if free else ())
         self._most = sampling.max_new_tokens
         self._text = TextStream(detokenise)
-        self._stops = StopStrings(sampling.stop)
+        self._stops = StopStrings(sampling.stop if free else ())
         self.token_ids: list[int] = []
         self.ended = False
         self.stop_reason: StopReason = "length"
@@ -72,14 +80,19 @@ class Writer:
 
         Raises:
             NumericsError: If they are NaN.
+            InputError: If the constraint leaves no token.
         """
-        token = self._checked(self._pick(logits), logits)
+        constraint = self._constraint
+        token = self._checked(self._pick(logits if constraint is None else constraint.mask(logits)), logits)
+        complete = constraint is not None and constraint.take(token)
         self.token_ids.append(token)
         if token in self._eos:
             self.stop_reason = "eos"
             return self.end()
         text = self._stops.push(self._text.push(token))
-        if self._stops.stopped or len(self.token_ids) == self._most:
+        if complete:
+            self.stop_reason = "eos"
+        if complete or self._stops.stopped or len(self.token_ids) == self._most:
             text += self.end()
         return text
 

@@ -21,6 +21,9 @@ class Sampling:
         seed: Makes sampling repeatable.
         stop: Strings that end the answer; they are never shown.
         stop_token_ids: Tokens that end the answer as the model's own end tokens do.
+        json_schema: A JSON schema, as JSON, that the answer is held to; None for free text. Such an answer ends where
+            its JSON is complete: ``stop`` and ``stop_token_ids`` would cut it apart and are not heeded. Where
+            ``max_new_tokens`` ends it before, the JSON is incomplete, and the stop reason is "length".
         ignore_eos: Go on after the model's own end tokens, to ``max_new_tokens``; for measuring.
     """
 
@@ -31,6 +34,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    json_schema: str | None = None
     ignore_eos: bool = False
 
 

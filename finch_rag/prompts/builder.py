@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -191,6 +192,12 @@ class PromptBuilder:
         for place in hit:
             encoded[place] = [token for half in _halves(pieces[place]) if half for token in next(again)]
         return encoded
+
+    @contextmanager
+    def alone(self) -> Iterator[PreTrainedTokenizerBase]:
+        """The tokenizer, which no other thread uses meanwhile."""
+        with self._lock:
+            yield self.tokenizer
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of generated tokens, without control tokens."""

@@ -23,6 +23,9 @@ PROVIDER = "finch"
 _OTHER_NAMES = {"max_new_tokens": "max_tokens"}  # finch-rag's name -> LangChain's
 _LOADING = ("tokenizer", "dtype", "device", "heads", "trust_remote_code", "model_kwargs")
 _HOW = ("stream",)  # options of a call that say how LangChain runs it, not what it asks
+# Tokens of an answer whose form is asked for, where nobody says how many: JSON that is cut off is no JSON. A smaller
+# part of the window where that has no room for them.
+_FORMED_TOKENS, _FORMED_PART = 512, 4
 # Standard parameters of LangChain that concern a server, which a local model has none of.
 _OF_SERVERS = ("api_key", "base_url", "max_retries", "timeout")
 
@@ -94,6 +97,8 @@ class _Call(CallSettings):
     """All that a call may say."""
 
     stop_token_ids: list[int] | None = None
+    json_schema: dict[str, Any] | None = None
+    format_instructions: str | None = None
     on_progress: Callable[[str, int, int], None] | None = None
 
 
@@ -217,8 +222,21 @@ class FinchSettings(CallSettings):
             raise InputError(f"unknown option {', '.join(sorted(unknown))}: use documents, {', '.join(known)}")
         with _one_line(InputError):
             call = _Call(**given)
-        options = _options({name: getattr(call, name) for name in call.model_fields_set})
-        return passages_of(documents) if documents is not None else [], {**self._own_options(), **options}
+        options = {
+            **self._own_options(),
+            **_options({name: getattr(call, name) for name in call.model_fields_set}),
+        }
+        if (form := options.pop("format_instructions", None)) is not None:
+            self._ask_for_form(options, form)
+        return passages_of(documents) if documents is not None else [], options
+
+    def _ask_for_form(self, options: dict[str, Any], form: str) -> None:
+        """Says in a call's options what form its answer shall have, behind the instructions that there are."""
+        said = options.get("instructions", self.engine.instructions)
+        options["instructions"] = f"{said}\n\n{form}" if said else form
+        if self._source.given is None:  # a given engine has its own length
+            least, room = self.engine.max_new_tokens, self.engine.window // _FORMED_PART
+            options.setdefault("max_new_tokens", max(least, min(_FORMED_TOKENS, room)))
 
     def _stop_of(self, stop: list[str] | None) -> list[str] | None:
         """A call's stop texts, the model's own where it has none."""

@@ -12,7 +12,7 @@ from langchain_core.messages import BaseMessage, HumanMessage, convert_to_messag
 from langchain_core.output_parsers import BaseTransformOutputParser, StrOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.prompts import BasePromptTemplate, format_document
-from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables import Runnable, RunnableLambda, RunnableSequence
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import RunnableConfigurableFields
 from langchain_core.runnables.utils import AddableDict
@@ -43,13 +43,14 @@ def create_finch_documents_chain(
     is one. The documents are kept or evicted whole, and cited by their ids, because they are never joined to one text.
 
     Args:
-        llm: A `FinchLLM` or `ChatFinch`, also with options bound to it.
+        llm: A `FinchLLM` or `ChatFinch`, also with options bound to it; or a chain that begins with one and parses its
+            answers, as `ChatFinch.with_structured_output` makes it, whose outcome is then the answer.
         prompt: Makes the messages of the input; the question alone when None. Where it has the documents' variable,
             the documents are still read apart: words of the same message before it become the instructions, words
             behind it the question, and prompts that finch-rag knows are taken apart exactly.
         document_prompt: Formats each document's text; its own text, below its title if it has one, when None.
         document_variable_name: The documents' key in the input.
-        with_citations: Return a dictionary with "text", "citations" and "report" in place of the text.
+        with_citations: Return a dictionary with "text", "citations" and "report" in place of the text; not of a chain.
 
     Returns:
         A runnable; its stream has the text in pieces, then, in one more, citations and report where asked for.
@@ -63,6 +64,11 @@ def create_finch_documents_chain(
         >>> chain.invoke({"input": "Who signed it?"})["answer"]
     """
     chat = _as_chat(llm)
+    if (parses := _parses(chat)) and with_citations:
+        raise SettingsError(
+            "with_citations is for a model, and this chain parses its answers: leave it out; the raw message of "
+            "with_structured_output(..., include_raw=True) has the citations"
+        )
     parser: BaseTransformOutputParser[Any] = _CitedAnswer() if with_citations else StrOutputParser()
 
     def ask(inputs: Mapping[str, Any]) -> Runnable[Any, Any]:
@@ -73,7 +79,8 @@ def create_finch_documents_chain(
         documents = _documents(inputs, document_variable_name, document_prompt)
         request = _default_request(inputs) if prompt is None else _request(prompt, inputs, document_variable_name)
         # The messages are known, so the input, which LangChain hands on, is not looked at again.
-        return _constant(request.messages) | chat.bind(documents=documents, **request.options) | parser
+        asked = _constant(request.messages) | chat.bind(documents=documents, **request.options)
+        return asked if parses else asked | parser
 
     return RunnableLambda(ask, name="finch_documents_chain")
 
@@ -126,6 +133,8 @@ def _as_chat(llm: Any) -> Runnable[Any, Any]:
     if isinstance(llm, FinchLLM):
         given = {*llm.model_fields_set, "engine_source"} & set(ChatFinch.model_fields)
         return ChatFinch(**{name: getattr(llm, name) for name in given})
+    if isinstance(llm, RunnableSequence):
+        return llm.model_copy(update={"first": _as_chat(llm.first)})
     for wrapper, inner in _WRAPPERS:
         if isinstance(llm, wrapper):
             wrapped: Runnable[Any, Any] = llm.model_copy(update={inner: _as_chat(getattr(llm, inner))})
@@ -134,6 +143,14 @@ def _as_chat(llm: Any) -> Runnable[Any, Any]:
         f"the documents chain needs a FinchLLM or a ChatFinch, not {type(llm).__name__}; other models have "
         "create_stuff_documents_chain"
     )
+
+
+def _parses(chat: Runnable[Any, Any]) -> bool:
+    """Whether a model's answers go through something that makes another thing of them."""
+    for wrapper, inner in _WRAPPERS:
+        if isinstance(chat, wrapper):
+            return _parses(getattr(chat, inner))
+    return isinstance(chat, RunnableSequence)
 
 
 def _documents(inputs: Mapping[str, Any], name: str, document_prompt: BasePromptTemplate[str] | None) -> list[Passage]:

@@ -16,8 +16,8 @@ class TestChatFinchCalls(ChatModelIntegrationTests):
     def _model(self, folder: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         self._folder = folder
         if "structured_output" in request.node.name or "json_mode" in request.node.name:
-            # Structured output is asked for in the prompt, which random weights do not heed (nor does the embedded
-            # model of 135M parameters): what the model says is scripted, what becomes of it is tested.
+            # Random weights keep to a schema where it is forced, but hardly ever end a text in it: what the model says
+            # is scripted, what becomes of it is tested.
             answer_with(monkeypatch, '{"setup": "Why do cats purr?", "punchline": "They have found the answer."}')
 
     @property

@@ -5,16 +5,13 @@ from typing import Any
 
 import pytest
 from langchain_core.documents import Document
-from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.messages.content import create_plaintext_block, create_text_block
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import ConfigurableField
 from langchain_finch import ChatFinch, FinchLLM
 from langchain_finch._convert import passages_of
-from lc_support import OTHER_QUESTION, QUESTION, SETTINGS, Listener, annotated, answer_with, ids, kept
-from pydantic import BaseModel
-from typing_extensions import TypedDict
+from lc_support import OTHER_QUESTION, QUESTION, SETTINGS, Listener, annotated, ids, kept
 
 from finch_rag import Finch
 from finch_rag.answer import Answer
@@ -225,76 +222,6 @@ def test_events_of_version_3_have_citations(chat: ChatFinch, documents: list[Doc
     assert annotated(message) == annotated(whole) != []
     assert message.usage_metadata == whole.usage_metadata
     assert sum(event["event"] == "content-block-delta" for event in events) > 1
-
-
-class Bridge(BaseModel):
-    """A bridge."""
-
-    builder: str
-    year: int
-
-
-class BridgeDict(TypedDict):
-    """A bridge."""
-
-    builder: str
-    year: int
-
-
-GOOD = '{"builder": "Clara Novak", "year": 1874}'
-
-
-@pytest.mark.parametrize(
-    ("schema", "expected"),
-    [
-        (Bridge, Bridge(builder="Clara Novak", year=1874)),
-        (BridgeDict, {"builder": "Clara Novak", "year": 1874}),
-        (Bridge.model_json_schema(), {"builder": "Clara Novak", "year": 1874}),
-    ],
-    ids=["pydantic", "typed dict", "json schema"],
-)
-@pytest.mark.parametrize("answer", [GOOD, f"```json\n{GOOD}\n```"], ids=["bare", "fenced"])
-def test_structured_output_is_parsed(
-    chat: ChatFinch, documents: list[Document], monkeypatch: pytest.MonkeyPatch, schema: Any, expected: Any, answer: str
-) -> None:
-    answer_with(monkeypatch, answer)
-    structured = chat.model_copy(update={"max_tokens": 200}).with_structured_output(schema)
-    assert structured.invoke(QUESTION) == expected
-    assert list(structured.stream(QUESTION))[-1] == expected
-    blocks = [create_plaintext_block(document.page_content) for document in documents]
-    message = HumanMessage(content_blocks=[*blocks, create_text_block(QUESTION)])
-    assert structured.invoke([message]) == expected
-
-
-def test_the_schema_is_asked_for(chat: ChatFinch, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
-    stream = Finch.stream_chat
-
-    def recorded(finch: Finch, *args: Any, **options: Any) -> Any:
-        seen.append(options)
-        return stream(finch, *args, **options)
-
-    monkeypatch.setattr(Finch, "stream_chat", recorded)
-    answer_with(monkeypatch, GOOD)
-    chat.model_copy(update={"max_tokens": 200}).with_structured_output(Bridge, method="json_mode").invoke(QUESTION)
-    assert '"builder"' in seen[0]["instructions"]
-    assert "JSON" in seen[0]["instructions"]
-
-
-def test_what_cannot_be_parsed_is_told_or_handed_over(chat: ChatFinch, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer_with(monkeypatch, "Clara Novak built it.")
-    chat = chat.model_copy(update={"max_tokens": 200})
-    with pytest.raises(OutputParserException):
-        chat.with_structured_output(Bridge).invoke(QUESTION)
-    both = chat.with_structured_output(Bridge, include_raw=True).invoke(QUESTION)
-    assert isinstance(both, dict)
-    assert both["raw"].content == "Clara Novak built it."
-    assert both["parsed"] is None
-    assert isinstance(both["parsing_error"], OutputParserException)
-    answer_with(monkeypatch, GOOD)
-    good = chat.with_structured_output(Bridge, include_raw=True).invoke(QUESTION)
-    assert isinstance(good, dict)
-    assert (good["parsed"], good["parsing_error"]) == (Bridge(builder="Clara Novak", year=1874), None)
 
 
 def test_kept_tokens_are_those_of_the_citations(chat: ChatFinch, documents: list[Document]) -> None:

@@ -23,9 +23,20 @@ from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.llm import default_completion_to_prompt
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.types import Model
 
 from finch_rag import AnswerStream, Finch, Passage, SettingsError
-from finch_rag.adapters import AsyncAnswerStream, ChunkSize, Message, Render, Selection, check_options, shared_engine
+from finch_rag.adapters import (
+    AsyncAnswerStream,
+    ChunkSize,
+    Message,
+    Render,
+    Selection,
+    can_force_json,
+    check_options,
+    shared_engine,
+)
 
 from .messages import apieces, chat_piece, chat_response, completion_piece, completion_response, pieces, split_messages
 
@@ -297,6 +308,59 @@ class FinchLLM(CustomLLM):
         stream = AsyncAnswerStream(lambda: self._conversation(messages, kwargs))
         return apieces(stream, chat_piece, chat_response)
 
+    def structured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """An object by a pydantic class; forced where llguidance is installed, and else as far as the model can.
+
+        Args:
+            output_cls: The class.
+            prompt: The prompt.
+            llm_kwargs: Options of the call.
+            prompt_args: Of the prompt.
+        """
+        return super().structured_predict(output_cls, prompt, _forced(output_cls, llm_kwargs), **prompt_args)
+
+    async def astructured_predict(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Model:
+        """Like `structured_predict`, for an event loop.
+
+        Args:
+            output_cls: See `structured_predict`.
+            prompt: See `structured_predict`.
+            llm_kwargs: See `structured_predict`.
+            prompt_args: See `structured_predict`.
+        """
+        return await super().astructured_predict(output_cls, prompt, _forced(output_cls, llm_kwargs), **prompt_args)
+
+    def _structured_stream_call(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Any:
+        return super()._structured_stream_call(output_cls, prompt, _forced(output_cls, llm_kwargs), **prompt_args)
+
+    async def _structured_astream_call(
+        self,
+        output_cls: type[Model],
+        prompt: PromptTemplate,
+        llm_kwargs: dict[str, Any] | None = None,
+        **prompt_args: Any,
+    ) -> Any:
+        forced = _forced(output_cls, llm_kwargs)
+        return await super()._structured_astream_call(output_cls, prompt, forced, **prompt_args)
+
     def _conversation(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> AnswerStream:
         """Starts the answer to a conversation."""
         texts, passages = split_messages(messages)
@@ -372,6 +436,12 @@ class FinchLLM(CustomLLM):
         plain = self.model_copy()
         plain._engine = None
         return super(FinchLLM, plain).__getstate__()
+
+
+def _forced(output_cls: type[Model], llm_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options of a call whose answer is parsed as a class."""
+    schema = {"json_schema": output_cls.model_json_schema()} if can_force_json() else {}
+    return {**schema, **(llm_kwargs or {})}
 
 
 def _placement(device_map: str | dict[str, Any]) -> dict[str, Any]:
