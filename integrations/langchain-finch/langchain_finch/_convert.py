@@ -47,8 +47,6 @@ def _passage(document: Document | Passage | str, index: int) -> Passage:
     passage = Passage(document) if isinstance(document, str) else document
     if not isinstance(passage, Passage):
         raise InputError(f"document {index} is {type(document).__name__}: pass a Document, a Passage or a str")
-    if not passage.text.strip():
-        raise InputError(f"document {index} has no text: leave it out, or give it text")
     return passage
 
 
@@ -125,8 +123,6 @@ def _block_passage(block: Mapping[str, Any], what: str) -> Passage:
             raise InputError(f"{what} is not base64 of UTF-8 text: pass its text") from error
     if text is None:
         raise InputError(f"{what} has no text: Finch fetches no url and no file_id, pass the text")
-    if not text.strip():
-        raise InputError(f"{what} has no text: leave it out, or give it text")
     extras = block.get("extras") or {}
     title = block.get("title") or extras.get("title")
     known = {name: block[name] for name in ("url", "file_id") if name in block}

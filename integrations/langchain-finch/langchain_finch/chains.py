@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.documents import Document
-from langchain_core.messages import BaseMessage, HumanMessage, convert_to_messages
+from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage, convert_to_messages
 from langchain_core.output_parsers import BaseTransformOutputParser, StrOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.prompts import BasePromptTemplate, format_document
@@ -18,13 +17,12 @@ from langchain_core.runnables.configurable import RunnableConfigurableFields
 from langchain_core.runnables.utils import AddableDict
 
 from finch_rag import InputError, Passage, SettingsError
-from finch_rag.adapters import parse_prompt
+from finch_rag.adapters import CONTEXT_MARK, QUESTION_MARK, parse_marked
 
 from ._convert import conversation_of, passages_of
 from .chat_models import ChatFinch
 from .llms import FinchLLM
 
-_MARK = "FinchContextGoesHere"
 # What LangChain wraps around a model (bind, with_config, with_retry; configurable_fields), and where the model is.
 _WRAPPERS: tuple[tuple[Any, str], ...] = ((RunnableBindingBase, "bound"), (RunnableConfigurableFields, "default"))
 
@@ -188,44 +186,22 @@ def _history(inputs: Mapping[str, Any]) -> list[BaseMessage]:
 
 
 def _request(prompt: BasePromptTemplate[Any], inputs: Mapping[str, Any], document_variable_name: str) -> _Request:
-    """What a prompt's messages ask, with the documents' place found and taken out."""
+    """What a prompt's messages ask, with the places of documents and question marked, so that nothing is guessed."""
     question = _question(inputs)
-    values = {"input": question, "question": question, "chat_history": [], **inputs, document_variable_name: _MARK}
+    marked = dict.fromkeys(("input", "question"), QUESTION_MARK) if isinstance(question, str) else {}
+    values = {"chat_history": [], **inputs, **marked, document_variable_name: CONTEXT_MARK}
     if missing := set(prompt.input_variables) - set(values):
         raise InputError(
-            f"the prompt needs {', '.join(sorted(missing))}, and the input has {', '.join(sorted(inputs))}"
+            f"the prompt needs {', '.join(sorted(missing))}, and the input has {', '.join(sorted(inputs))}; documents "
+            f"are looked for under {document_variable_name!r}: see document_variable_name"
         )
     messages = prompt.format_prompt(**values).to_messages()
-    place = next((index for index, message in enumerate(messages) if _MARK in message.text), None)
-    if place is None:
-        return _Request(messages)
-    return _of_known_prompt(messages) or _of_own_prompt(messages, place)
-
-
-def _of_known_prompt(messages: Sequence[BaseMessage]) -> _Request | None:
     conversation, _ = conversation_of(messages)
-    request = parse_prompt(conversation, [], lambda texts: True)
-    if [passage.text for passage in request.passages] != [_MARK]:
-        return None
-    options = {name: value for name, value in request.options.items() if name != "history"}
-    history = [(message["role"], message["content"]) for message in request.history]
-    return _Request([*convert_to_messages(history), HumanMessage(request.question)], options)
-
-
-_OPENED = re.compile(r"\s*(?:<\w+>|-{3,}|^context:)?\s*\Z", re.IGNORECASE | re.MULTILINE)
-_CLOSED = re.compile(r"\A\s*(?:</\w+>|-{3,})?\s*(?:(?:question|query):)?\s*", re.IGNORECASE)
-_ANSWER_LABEL = re.compile(r"\s*(?:helpful )?answer:\s*\Z", re.IGNORECASE)
-
-
-def _of_own_prompt(messages: Sequence[BaseMessage], place: int) -> _Request:
-    """A user's own prompt: what stands around the documents, without the labels and marks that set them off."""
-    *earlier, last = messages
-    before, _, after = messages[place].text.partition(_MARK)
-    before, after = _OPENED.sub("", before), _ANSWER_LABEL.sub("", _CLOSED.sub("", after))
-    if messages[place] is last:
-        if not after:  # the question comes first
-            return _Request([*earlier, HumanMessage(_ANSWER_LABEL.sub("", _CLOSED.sub("", before)))])
-        return _Request([*earlier, HumanMessage(after)], {"instructions": before} if before else {})
-    rest = "\n\n".join(filter(None, (before, after)))
-    kept = [type(messages[place])(content=rest)] if rest else []
-    return _Request([*messages[:place], *kept, *messages[place + 1 :]])
+    parsed = parse_marked(conversation, question or None)
+    if parsed is None:  # a prompt without documents is read as it is
+        plain = {"input": question, "question": question, "chat_history": [], **inputs}
+        return _Request(prompt.format_prompt(**plain).to_messages())
+    system = [SystemMessage(parsed.system_prompt)] if parsed.system_prompt else []
+    history = convert_to_messages([(message["role"], message["content"]) for message in parsed.history])
+    options = {} if parsed.instructions is None else {"instructions": parsed.instructions}
+    return _Request([*system, *history, HumanMessage(parsed.question)], options)

@@ -66,7 +66,7 @@ def citable_block(item: str | Passage | NodeWithScore, place: int) -> CitableBlo
 
 
 def passage_of(item: NodeWithScore, place: int) -> Passage:
-    """A node as a passage: its id, its title from its metadata, and the text that it shows to LLMs.
+    """A node as a passage: its id, its title from the metadata that it shows to LLMs, and the text that it shows.
 
     Args:
         item: A node.
@@ -76,9 +76,10 @@ def passage_of(item: NodeWithScore, place: int) -> Passage:
         InputError: If the node has no text.
     """
     node = item.node
-    title = next((str(node.metadata[key]) for key in _TITLES if node.metadata.get(key)), None)
+    shown_keys = [key for key in _TITLES if key not in node.excluded_llm_metadata_keys]
+    title = next((str(node.metadata[key]) for key in shown_keys if node.metadata.get(key)), None)
     if not node.get_content(MetadataMode.NONE).strip():
-        raise InputError(f"node {node.node_id} (place {place}) has no text: leave it out, or give it text")
+        return Passage("", id=node.node_id, title=title)  # never read, and counted in the report
     shown = node
     for key in _TITLES:
         if title is not None and str(node.metadata.get(key)) == title:  # the title is read once, before the text
