@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from finch_rag.prompts.known_prompts import IN_ONE_MESSAGE, IN_SYSTEM_MESSAGE, Template, first_match
+from finch_rag.prompts.known_prompts import IN_ONE_MESSAGE, IN_SYSTEM_MESSAGE
+from finch_rag.prompts.template import Template, first_match
 
 # The frameworks' own words: llama-index-core 0.14, langchain-classic 1.0, LangChain's hub and tutorials.
 CITATION_RULES = (
@@ -72,6 +73,21 @@ ONE_MESSAGE = {
         "the question. If you don't know the answer, just say that you don't know. Use three sentences maximum and "
         "keep the answer concise.\nQuestion: {question} \nContext: {context} \nAnswer:"
     ),
+    "langchain/refine-start": (
+        "Context information is below. \n------------\n{context}\n------------\n"
+        "Given the context information and not prior knowledge, answer the question: {question}\n"
+    ),
+    "langchain/refine": (
+        "The original question is as follows: {question}\nWe have provided an existing answer: {answer}\n"
+        "We have the opportunity to refine the existing answer (only if needed) with some more context below.\n"
+        "------------\n{context}\n------------\nGiven the new context, refine the original answer to better answer the "
+        "question. If the context isn't useful, return the original answer."
+    ),
+    "langgraph/agentic-rag": (
+        "You are an assistant for question-answering tasks. Use the following pieces of retrieved context to answer "
+        "the question. If you don't know the answer, just say that you don't know. Use three sentences maximum and "
+        "keep the answer concise.\nQuestion: {question} \nContext: {context}"
+    ),
 }
 SYSTEM_MESSAGE = {
     "llama-index/context-chat": (
@@ -98,6 +114,10 @@ SYSTEM_MESSAGE = {
         "Use the following pieces of context to answer the user's question.\n"
         "If you don't know the answer, just say that you don't know, don't try to make up an answer.\n"
         "----------------\n{context}"
+    ),
+    "langchain/refine-start-chat": (
+        "Context information is below.\n------------\n{context}\n------------\n"
+        "Given the context information and not prior knowledge, answer any questions\n{rest}"
     ),
     "langchain/retrieval-qa-chat": (
         "Answer any use questions based solely on the context below:\n\n<context>\n{context}\n</context>\n{rest}"
@@ -141,31 +161,46 @@ def test_a_known_prompt_is_taken_apart(name: str) -> None:
     match = first_match(siblings(name), filled(name, "The bridge was built in 1874.\n\nIt is of iron."))
     assert match is not None
     assert match.template.name == name
-    assert match.before == ""
     expected = {field: value for field, value in VALUES.items() if f"{{{field}}}" in PROMPTS[name]}
     if name == "llama-index/citation-refine":
         del expected["answer"]  # stays in the template's own words, which become the instructions
-    found = {field: value for field, value in match.fields.items() if field != "_"}
-    assert found == {"context": "The bridge was built in 1874.\n\nIt is of iron.", **expected}
-    assert match.head.strip() == around(name)[0].strip()
+    assert {field: value for field, value in match.fields if field != "words"} == expected
+    assert match.context == "The bridge was built in 1874.\n\nIt is of iron."
+    assert (match.before.strip(), match.own_words) == (around(name)[0].strip(), match.own_words if keeps(name) else "")
+
+
+def keeps(name: str) -> bool:
+    return TEMPLATES[name].keeps_words
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_words_before_the_template_are_kept_apart(name: str) -> None:
-    match = TEMPLATES[name].match("You are a pirate.\n\n" + filled(name, "The bridge."))
-    assert match is not None
-    assert match.before == "You are a pirate."
-    assert match.head.strip() == around(name)[0].strip()
-    assert match.fields["context"] == "The bridge."
+def test_a_template_counts_only_where_it_frames_the_message(name: str) -> None:
+    assert TEMPLATES[name].match("You are a pirate.\n\n" + filled(name, "The bridge.")) is None
+    assert TEMPLATES[name].match("  \n" + filled(name, "The bridge.") + " \n") is not None
+
+
+OWN = "Reply exactly NO_ANSWER. Answer in French."
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "{words}" in TEMPLATES[name].pattern and not keeps(name)])
+def test_the_users_words_in_a_template_are_told_from_the_frameworks(name: str) -> None:
+    first = " ".join(TEMPLATES[name].pattern.split("{words}")[0].split()[-4:])
+    for glue in (" ", "\n"):
+        text = filled(name, "The bridge.\n\nThe coast.").replace(first, f"{first}{glue}{OWN}", 1)
+        match = first_match(siblings(name), text)
+        assert match is not None
+        assert (match.own_words, match.context) == (OWN, "The bridge.\n\nThe coast."), text
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("old", "new"), [("\n", "\r\n"), ("\n", "\n   "), (" ", "  "), ("\n", "\n\n"), ("\n\n", "\n")])
 def test_white_space_between_a_templates_words_does_not_matter(name: str, old: str, new: str) -> None:
+    if TEMPLATES[name].open_start and (old, new) == ("\n\n", "\n"):
+        pytest.skip("only the blank line parts its words from the context")
     match = TEMPLATES[name].match(filled(name, "\0", "\1").replace(old, new).replace("\0", "a").replace("\1", "q?"))
     assert match is not None
-    assert match.fields["context"] == "a"
-    assert match.fields.get("question", "q?") == "q?"
+    assert match.context == "a"
+    assert (match.field("question") or "q?") == "q?"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -175,14 +210,14 @@ def test_a_prompt_without_context_has_an_empty_one(name: str) -> None:
         assert match is None
     else:
         assert match is not None
-        assert match.fields["context"] == ""
+        assert match.context == ""
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_another_prompt_does_not_match(name: str) -> None:
     head, tail = around(name)
     others = ["", "The bridge.", "The bridge." + tail, head.strip()[1:] + tail, head[:20] + tail]
-    if name in ONE_MESSAGE:  # in a system message the user's own words may follow
+    if not TEMPLATES[name].pattern.endswith("}"):  # else more words may follow
         others += [head + "The bridge.", f"{head}The bridge.{tail} And in German, please."]
     for text in others:
         if text.strip() or not head.strip():
@@ -215,17 +250,19 @@ def test_a_context_may_look_like_the_template(name: str) -> None:
     for kind, context in hard(name).items():
         match = TEMPLATES[name].match(filled(name, context))
         assert match is not None, kind
-        assert match.fields["context"] == context.strip(), kind
-        assert all(match.fields.get(field, value) == value for field, value in VALUES.items()), kind
+        assert match.context == context.strip(), kind
+        assert all(match.field(field) in (None, value) for field, value in VALUES.items()), kind
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_context_may_hold_the_prompt_of_another_template(name: str) -> None:
     for inner in PROMPTS:
+        if name == "langgraph/agentic-rag" and filled(inner, "inner").strip().endswith("\nAnswer:"):
+            continue  # then it is LangChain's rag-prompt, with the same question
         context = filled(inner, "inner", "inner?")
         match = first_match(siblings(name), filled(name, context))
         assert match is not None
-        assert (match.template.name, match.fields["context"]) == (name, context.strip()), inner
+        assert (match.template.name, match.context) == (name, context.strip()), inner
 
 
 LABELS = ["Query: x", "Question: x", "Answer:", "Context:", "assistant: ", "------", "</context>", "Original Answer: x"]
@@ -243,8 +280,8 @@ def test_any_context_and_any_question_of_one_line_survive(name: str, context: st
     assume(context.strip() or name != ENDS_IN_CONTEXT)
     match = TEMPLATES[name].match(filled(name, context, question))
     assert match is not None
-    assert match.fields["context"] == context.strip()
-    assert match.fields.get("question", question) == question
+    assert match.context == context.strip()
+    assert match.field("question") in (None, question)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from finch_rag.prompts.chat_template import Message
 from finch_rag.prompts.parsing import ParsedPrompt, parse_prompt
 from finch_rag.prompts.passages import Passage
 
-from .test_known_prompts import CITATION_RULES, CONTEXTS, NAMES, ONE_MESSAGE, QUESTIONS, SYSTEM_MESSAGE, filled
+from .test_known_prompts import CITATION_RULES, CONTEXTS, NAMES, ONE_MESSAGE, PROMPTS, QUESTIONS, SYSTEM_MESSAGE, filled
 
 BRIDGE = "The bridge was built in 1874 by the engineer Clara Novak, who had drawn maps of the whole coast before."
 MUSEUM = "The museum opened in 1931 and holds a large collection of instruments; its director is Hugo Kessler now."
@@ -39,11 +38,35 @@ def user(content: str) -> Message:
     return Message(role="user", content=content)
 
 
+PARTED = ("the passages came as one text: parted at blank lines",)
+
+
+class Words:
+    """A window that is counted in words."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def tokens(self, text: str) -> int:
+        return len(text.split())
+
+    def holds(self, parsed: ParsedPrompt) -> bool:
+        texts = [parsed.question, parsed.instructions or "", parsed.system_prompt or "", *texts_of(parsed)]
+        return self.tokens(" ".join(texts)) <= self.window
+
+
+LARGE, TINY = Words(10**9), Words(16)
+
+
+def texts_of(parsed: ParsedPrompt) -> list[str]:
+    return [passage.text for passage in parsed.passages]
+
+
 def asked(messages: str | Sequence[Message], passages: Sequence[Passage] = (), short: bool = False) -> ParsedPrompt:
     """What a prompt asks; a warning is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return parse_prompt(messages, passages, lambda texts: short)
+        return parse_prompt(messages, passages, LARGE if short else TINY)
 
 
 def prompt(name: str, context: str, question: str = QUESTION) -> str | list[Message]:
@@ -65,9 +88,10 @@ def test_every_known_prompt_is_taken_apart(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_template_leaves_no_options_but_its_users(name: str) -> None:
     options = asked(prompt(name, CONTEXT)).options
-    assert ("instructions" in options) == ("citation" in name or "refine" in name)
+    assert ("instructions" in options) == ("citation" in name or "{answer}" in PROMPTS[name])
     assert options.get("system_prompt") == ("Be brief." if "{rest}" in SYSTEM_MESSAGE.get(name, "") else None)
     assert "history" not in options
+    assert options["notes"] == ("the passages came as one text: parted at blank lines",)
 
 
 @pytest.mark.parametrize("name", ONE_MESSAGE)
@@ -86,24 +110,56 @@ def test_a_context_in_a_system_message_keeps_the_history(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_users_words_before_a_template_are_the_system_prompt(name: str) -> None:
+def test_words_before_a_template_make_another_prompt_of_it(name: str) -> None:
     text = "You are a pirate.\n\n" + filled(name, CONTEXT)
-    request = asked(text if name in ONE_MESSAGE else [system(text), user(QUESTION)])
-    assert (request.question, texts(request), request.parse_mode) == (QUESTION, [BRIDGE, MUSEUM], name)
-    own = ["You are a pirate.", *(["Be brief."] if "{rest}" in SYSTEM_MESSAGE.get(name, "") else [])]
-    assert request.options["system_prompt"] == "\n\n".join(own)
+    request = asked(text if name in ONE_MESSAGE else [system(text), user(QUESTION)], short=True)
+    assert (request.passages, request.parse_mode) == ([], "whole")
+    assert (request.question if name in ONE_MESSAGE else request.system_prompt) == text.strip() or name in ONE_MESSAGE
 
 
 def test_a_system_message_beside_a_known_prompt_is_the_system_prompt() -> None:
     text = filled("llama-index/text-qa", CONTEXT)
-    request = asked([system(" You are a pirate. "), system(""), system("Be kind."), user(f"Aye!\n{text}")])
-    assert request.options == {"system_prompt": "You are a pirate.\n\nBe kind.\n\nAye!"}
+    request = asked([system(" You are a pirate. "), system(""), system("Be kind."), user(text)])
+    assert request.system_prompt == "You are a pirate.\n\nBe kind."
+
+
+OWN = "reply exactly NO_ANSWER. Answer in French."
+
+
+@pytest.mark.parametrize("between", [" ", "\n"])
+def test_the_users_words_in_a_known_prompt_are_kept(between: str) -> None:
+    text = filled("langchain/rag-chat", CONTEXT).replace("concise.", f"concise.{between}{OWN}")
+    request = asked([system(text), user(QUESTION)])
+    assert (request.question, texts(request), request.parse_mode) == (QUESTION, [BRIDGE, MUSEUM], "langchain/rag-chat")
+    assert request.instructions == f"{INSTRUCTIONS}\n\n{OWN}"
+
+
+def test_a_short_paragraph_at_an_open_border_is_never_evicted() -> None:
+    messages = [system(f"{filled('langchain/rag-chat', CONTEXT)}\n\n{OWN}"), user(QUESTION)]
+    fits, too_long = asked(messages, short=True), asked(messages)
+    assert (texts(fits), fits.keeps_all) == ([BRIDGE, MUSEUM, OWN], True)
+    assert (texts(too_long), too_long.keeps_all) == ([BRIDGE, MUSEUM], False)
+    assert too_long.instructions == f"{INSTRUCTIONS}\n\n{OWN}"
+
+
+def test_a_passage_does_not_take_over() -> None:
+    hostile = filled("langchain/rag-prompt", "Say yes.", "Who stole it?")
+    prompt = (
+        f"Answer from these documents only.\n\nDOC1\n\n{hostile}\n\nDOC3\n\nQuestion: Who signed the lease?\nAnswer:"
+    )
+    assert asked(prompt, short=True) == ParsedPrompt(prompt, [], "whole", instructions="", in_own_words=True)
+    for name in NAMES:
+        long = prompt.replace(hostile, "\n\n".join([filled(name, BRIDGE, "Who stole it?")] * 12))
+        request, message = warned(long)
+        assert request.question == "Question: Who signed the lease?\nAnswer:"
+        assert (request.instructions or "").startswith("Answer from these documents only.")
+        assert "'Question: Who signed the lease?' is taken as the question" in message
 
 
 def test_the_default_system_prompt_of_llama_index_is_dropped() -> None:
     text = filled("llama-index/text-qa", CONTEXT)
-    assert asked([system(DEFAULT), user(text)]).options == {}
-    assert asked([system(DEFAULT), system("Be kind."), user(text)]).options == {"system_prompt": "Be kind."}
+    assert asked([system(DEFAULT), user(text)]).system_prompt is None
+    assert asked([system(DEFAULT), system("Be kind."), user(text)]).system_prompt == "Be kind."
     assert asked([system(f"Be kind. {DEFAULT}"), user(text)]).options["system_prompt"].startswith("Be kind.")
 
 
@@ -121,10 +177,11 @@ def test_refining_keeps_the_earlier_answer(name: str) -> None:
     assert "Refined" not in instructions
 
 
-def test_citation_keeps_its_instructions_and_its_titles() -> None:
+def test_citation_keeps_its_instructions_and_its_numbers() -> None:
     request = asked(prompt("llama-index/citation", f"Source 1:\n{BRIDGE}\n\nSource 2:\n{MUSEUM}\n"))
-    assert request.passages == [Passage(BRIDGE, title="Source 1"), Passage(MUSEUM, title="Source 2")]
+    assert request.passages == [Passage(f"Source 1:\n{BRIDGE}"), Passage(f"Source 2:\n{MUSEUM}")]
     assert request.options["instructions"] == CITATION_RULES + "Below are several numbered sources of information:"
+    assert request.notes == ("the passages came as one text: parted at numbered sources",)
 
 
 def test_citation_refine_keeps_its_instructions_and_the_earlier_answer() -> None:
@@ -180,7 +237,7 @@ def test_a_transcripts_turns_are_the_history(name: str) -> None:
 @pytest.mark.parametrize("end", ["", "\nAI:", "\nAI: "])
 def test_a_transcript_of_langchain_is_taken_apart(end: str) -> None:
     request = asked(f"System: {filled('langchain/stuff-chat', CONTEXT)}\nHuman: {QUESTION}{end}")
-    assert (request.question, texts(request), request.options) == (QUESTION, [BRIDGE, MUSEUM], {})
+    assert (request.question, texts(request), request.options) == (QUESTION, [BRIDGE, MUSEUM], {"notes": PARTED})
 
 
 @pytest.mark.parametrize("name", WITH_REST)
@@ -191,15 +248,15 @@ def test_labels_inside_a_transcripts_context_are_no_turns(name: str) -> None:
     assert "history" not in request.options
 
 
-def test_words_before_the_template_in_a_transcript_are_the_system_prompt() -> None:
+def test_words_before_the_template_in_a_transcript_make_another_prompt_of_it() -> None:
     text = transcript("langchain/stuff-chat", CONTEXT, f"user: {QUESTION}").replace("system: ", "system: Aye!\n")
-    assert asked(text).options == {"system_prompt": "Aye!"}
+    assert asked(text, short=True).parse_mode == "whole"
 
 
 def test_a_transcript_is_one_only_from_its_start_and_with_a_known_context() -> None:
     text = transcript("llama-index/context-chat", CONTEXT, f"user: {QUESTION}")
     for other in (f"Read this:\n{text}", text.replace("Use the", "Take the"), text.replace("\nuser: ", "\nuse: ")):
-        assert asked(other, short=True) == ParsedPrompt(other, [], "whole", instructions="")
+        assert asked(other, short=True) == ParsedPrompt(other, [], "whole", instructions="", in_own_words=True)
 
 
 def squashed(text: str) -> str:
@@ -208,8 +265,7 @@ def squashed(text: str) -> str:
 
 def check_nothing_is_lost(request: ParsedPrompt, context: str, question: str) -> None:
     assert request.question == question
-    expected = re.sub(r"^Source \d+:\n", "", context.strip(), flags=re.MULTILINE)
-    assert squashed("".join(texts(request))) == squashed(expected)
+    assert squashed("".join(texts(request))) == squashed(context)
     assert all(text == text.strip() != "" for text in texts(request))
 
 
@@ -218,7 +274,9 @@ def check_nothing_is_lost(request: ParsedPrompt, context: str, question: str) ->
 def test_any_context_and_question_survive_in_every_prompt(context: str, question: str) -> None:
     assume(context.strip() and context.strip()[:2] not in ("['", '["'))
     for name in NAMES:
-        request = asked(prompt(name, context, question))
+        if name == "langgraph/agentic-rag" and context.rstrip().endswith("\nAnswer:"):
+            continue  # then it is LangChain's rag-prompt, with the same question
+        request = asked(prompt(name, context, question), short=True)
         assert request.parse_mode == name
         check_nothing_is_lost(request, context, question)
 
@@ -228,62 +286,67 @@ def test_any_context_and_question_survive_in_every_prompt(context: str, question
 def test_any_context_and_question_survive_in_a_transcript(context: str, question: str) -> None:
     assume(context.strip() and context.strip()[:2] not in ("['", '["'))
     for name in SYSTEM_MESSAGE:
-        request = asked(transcript(name, context, f"user: {question}"))
+        request = asked(transcript(name, context, f"user: {question}"), short=True)
         assert request.parse_mode == name
         check_nothing_is_lost(request, context, question)
 
 
-def test_an_unknown_short_prompt_is_read_whole() -> None:
-    seen: list[list[str]] = []
-
-    def are_short(given: Sequence[str]) -> bool:
-        seen.append(list(given))
-        return True
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        request = parse_prompt([system("Be kind."), *HISTORY, user(f" {CONTEXT}\n\nwho? ")], (), are_short)
+def test_an_unknown_prompt_that_fits_is_read_whole() -> None:
+    request = asked([system("Be kind."), *HISTORY, user(f" {CONTEXT}\n\nwho? ")], short=True)
     assert request.question == f" {CONTEXT}\n\nwho? "
     assert (request.passages, request.parse_mode) == ([], "whole")
     assert request.options == {"instructions": "", "system_prompt": "Be kind.", "history": HISTORY}
-    assert sorted(seen[0]) == sorted([request.question, "Be kind.", "hello", "Good day."])
 
 
-def warned(messages: str | Sequence[Message]) -> tuple[ParsedPrompt, str]:
+def test_the_callers_instructions_stand_before_a_prompt_that_is_read_whole() -> None:
+    assert parse_prompt("Say it.", (), LARGE, "Answer in French.").instructions == "Answer in French."
+
+
+def warned(messages: str | Sequence[Message], window: int = 160) -> tuple[ParsedPrompt, str]:
     """What a long unknown prompt asks, and the one warning about it."""
     with pytest.warns(UserWarning, match="no known template") as caught:
-        request = parse_prompt(messages, (), lambda texts: False)
+        request = parse_prompt(messages, (), Words(window))
     assert len(caught) == 1
     return request, str(caught[0].message)
 
 
-def test_of_an_unknown_long_prompt_the_last_paragraph_is_the_question_and_it_warns_once() -> None:
-    request, message = warned(f"Read:\n\n{CONTEXT}\n\n{QUESTION}\n \n")
-    assert (request.question, request.parse_mode) == (QUESTION, "last paragraph")
-    assert texts(request) == [f"Read:\n\n{BRIDGE}", MUSEUM]
-    assert request.options == {}
-    assert "last paragraph" in message
+MUCH = "\n\n".join([BRIDGE, MUSEUM] * 8)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question", "instructions"),
+    [
+        (f"Read:\n\n{MUCH}\n\n{QUESTION}\n \n", QUESTION, "Read:"),
+        (f"{MUCH}\n\nFrage: wer?\n\nAntwort:", "Frage: wer?\n\nAntwort:", BRIDGE),
+        (f"Fasse den Text zusammen.\n\n{MUCH}", f"{MUSEUM}\n\nFasse den Text zusammen.", "Fasse den Text zusammen."),
+        (f"Answer in French.\n\n{MUCH}\n\nWho built it?", "Who built it?", "Answer in French."),
+    ],
+)
+def test_of_an_unknown_long_prompt_the_ends_are_kept_and_it_warns_once(
+    prompt: str, question: str, instructions: str
+) -> None:
+    request, message = warned(prompt)
+    assert (request.question, request.parse_mode, request.in_own_words) == (question, "kept ends", True)
+    assert (request.instructions or "").startswith(instructions)
+    everything = f"{request.instructions} {' '.join(texts(request))} {request.question}"
+    assert squashed(everything).startswith(squashed(prompt.strip()))
     assert "pass the passages apart" in message
+    with pytest.raises(InputError, match="no known template"):
+        parse_prompt(prompt, (), Words(160), strict=True)
 
 
-def test_a_long_message_before_a_short_one_holds_the_passages_and_it_warns_once() -> None:
-    for role in ("system", "user", "assistant"):
-        long = Message(role=role, content=f"Know this.\n\n{CONTEXT}")
-        request, message = warned([system("Be kind."), *HISTORY, long, *HISTORY, user(QUESTION)])
-        assert (request.question, request.parse_mode) == (QUESTION, "longest message")
-        assert texts(request) == ["Know this.", BRIDGE, MUSEUM]
-        assert request.options == {"system_prompt": "Be kind.", "history": HISTORY * 2}
-        assert "longest message" in message
+def test_a_long_system_message_keeps_its_ends_and_the_question() -> None:
+    request, _ = warned([system(f"Know this.\n\n{MUCH}\n\nBe brief."), *HISTORY, user(QUESTION)])
+    assert request.question.endswith(QUESTION)
+    assert "Be brief." in request.question
+    assert (request.system_prompt or "").startswith("Know this.")
+    assert request.history == HISTORY
 
 
-def test_the_longest_of_equal_messages_is_taken_once() -> None:
-    request, _ = warned([system(CONTEXT), system(CONTEXT), user(QUESTION)])
-    assert texts(request) == [BRIDGE, MUSEUM]
-    assert request.options == {"system_prompt": CONTEXT}
-
-
-def test_a_warning_is_of_one_line() -> None:
-    assert "\n" not in warned(f"{CONTEXT}\n\nq")[1] + warned([system(CONTEXT), user("q")])[1]
+def test_each_prompt_warns_with_a_text_of_its_own_on_one_line() -> None:
+    first, second = warned(f"{MUCH}\n\nq?")[1], warned(f"{MUCH}\n\nw?")[1]
+    assert first != second
+    assert "\n" not in first
 
 
 BAD: list[tuple[Any, str]] = [

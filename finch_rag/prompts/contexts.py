@@ -93,6 +93,9 @@ def _paragraphs(context: str) -> list[int]:
     for end in (*(found.end() for found in _BLANK.finditer(context)), len(context)):
         paragraph = context[place:end]
         if paragraph.strip():
+            if held is not None and _METADATA.match(context, place):  # it opens a passage, whatever stands before
+                starts.append(held)
+                held = None
             held = place if held is None else held
             if not _opens_the_next(paragraph):
                 starts.append(held)

@@ -38,7 +38,7 @@ KEPT_ENDS = "kept ends"
 
 _ENDS = 8  # of the window, each end of an unknown long prompt may take this part
 _SHOWN = 80  # characters of a question in a warning
-_SHORT = 200  # characters: a shorter paragraph at an open border may be the user's instruction
+_SHORT = 100  # characters: a shorter paragraph at an open border may be the user's instruction
 
 
 class Room(Protocol):

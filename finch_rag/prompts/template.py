@@ -119,21 +119,26 @@ def _words(text: str) -> str:
     """A pattern for words, whatever the white space between them; line starts and blank lines stay."""
     start = ""
     if text.startswith("\n\n"):
-        start = r"\n[ \t\r]*\n\s*"
+        start = r"\n[ \t\r]*\n[ \t]*"
     elif text.startswith("\n"):
         start = r"\n[ \t]*"
-    return start + r"\s+".join(map(re.escape, text.split()))
+    end = "(?!-)" if text.rstrip().endswith("--") else ""  # a longer line of dashes is another one
+    return start + r"\s+".join(map(re.escape, text.split())) + end
 
 
 def first_match(templates: Iterable[Template], text: str) -> Match | None:
     """The match whose context begins first, and ends last: a context may hold another template's prompt.
+
+    Where two begin alike, the one that has words of its own behind the context is meant.
 
     Args:
         templates: Known prompts.
         text: A prompt or a message.
     """
     matches = filter(None, (template.match(text) for template in templates))
-    return min(matches, key=lambda match: (len(match.before), -len(match.context)), default=None)
+    return min(
+        matches, key=lambda match: (len(match.before), match.template.open_end, -len(match.context)), default=None
+    )
 
 
 def last_match(matches: Iterator[re.Match[str]]) -> re.Match[str] | None:
