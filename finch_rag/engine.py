@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,6 +210,10 @@ class Finch(EngineAttributes):
         settings = self.settings.updated(options)
         room = WindowRoom(self.runtime, settings)
         parsed = parse_prompt(messages, as_passages(passages), room, settings.prompt.instructions, settings.strict)
+        if "system_prompt" in options:  # the call's own wins over the conversation's
+            parsed = replace(parsed, system_prompt=None)
+        if "history" in options:
+            parsed = replace(parsed, history=[])
         return AnswerStream(self.runtime, resolve_parsed(self.runtime, parsed, settings))
 
     def ask_many(

@@ -132,12 +132,14 @@ def build_fitting(
         return whole
     turns = list(_turns(check_messages(own.history, (USER, ASSISTANT), "history message")))
     lengths = [sum(map(len, prompts.encode([message["content"] for message in turn]))) for turn in turns]
-    alone = taken - sum(lengths)
+    bare = _build(prompts, question, passages, replace(own, history=()), whole.prompt.passages)
+    alone = fixed_tokens(bare, settings).total
+    around = -(-(taken - alone - sum(lengths)) // len(turns))  # what the chat template puts around a turn
     as_passages = alone <= with_passages
     room = with_passages if as_passages else window
     moved = 0
     while moved < len(turns) and taken > room:
-        taken -= lengths[moved]
+        taken -= lengths[moved] + around
         moved += 1
     kept = [message for turn in turns[moved:] for message in turn]
     older = [Passage(_text(turn), title=OLDER_TURN) for turn in turns[:moved]] if as_passages else []

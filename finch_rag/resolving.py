@@ -9,7 +9,7 @@ from .decode.sampling import Sampling
 from .errors import InputError, WindowError
 from .fitting import build_fitting, fixed_tokens, own_settings
 from .models.cache import CompressedCache
-from .prefill.planning import FixedTokens, PrefillPlan, check_fixed, default_budget, fit
+from .prefill.planning import FixedTokens, PrefillPlan, check_fixed, fit
 from .prompts.builder import Prompt
 from .prompts.parsing import APART, ParsedPrompt
 from .prompts.passages import Passage
@@ -119,20 +119,18 @@ def resolve_prompt(
     runtime.constraint(sampling)  # raises if an answer cannot be held to it
     whole = reading.selection == "passage"
     fixed = fixed_tokens(prompt, replace(settings, sampling=sampling))
-    if any(lengths):
-        budget, chunk_size = fit(
-            fixed,
-            window=runtime.window,
-            budget=reading.budget,
-            chunk_size=reading.chunk_tokens,
-            usual_chunk_size=runtime.usual_chunk_size,
-            longest_passage=max(lengths) if whole else 0,
-            document=sum(lengths),
-        )
-    else:  # nothing is compressed, so that nothing has to stay free
+    if not any(lengths):  # nothing is compressed, so that nothing has to stay free
         check_fixed(fixed, runtime.window, passages=0)
-        budget = reading.budget or default_budget(runtime.window)
-        chunk_size = reading.chunk_tokens or runtime.usual_chunk_size
+        fixed = FixedTokens(0, 0, 0, 0)
+    budget, chunk_size = fit(
+        fixed,
+        window=runtime.window,
+        budget=reading.budget,
+        chunk_size=reading.chunk_tokens,
+        usual_chunk_size=runtime.usual_chunk_size,
+        longest_passage=max(lengths, default=0) if whole else 0,
+        document=sum(lengths),
+    )
     reread = reading.reread and whole
     plan = PrefillPlan(
         budget=budget,

@@ -126,7 +126,6 @@ def test_no_passages_are_answered_alone(finch: Finch) -> None:
         (["When?", "Who?"], [["a"]], "2 questions and 1 lists of passages"),
         (["When?", "Who?"], ["a", ["b"]], r"mixes texts and lists \(at 1\)"),
         (["When?", "Who?"], [["a"], "b"], r"mixes texts and lists \(at 1\)"),
-        (["When?", "Who?"], [["a"], [""]], "passage 0 is empty"),
         (["When?", " "], ["a"], "the question is empty"),
         (["When?", 7], ["a"], "the question is empty"),
         (["When?"], [7], "passages is int"),

@@ -231,7 +231,6 @@ BAD_CALLS: list[tuple[Any, Any, dict[str, Any], str]] = [
     ("  ", ["a"], {}, "question is empty"),
     (None, ["a"], {}, "question"),
     (QUESTION, "one text", {}, "single text"),
-    (QUESTION, ["a", ""], {}, "passage 1 is empty"),
     (QUESTION, ["a", None], {}, "passage 1 is NoneType"),
     (QUESTION, [3], {}, "passage 0 is int"),
     (QUESTION, None, {}, "passages"),
@@ -320,25 +319,34 @@ def test_a_streamed_chat_is_the_chat(finch: Finch) -> None:
     assert stream.answer.report.new_tokens == 5
 
 
-def test_an_unknown_prompt_is_read_whole_while_it_fits_into_a_chunk(finch: Finch) -> None:
+def test_an_unknown_prompt_is_read_whole_while_it_fits_into_the_window(finch: Finch) -> None:
     prompt = f"{texts(1, longest=90, seed=3)[0]}\n\n{QUESTION}"
-    tokens = finch.count_tokens(prompt)
-    assert 64 < tokens < 250
-    whole = finch.chat(prompt, chunk_size=tokens)
+    whole = finch.chat(prompt)
+    assert finch.count_tokens(prompt) > 64  # the engine's chunk size
     assert (whole.report.parse_mode, whole.report.passages) == ("whole", 0)
-    assert whole.text == finch.ask(prompt, instructions="").text
-    for options in ({}, {"chunk_size": tokens - 1}):  # the engine's own is 64
-        with pytest.warns(UserWarning, match="last paragraph"):
-            assert finch.chat(prompt, **options).report.parse_mode == "last paragraph"  # type: ignore[arg-type]
+    assert finch.chat(prompt, instructions="").text == finch.ask(prompt, instructions="").text
+    long = "\n\n".join([*texts(40, longest=40), QUESTION])
+    with pytest.warns(UserWarning, match="is taken as the question"):
+        report = finch.chat(long, max_new_tokens=1).report
+    assert (report.parse_mode, report.notes) == (
+        "kept ends",
+        ("the passages came as one text: parted at blank lines",),
+    )
+    with pytest.raises(InputError, match="pass the passages apart"):
+        finch.chat(long, strict=True)
 
 
-def test_a_conversation_is_read_whole_while_it_fits_into_half_the_window(finch: Finch) -> None:
-    turn = Message(role="user", content=texts(1, longest=24, seed=1)[0])
-    most = (256 - finch.count_tokens(QUESTION)) // finch.count_tokens(turn["content"])
-    question = Message(role="user", content=QUESTION)
-    assert finch.chat([*[turn] * most, question]).report.parse_mode == "whole"
-    with pytest.warns(UserWarning, match="longest message"):
-        finch.chat([*[turn] * (most + 1), question], max_new_tokens=1)
+def test_a_passage_without_text_is_counted_and_never_read(finch: Finch) -> None:
+    passages = [" \n", *texts(8), ""]
+    answer, plain = finch.ask(QUESTION, passages), finch.ask(QUESTION, texts(8))
+    assert answer.text == plain.text
+    assert [citation.index - 1 for citation in answer.citations] == [citation.index for citation in plain.citations]
+    assert answer.report.notes == ("2 of 10 passages had no text: skipped",)
+    many = finch.ask_many([QUESTION, "why?"], passages)
+    assert [one.report.notes for one in many] == [answer.report.notes] * 2
+    assert [citation.share for citation in finch.rank(QUESTION, passages)][-2:] == [0, 0]
+    nothing = finch.ask(QUESTION, ["", " "])
+    assert (nothing.citations, nothing.report.context_tokens) == ([], 0)
 
 
 def test_passages_given_apart_win_over_those_in_a_prompt(finch: Finch) -> None:
@@ -372,9 +380,15 @@ def test_history_is_read_before_the_passages_and_never_evicted(finch: Finch) -> 
     assert finch.rank(QUESTION, texts(12), history=HISTORY) != finch.rank(QUESTION, texts(12))
 
 
-def test_history_that_fills_the_window_is_a_window_error(finch: Finch) -> None:
-    with pytest.raises(WindowError):
-        finch.ask(QUESTION, texts(3), history=HISTORY * 60)
+def test_the_oldest_turns_of_a_long_history_are_read_as_passages(finch: Finch) -> None:
+    for passages in (texts(3), []):
+        answer = finch.ask(QUESTION, passages, history=HISTORY * 60)
+        (note,) = answer.report.notes
+        assert "older turns of the conversation did not fit: read as passages" in note
+        assert answer.report.passages == len(passages) + int(note.split()[0])
+        assert all(citation.index < len(passages) for citation in answer.citations)
+    conversation = [*HISTORY * 60, Message(role="user", content=QUESTION)]
+    assert finch.chat(conversation, max_new_tokens=1).report.parse_mode == "whole"
 
 
 def test_render_makes_the_prompt_of_a_call(finch: Finch) -> None:

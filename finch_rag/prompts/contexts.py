@@ -12,6 +12,8 @@ from .passages import Passage
 _HEADING = 80  # characters: a shorter line that is no sentence belongs to the next paragraph
 _HEADING_LINE = re.compile(r"#{1,6}[ \t]|[^=(){}\[\];<>]*[^=(){}\[\];<>.!?]\s*\Z")  # code is none
 _METADATA = re.compile(r"(?:[^\s:][^:\n]{0,60}: [^\n]*\n){1,50}(?=\n|\Z)")  # bounded, as it is tried at many places
+# Among others' metadata: a sentence after a word and a colon is text.
+_OTHER_METADATA = re.compile(r"(?:[^\W\d][^:\n]{0,60}: [^\n]*[^\s.!?]\n){1,50}(?=\n|\Z)")
 _SOURCE = re.compile(r"^Source (\d+):\n", re.MULTILINE)
 _BLANK = re.compile(r"\n[ \t]*\n")
 
@@ -83,7 +85,7 @@ def _metadata(context: str) -> list[int]:
     starts = [found.start() for found in re.finditer(f"^{re.escape(key)} ", context, re.MULTILINE)]
     starts = [start for start in starts if _METADATA.match(context, start)]
     others = {found.end() for found in _BLANK.finditer(context)} - set(starts)
-    return [] if any(_METADATA.match(context, place) for place in others) else starts
+    return [] if any(_OTHER_METADATA.match(context, place) for place in others) else starts
 
 
 def _paragraphs(context: str) -> list[int]:
@@ -93,7 +95,7 @@ def _paragraphs(context: str) -> list[int]:
     for end in (*(found.end() for found in _BLANK.finditer(context)), len(context)):
         paragraph = context[place:end]
         if paragraph.strip():
-            if held is not None and _METADATA.match(context, place):  # it opens a passage, whatever stands before
+            if held is not None and _OTHER_METADATA.match(context, place):  # it opens a passage, whatever stands before
                 starts.append(held)
                 held = None
             held = place if held is None else held
@@ -106,7 +108,7 @@ def _paragraphs(context: str) -> list[int]:
 
 def _opens_the_next(paragraph: str) -> bool:
     line = paragraph.strip()
-    if _METADATA.fullmatch(f"{line}\n"):
+    if _OTHER_METADATA.fullmatch(f"{line}\n"):
         return True
     return len(line) < _HEADING and "\n" not in line and _HEADING_LINE.match(line) is not None
 

@@ -143,6 +143,11 @@ def test_an_index_answers_in_one_call(is_chat_model: bool) -> None:
     assert reports(events)[0]["passages"] == 20
 
 
+def numbered(found: list[str]) -> list[str]:
+    """As the citation prompt shows them."""
+    return [f"Source {place}:\n{text}" for place, text in enumerate(found, 1)]
+
+
 @CHAT_OR_NOT
 def test_a_citation_query_engine_keeps_its_sources_and_its_instructions(
     is_chat_model: bool, requests: list[ParsedPrompt], prompts: list[Prompt]
@@ -154,8 +159,8 @@ def test_a_citation_query_engine_keeps_its_sources_and_its_instructions(
     assert calls(events) == 1
     assert reports(events)[0]["parse_mode"] == "llama-index/citation"
     assert requests[0].question == QUESTION
-    assert [passage.title for passage in requests[0].passages] == [f"Source {n}" for n in range(1, 13)]
-    assert [passage.text for passage in requests[0].passages] == plain
+    assert [passage.title for passage in requests[0].passages] == [None] * 12  # a number may be forged
+    assert [passage.text for passage in requests[0].passages] == numbered(plain)
     assert len(response.source_nodes) == 12
     assert "cite the appropriate source(s)" in whole_text(prompts[0])
 
@@ -163,7 +168,7 @@ def test_a_citation_query_engine_keeps_its_sources_and_its_instructions(
 def test_a_citation_query_engines_sources_may_look_like_metadata(requests: list[ParsedPrompt]) -> None:
     bare = [NodeWithScore(node=TextNode(text=f"Note: the bridge has {n} arches."), score=1.0) for n in range(4)]
     CitationQueryEngine(FixedRetriever(bare), llm=finch_llm()).query(QUESTION)
-    assert [passage.text for passage in requests[0].passages] == [node.node.get_content() for node in bare]
+    assert [passage.text for passage in requests[0].passages] == numbered([node.node.get_content() for node in bare])
 
 
 def test_a_citation_query_engines_sources_keep_their_own_metadata(requests: list[ParsedPrompt]) -> None:
@@ -282,7 +287,8 @@ def predicted(prompt: Any, fields: dict[str, Any], **settings: Any) -> None:
 def check(request: ParsedPrompt, name: str) -> None:
     assert request.parse_mode == f"llama-index/{name}"
     assert request.question == QUESTION
-    assert [passage.text for passage in request.passages] == shown(nodes())
+    expected = numbered(shown(nodes())) if "citation" in name else shown(nodes())
+    assert [passage.text for passage in request.passages] == expected
     if "refine" in name:
         assert "Clara Novak" in request.options["instructions"] or name == "citation-refine"
 
@@ -399,13 +405,13 @@ def test_a_long_prompt_of_ones_own_falls_back_with_one_warning(
     is_chat_model: bool, requests: list[ParsedPrompt]
 ) -> None:
     template = PromptTemplate("Notes:\n\n{context_str}\n\nNow tell me: {query_str}")
-    made = query_engine(finch_llm(is_chat_model=is_chat_model), text_qa_template=template, count=40)
-    with pytest.warns(UserWarning, match="no known template: its last paragraph") as caught:
+    made = query_engine(finch_llm(is_chat_model=is_chat_model), text_qa_template=template, count=150)
+    with pytest.warns(UserWarning, match="no known template") as caught:
         made.query(QUESTION)
     assert len(caught) == 1
-    assert (requests[0].parse_mode, requests[0].question) == ("last paragraph", f"Now tell me: {QUESTION}")
-    read = "\n".join(passage.text for passage in requests[0].passages)
-    assert all(node.node.get_content() in read for node in nodes(40))
+    assert (requests[0].parse_mode, requests[0].question) == ("kept ends", f"Now tell me: {QUESTION}")
+    read = "\n".join([requests[0].instructions or "", *(passage.text for passage in requests[0].passages)])
+    assert all(node.node.get_content() in read for node in nodes(150))
 
 
 # How much is read

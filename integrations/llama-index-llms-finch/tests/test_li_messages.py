@@ -149,8 +149,6 @@ IMAGE = ImageBlock(image=b"\x89PNG", image_mimetype="image/png")
         (CitableBlock(title="", source="", content=[IMAGE]), "ImageBlock in a passage"),
         (DocumentBlock(data=b"\xff\xfe\x00 \xd8", title="scan.pdf"), "'scan.pdf' is not UTF-8"),
         (DocumentBlock(path="/no/such/file", title="gone"), "'gone' cannot be read"),
-        (DocumentBlock(data=b" ", title="blank"), "passage 0 is empty"),
-        (CitableBlock(title="", source="", content=[]), "passage 0 is empty"),
     ],
 )
 def test_what_cannot_be_read_is_an_input_error_of_one_line(block: Any, reason: str) -> None:

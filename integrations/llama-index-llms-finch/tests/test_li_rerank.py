@@ -9,7 +9,7 @@ from llama_index.core import Settings
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.llms.finch import FinchRerank
 
 from finch_rag import Citation, InputError, ModelError, Passage, SettingsError
@@ -120,7 +120,6 @@ def test_another_llm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (nodes(), None, "no query"),
         (nodes(), " ", "question is empty"),
-        ([*nodes(2), NodeWithScore(node=TextNode(text=" ", id_="blank"))], QUESTION, r"node blank \(place 2\)"),
     ],
 )
 def test_bad_input_is_one_clear_error(found: list[NodeWithScore], query: str | None, reason: str) -> None:

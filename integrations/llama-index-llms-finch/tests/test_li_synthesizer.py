@@ -186,8 +186,6 @@ def test_another_llm_is_refused(given: bool, monkeypatch: pytest.MonkeyPatch) ->
     [
         ([], QUESTION, "no nodes.*retriever found nothing"),
         (nodes(), " ", "question is empty"),
-        ([*nodes(2), NodeWithScore(node=TextNode(text=" ", id_="blank"))], QUESTION, r"node blank \(place 2\)"),
-        ([*nodes(2), NodeWithScore(node=TextNode(text="", id_="b", metadata={"page": 1}))], QUESTION, "has no text"),
     ],
 )
 def test_bad_input_is_one_clear_error_of_the_query_engine(

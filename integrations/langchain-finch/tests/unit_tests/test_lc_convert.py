@@ -53,8 +53,6 @@ def test_passages_and_texts_are_documents_too() -> None:
         (Document("a"), "documents is Document"),
         ((text for text in "ab"), "documents is generator"),
         ({"a": 1}, "documents is dict"),
-        ([Document("a"), Document(" \n")], "document 1 has no text"),
-        (["a", ""], "document 1 has no text"),
         (["a", 7], "document 1 is int"),
     ],
 )
@@ -169,7 +167,6 @@ def plain(**fields: Any) -> HumanMessage:
         (HumanMessage(content=[{"type": "image", "url": "u"}]), "message 1 holds a block of type 'image'"),
         (HumanMessage(content=[{"type": "image_url", "image_url": {"url": "u"}}]), "of type 'image'"),
         (HumanMessage(content=[{"type": "no such"}]), "of type 'non_standard'"),
-        (plain(text=" "), "message 1, passage 0 has no text: leave it out"),
         (plain(url="https://example.org"), "message 1, passage 0 has no text: Finch fetches no url"),
         (plain(base64="?"), "message 1, passage 0 is not base64"),
         (plain(base64=encoded(b"\xff")), "message 1, passage 0 is not base64"),

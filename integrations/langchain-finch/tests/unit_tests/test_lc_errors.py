@@ -15,7 +15,6 @@ BOTH = pytest.mark.parametrize("kind", [ChatFinch, FinchLLM])
 
 CALLS: list[tuple[dict[str, Any], type[FinchError], str]] = [
     ({"documents": []}, InputError, "there are no documents: the retriever found nothing"),
-    ({"documents": [Document("a"), Document("")]}, InputError, "document 1 has no text"),
     ({"documents": "a text"}, InputError, "documents is str: pass a list"),
     ({"budget": 0}, InputError, "budget is 0: the least is 1 token"),
     ({"budget": "many"}, InputError, "budget is 'many': input should be a valid integer"),
@@ -64,7 +63,6 @@ async def test_an_unknown_model_is_told_at_the_first_call(kind: Any) -> None:
 
 CHAIN_CALLS: list[tuple[dict[str, Any], dict[str, Any], type[FinchError], str]] = [
     ({"found": []}, {}, InputError, "there are no documents: the retriever found nothing"),
-    ({"found": [Document("a"), Document(" ")]}, {}, InputError, "document 1 has no text"),
     ({"question": " "}, {}, InputError, "the question is empty"),
     ({"question": "why? " * 2000}, {}, WindowError, "the question takes"),
     ({}, {"max_context_tokens": 10}, InputError, "the passages have"),

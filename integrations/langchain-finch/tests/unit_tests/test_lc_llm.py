@@ -58,7 +58,7 @@ def test_only_what_was_kept_whole_is_quoted(llm: FinchLLM, documents: list[Docum
 
 
 def test_a_known_prompt_is_taken_apart(llm: FinchLLM) -> None:
-    passages = [text * 6 for text in texts(12)]  # long enough to be no headings
+    passages = [text * 12 for text in texts(12)]  # long enough to be no headings
     result = llm.generate([STUFF.format(context="\n\n".join(passages), question=QUESTION)])
     report = (result.generations[0][0].generation_info or {})["report"]
     assert (report["parse_mode"], report["passages"]) == ("langchain/stuff", 12)
