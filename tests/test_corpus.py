@@ -291,3 +291,11 @@ def test_missing_and_damaged_questions(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl.gz").write_bytes(b"no")
     with pytest.raises(CorpusError, match="cannot be decompressed"):
         load_questions(tmp_path / "q.jsonl.gz")
+
+
+@pytest.mark.parametrize("line", ["# a" + " " * 200_000 + "b", "# " + "#" * 200_000 + "b", "# " + "[" * 200_000])
+def test_a_long_heading_takes_linear_time(line: str) -> None:
+    started = time.process_time()
+    (section,) = markdown_sections(f"{line}\ntext")
+    assert section.text == "text"
+    assert time.process_time() - started < 2

@@ -22,9 +22,9 @@ _BORDERS = (
     re.compile(rf"\s+|(?<=[{_CJK}])(?=\S)|(?<=\S)(?=[{_CJK}])"),  # between words
 )
 
-_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))??(?:[ \t]+#+)?[ \t]*")
+_HEADING = re.compile(r" {0,3}#{1,6}(?:[ \t]+|$)")
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
-_LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
+_LINK = re.compile(r"!?\[([^\]]{0,500})\]\([^)]{0,2000}\)")  # bounded, as it is tried at many places
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +107,21 @@ def markdown_sections(text: str) -> list[Section]:
             fence = "" if _closes(line, fence) else fence
         elif opening := _FENCE.match(line):
             fence = opening[1]
-        elif found := _HEADING.fullmatch(line):
+        elif found := _HEADING.match(line):
             _add_section(sections, heading, slug, lines)
-            heading, lines = _LINK.sub(r"\1", found[2] or "").strip(), []
+            heading, lines = _LINK.sub(r"\1", _without_closing(line[found.end() :])).strip(), []
             slug = _unique_slug(heading, slugs)
             continue
         lines.append(line)
     _add_section(sections, heading, slug, lines)
     return sections
+
+
+def _without_closing(heading: str) -> str:
+    """A heading's text without the hashes that may close it; by no pattern, which would take quadratic time."""
+    heading = heading.strip(" \t")
+    body = heading.rstrip("#")
+    return body.rstrip(" \t") if not body or body[-1] in " \t" else heading
 
 
 def _add_section(sections: list[Section], heading: str | None, slug: str, lines: list[str]) -> None:

@@ -45,6 +45,9 @@ def words_around(before: str, after: str, question: str) -> str:
         if found:  # the label before the question goes with it
             text = f"{_OPENED.sub('', left)}\n\n{_CLOSED.sub('', right)}"
         kept.append(_LABEL_LINES.sub("", text).strip())
+    if not any(kept):  # "Name colours:" is more than a label
+        lines = (line.strip() for line in before.replace(question, "").splitlines())
+        kept = [line for line in lines if len(_WORDS.findall(line)) > 1]
     return "\n\n".join(filter(None, kept))
 
 
