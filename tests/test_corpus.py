@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
