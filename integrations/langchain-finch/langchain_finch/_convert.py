@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.content import Citation, ContentBlock, TextContentBlock, create_citation
 
@@ -18,24 +19,33 @@ from finch_rag.adapters import ASSISTANT, SYSTEM, USER, Message
 if TYPE_CHECKING:
     from finch_rag import Answer, CompressionReport
 
-_ROLES = {"system": SYSTEM, "human": USER, "user": USER, "ai": ASSISTANT, "assistant": ASSISTANT}
+NO_DOCUMENTS = "no documents were given: answered without any"
+
+_ROLES = {
+    "system": SYSTEM,
+    "developer": SYSTEM,
+    "human": USER,
+    "user": USER,
+    "ai": ASSISTANT,
+    "assistant": ASSISTANT,
+}
+# Blocks of an answer that are no part of the conversation: the way to it, and what it asked of tools.
+_UNSAID = ("reasoning", "tool_call", "tool_call_chunk", "invalid_tool_call")
 
 
 def passages_of(documents: Iterable[Document | Passage | str]) -> list[Passage]:
     """Documents as passages: text and id as they are, the metadata's "title" as the title.
 
+    One without text stays in its place: finch-rag skips it, and says so.
+
     Args:
-        documents: A list of documents, passages or texts.
+        documents: A list of documents, passages or texts; it may be empty.
 
     Raises:
-        InputError: If it is empty or no list, or an item has no text; the message has its index.
+        InputError: If it is no list, or an item is none of these; the message has its index.
     """
     if isinstance(documents, (str, Document, Passage)) or not isinstance(documents, Sequence):
         raise InputError(f"documents is {type(documents).__name__}: pass a list of documents")
-    if not documents:
-        raise InputError(
-            "there are no documents: the retriever found nothing; without documents= the model answers alone"
-        )
     return [_passage(document, index) for index, document in enumerate(documents)]
 
 
@@ -51,49 +61,84 @@ def _passage(document: Document | Passage | str, index: int) -> Passage:
 
 
 def conversation_of(messages: Iterable[BaseMessage]) -> tuple[list[Message], list[Passage]]:
-    """Messages as finch-rag takes them, and the passages in their ``text-plain`` blocks, in order.
+    """Messages as finch-rag takes them, and the passages among them, in order.
 
-    Neighbours with the same role become one message, because many chat templates refuse them; the last message stays
-    by itself, because it is the question.
+    Passages are what ``text-plain`` blocks hold, and what tools found. System messages come first, wherever they stood,
+    each by itself. Other neighbours with the same role become one message, because many chat templates refuse them: the
+    user's last words are the question.
 
     Args:
-        messages: System, human and AI messages.
+        messages: System, human, AI and tool messages.
 
     Raises:
-        InputError: If one of them is of another kind or holds what the model cannot read; the message has its index.
+        InputError: If one of them is of another kind or holds what the model cannot read, or a tool was called and its
+            result is missing; the message has its index.
     """
-    conversation: list[Message] = []
+    messages = list(messages)
+    results = {message.tool_call_id for message in messages if isinstance(message, ToolMessage)}
+    system: list[Message] = []
+    turns: list[Message] = []
     passages: list[Passage] = []
+    end = 0  # behind the last turn that does not merely announce a call
     for index, message in enumerate(messages):
-        role = _role(message, index)
-        text, found = _content(message, index)
+        if isinstance(message, ToolMessage):
+            passages += _tool_passages(message, index)
+            continue
+        turn = Message(role=_role(message, index), content="")
+        turn["content"], found = _content(message, index)
         passages += found
-        conversation.append(Message(role=role, content=text))
-    if all(turn["role"] == SYSTEM for turn in conversation):
-        # A prompt template of one system message asks its question there.
-        conversation = [Message(role=USER, content=turn["content"]) for turn in conversation]
+        if turn["role"] == SYSTEM:
+            system.append(turn)
+            continue
+        turns.append(turn)
+        if isinstance(message, AIMessage) and message.tool_calls:
+            _check_results(message, index, results)
+        else:
+            end = len(turns)
+    del turns[end:]  # only results follow, and the user's message before is the question
+    if not turns:
+        # A prompt template of system messages alone asks its question there.
+        system, turns = [], [Message(role=USER, content=turn["content"]) for turn in system]
+    said = [turn for turn in turns if turn["content"].strip()]  # others only held passages, or called a tool
+    if turns and (not said or said[-1]["role"] != turns[-1]["role"]):
+        said.append(turns[-1])  # an empty question is the user's to know
     merged: list[Message] = []
-    for turn in conversation[:-1]:
-        if not turn["content"].strip():
-            continue  # it only held passages
+    for turn in said:
         if merged and merged[-1]["role"] == turn["role"]:
             turn = Message(role=turn["role"], content=f"{merged.pop()['content']}\n\n{turn['content']}")
         merged.append(turn)
-    return [*merged, *conversation[-1:]], passages
+    return [*(turn for turn in system if turn["content"].strip()), *merged], passages
+
+
+def _check_results(message: AIMessage, index: int, results: set[str]) -> None:
+    for call in message.tool_calls:
+        if call["id"] not in results:
+            raise InputError(
+                f"message {index} calls a tool, {call['name']}, whose result is not among the messages: add its "
+                "ToolMessage, or put what the tool found into documents"
+            )
+
+
+def _tool_passages(message: ToolMessage, index: int) -> list[Passage]:
+    """What a tool found: its documents, as retriever tools with artifacts return them, or else its text."""
+    artifact = [message.artifact] if isinstance(message.artifact, Document) else message.artifact
+    if isinstance(artifact, list) and artifact and all(isinstance(item, Document) for item in artifact):
+        found = passages_of(artifact)
+        return [passage if passage.id is not None else replace(passage, id=message.tool_call_id) for passage in found]
+    text, found = _content(message, index)
+    if text.strip():
+        found.append(Passage(text, message.tool_call_id, message.name))
+    return found
 
 
 def _role(message: BaseMessage, index: int) -> str:
-    if isinstance(message, AIMessage) and message.tool_calls:
-        raise InputError(
-            f"message {index} calls a tool, which Finch cannot read: put what the tool found into documents"
-        )
     if isinstance(message, (SystemMessage, HumanMessage, AIMessage)):
         return _ROLES[message.type.removesuffix("MessageChunk").lower()]
     if isinstance(message, ChatMessage) and message.role.lower() in _ROLES:
         return _ROLES[message.role.lower()]
     raise InputError(
-        f"message {index} is a {message.type} message, which Finch cannot read: use system, human and ai messages, and "
-        "put what a tool found into documents"
+        f"message {index} is a {message.type} message, which Finch cannot read: use system, human, ai and tool "
+        "messages, or put what a tool found into documents"
     )
 
 
@@ -106,7 +151,7 @@ def _content(message: BaseMessage, index: int) -> tuple[str, list[Passage]]:
             texts.append(block["text"])
         elif block["type"] == "text-plain":
             passages.append(_block_passage(block, f"message {index}, passage {len(passages)}"))
-        elif block["type"] != "reasoning":  # an earlier answer's way to it is no part of the conversation
+        elif block["type"] not in _UNSAID:
             raise InputError(
                 f"message {index} holds a block of type {block['type']!r}, which Finch cannot read: use text, and "
                 "text-plain for passages"

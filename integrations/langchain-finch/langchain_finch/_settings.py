@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from finch_rag import Finch, FinchError, InputError, Passage, SettingsError
 from finch_rag.adapters import ChunkSize, Selection, check_options, shared_engine
 
-from ._convert import passages_of
+from ._convert import NO_DOCUMENTS, passages_of
 
 if TYPE_CHECKING:
     from langchain_core.language_models import LangSmithParams
@@ -69,8 +69,16 @@ class EngineSource:
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineSource:
         return self
 
-    def __reduce__(self) -> tuple[type[EngineSource], tuple[Finch | None]]:
-        return EngineSource, (self.given,)  # what was loaded is loaded again where it is unpickled
+    def __copy__(self) -> EngineSource:
+        return self
+
+    def __reduce__(self) -> tuple[type[EngineSource], tuple[()]]:
+        if self.given is not None:
+            raise SettingsError(
+                "a model with engine= cannot be pickled, because the engine holds a loaded model: pass model=, which "
+                "is loaded again where it is unpickled"
+            )
+        return EngineSource, ()
 
 
 class CallSettings(BaseModel):
@@ -91,6 +99,9 @@ class CallSettings(BaseModel):
     top_k: int | None = Field(default=None, description="Sample from this many of the likeliest tokens.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
     stop: list[str] | None = Field(default=None, description="Texts that end an answer; they are never shown.")
+    strict: bool | None = Field(
+        default=None, description="Whether an unknown prompt that does not fit into the window is an error."
+    )
 
 
 class _Call(CallSettings):
@@ -100,6 +111,7 @@ class _Call(CallSettings):
     json_schema: dict[str, Any] | None = None
     format_instructions: str | None = None
     on_progress: Callable[[str, int, int], None] | None = None
+    notes: list[str] | None = None
 
 
 class FinchSettings(CallSettings):
@@ -184,6 +196,12 @@ class FinchSettings(CallSettings):
         return self.max_tokens
 
     @property
+    def own_instructions(self) -> str | None:
+        """The instructions of the model, or of an engine that was given; None for finch-rag's own."""
+        engine = self._source.given
+        return self.instructions if self.instructions is not None or engine is None else engine.instructions
+
+    @property
     def _identifying_params(self) -> Mapping[str, Any]:
         """All that an answer depends on, for caches and traces."""
         identity = {"model": self.model, **self._differing(_LOADING), **self._differing(CallSettings.model_fields)}
@@ -228,7 +246,12 @@ class FinchSettings(CallSettings):
         }
         if (form := options.pop("format_instructions", None)) is not None:
             self._ask_for_form(options, form)
-        return passages_of(documents) if documents is not None else [], options
+        if documents is None:
+            return [], options
+        passages = passages_of(documents)
+        if not passages:
+            options["notes"] = [*options.get("notes", ()), NO_DOCUMENTS]
+        return passages, options
 
     def _ask_for_form(self, options: dict[str, Any], form: str) -> None:
         """Says in a call's options what form its answer shall have, behind the instructions that there are."""

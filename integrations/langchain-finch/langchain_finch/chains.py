@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from langchain_core.documents import Document
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage, convert_to_messages
 from langchain_core.output_parsers import BaseTransformOutputParser, StrOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
-from langchain_core.prompts import BasePromptTemplate, format_document
-from langchain_core.runnables import Runnable, RunnableLambda, RunnableSequence
+from langchain_core.prompts import BasePromptTemplate, MessagesPlaceholder, format_document
+from langchain_core.runnables import Runnable, RunnableLambda, RunnableSequence, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
-from langchain_core.runnables.configurable import RunnableConfigurableFields
+from langchain_core.runnables.configurable import RunnableConfigurableAlternatives, RunnableConfigurableFields
 from langchain_core.runnables.utils import AddableDict
 
 from finch_rag import InputError, Passage, SettingsError
-from finch_rag.adapters import CONTEXT_MARK, QUESTION_MARK, parse_marked
+from finch_rag.adapters import CONTEXT_MARK, QUESTION_MARK, Message, parse_marked
 
 from ._convert import conversation_of, passages_of
 from .chat_models import ChatFinch
@@ -25,6 +27,8 @@ from .llms import FinchLLM
 
 # What LangChain wraps around a model (bind, with_config, with_retry; configurable_fields), and where the model is.
 _WRAPPERS: tuple[tuple[Any, str], ...] = ((RunnableBindingBase, "bound"), (RunnableConfigurableFields, "default"))
+_ALL_WRAPPERS = (*_WRAPPERS, (RunnableWithFallbacks, "runnable"), (RunnableConfigurableAlternatives, "default"))
+_HISTORY = ("chat_history", "history", "messages")  # where a conversation is looked for
 
 
 def create_finch_documents_chain(
@@ -37,15 +41,18 @@ def create_finch_documents_chain(
 ) -> Runnable[dict[str, Any], Any]:
     """A chain that answers a question from documents in one call, for `create_retrieval_chain` and LCEL.
 
-    Its input is a dictionary with the documents, "input" (or "question"), and "chat_history" (messages) where there
-    is one. The documents are kept or evicted whole, and cited by their ids, because they are never joined to one text.
+    Its input is a dictionary with the documents, "input" (or "question"), and "chat_history" (or "history",
+    "messages") where there is one. The documents are kept or evicted whole, and cited by their ids, because they are
+    never joined to one text. What stands under "input" is the question, wherever a prompt has it.
 
     Args:
-        llm: A `FinchLLM` or `ChatFinch`, also with options bound to it; or a chain that begins with one and parses its
-            answers, as `ChatFinch.with_structured_output` makes it, whose outcome is then the answer.
+        llm: A `FinchLLM` or `ChatFinch`, also with options bound to it, with fallbacks or as one of several
+            alternatives; or a chain that begins with one and parses its answers, as `ChatFinch.with_structured_output`
+            makes it, whose outcome is then the answer. Fallbacks may be any chat models: one that is not Finch's reads
+            all documents as one text.
         prompt: Makes the messages of the input; the question alone when None. Where it has the documents' variable,
-            the documents are still read apart: words of the same message before it become the instructions, words
-            behind it the question, and prompts that finch-rag knows are taken apart exactly.
+            the documents are still read apart: what else it says, but for the question, becomes the instructions, or
+            the system prompt.
         document_prompt: Formats each document's text; its own text, below its title if it has one, when None.
         document_variable_name: The documents' key in the input.
         with_citations: Return a dictionary with "text", "citations" and "report" in place of the text; not of a chain.
@@ -55,7 +62,7 @@ def create_finch_documents_chain(
 
     Raises:
         SettingsError: If the LLM is another one.
-        InputError: When it runs: if there are no documents, one has no text, or there is no question.
+        InputError: When it runs: if the input lacks what the prompt needs, or there is no question.
 
     Example:
         >>> chain = create_retrieval_chain(retriever, create_finch_documents_chain(ChatFinch(model="embedded")))
@@ -68,19 +75,34 @@ def create_finch_documents_chain(
             "with_structured_output(..., include_raw=True) has the citations"
         )
     parser: BaseTransformOutputParser[Any] = _CitedAnswer() if with_citations else StrOutputParser()
+    asked = _Asking(chat, None if parses else parser, prompt, document_prompt, document_variable_name)
+    return RunnableLambda(asked, name="finch_documents_chain")
 
-    def ask(inputs: Mapping[str, Any]) -> Runnable[Any, Any]:
+
+@dataclass(frozen=True)
+class _Asking:
+    """An input -> what is asked of the model; a class, because a function inside a function cannot be pickled."""
+
+    chat: Runnable[Any, Any]
+    parser: BaseTransformOutputParser[Any] | None
+    prompt: BasePromptTemplate[Any] | None
+    document_prompt: BasePromptTemplate[str] | None
+    document_variable_name: str
+
+    def __call__(self, inputs: Mapping[str, Any]) -> Runnable[Any, Any]:
+        name = self.document_variable_name
         if not isinstance(inputs, Mapping):
-            raise InputError(
-                f"the input is {type(inputs).__name__}: pass a dictionary with {document_variable_name} and input"
-            )
-        documents = _documents(inputs, document_variable_name, document_prompt)
-        request = _default_request(inputs) if prompt is None else _request(prompt, inputs, document_variable_name)
+            raise InputError(f"the input is {type(inputs).__name__}: pass a dictionary with {name} and input")
+        documents = _documents(inputs, name, self.document_prompt)
+        if self.prompt is None:
+            request = _default_request(inputs)
+        else:
+            request = _request(self.prompt, inputs, name, _instructions_of(self.chat))
+        # What the conversation brings stands behind the documents, so that citations have the documents' places.
+        bound = self.chat.bind(documents=[*documents, *request.passages], **request.options)
         # The messages are known, so the input, which LangChain hands on, is not looked at again.
-        asked = _constant(request.messages) | chat.bind(documents=documents, **request.options)
-        return asked if parses else asked | parser
-
-    return RunnableLambda(ask, name="finch_documents_chain")
+        asked = _constant(request.messages) | bound
+        return asked if self.parser is None else asked | self.parser
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,7 @@ class _Request:
     """What a prompt asks, without its documents."""
 
     messages: list[BaseMessage]
+    passages: list[Passage] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -121,45 +144,129 @@ def _constant(messages: list[BaseMessage]) -> Runnable[Any, list[BaseMessage]]:
     return RunnableLambda(lambda _: messages, name="messages")
 
 
-def _as_chat(llm: Any) -> Runnable[Any, Any]:
+def _as_chat(llm: Any, instead_of_finch: bool = False) -> Runnable[Any, Any]:
     """The chat model of an LLM, with the same settings and engine, and with whatever is bound to it.
 
     A completion model cannot take a conversation and documents apart from it.
+
+    Args:
+        llm: See `create_finch_documents_chain`.
+        instead_of_finch: Whether other chat models will do.
     """
     if isinstance(llm, ChatFinch):
         return llm
     if isinstance(llm, FinchLLM):
         given = {*llm.model_fields_set, "engine_source"} & set(ChatFinch.model_fields)
         return ChatFinch(**{name: getattr(llm, name) for name in given})
+    changed: dict[str, Any] = {}
     if isinstance(llm, RunnableSequence):
-        return llm.model_copy(update={"first": _as_chat(llm.first)})
-    for wrapper, inner in _WRAPPERS:
-        if isinstance(llm, wrapper):
-            wrapped: Runnable[Any, Any] = llm.model_copy(update={inner: _as_chat(getattr(llm, inner))})
-            return wrapped
+        changed = {"first": _as_chat(llm.first, instead_of_finch)}
+    elif isinstance(llm, RunnableWithFallbacks):
+        changed = {
+            "runnable": _as_chat(llm.runnable, instead_of_finch),
+            "fallbacks": [_as_chat(fallback, True) for fallback in llm.fallbacks],
+        }
+    elif isinstance(llm, RunnableConfigurableAlternatives):
+        changed = {
+            "default": _as_chat(llm.default, instead_of_finch),
+            "alternatives": {name: _alternative(other) for name, other in llm.alternatives.items()},
+        }
+    else:
+        for wrapper, inner in _WRAPPERS:
+            if isinstance(llm, wrapper):
+                changed = {inner: _as_chat(getattr(llm, inner), instead_of_finch)}
+    if changed:
+        wrapped: Runnable[Any, Any] = llm.model_copy(update=changed)
+        return wrapped
+    if not instead_of_finch:
+        raise SettingsError(
+            f"the documents chain needs a FinchLLM or a ChatFinch, not {type(llm).__name__}; other models have "
+            "create_stuff_documents_chain"
+        )
+    if isinstance(llm, BaseChatModel):
+        return RunnableLambda(_AsOneText(llm), name="documents_as_one_text")
     raise SettingsError(
-        f"the documents chain needs a FinchLLM or a ChatFinch, not {type(llm).__name__}; other models have "
-        "create_stuff_documents_chain"
+        f"a fallback or alternative is {type(llm).__name__}: pass a chat model, or put the fallback around the whole "
+        "documents chain"
     )
+
+
+def _alternative(other: Any) -> Any:
+    """An alternative that is a function makes its model when it is chosen."""
+    return _as_chat(other, True) if isinstance(other, Runnable) else _LazyChat(other)
+
+
+@dataclass(frozen=True)
+class _LazyChat:
+    make: Callable[[], Any]
+
+    def __call__(self) -> Runnable[Any, Any]:
+        return _as_chat(self.make(), True)
+
+
+@dataclass(frozen=True)
+class _AsOneText:
+    """Asks a chat model that is not Finch's, which takes no documents apart from the messages."""
+
+    model: BaseChatModel
+
+    def __call__(
+        self,
+        messages: list[BaseMessage],
+        documents: Sequence[Passage] = (),
+        instructions: str | None = None,
+        notes: Sequence[str] = (),
+        **options: Any,
+    ) -> Runnable[Any, Any]:
+        texts = [passage.titled_text for passage in documents if passage.text.strip()]
+        *earlier, question = messages
+        asked = HumanMessage("\n\n".join(filter(None, (instructions, *texts, question.text))))
+        return _constant([*earlier, asked]) | self.model.bind(**options)
 
 
 def _parses(chat: Runnable[Any, Any]) -> bool:
     """Whether a model's answers go through something that makes another thing of them."""
-    for wrapper, inner in _WRAPPERS:
+    inner = _inner(chat)
+    return isinstance(chat, RunnableSequence) if inner is None else _parses(inner)
+
+
+def _instructions_of(chat: Runnable[Any, Any]) -> str | None:
+    """The instructions that a model has itself; those of a prompt stand behind them."""
+    if isinstance(chat, RunnableBindingBase) and "instructions" in chat.kwargs:
+        bound: str | None = chat.kwargs["instructions"]
+        return bound
+    if isinstance(chat, RunnableSequence):
+        return _instructions_of(chat.first)
+    if isinstance(chat, ChatFinch):
+        return chat.own_instructions
+    inner = _inner(chat)
+    return None if inner is None else _instructions_of(inner)
+
+
+def _inner(chat: Runnable[Any, Any]) -> Runnable[Any, Any] | None:
+    """The model that something is wrapped around: the first one that is asked; None where nothing is."""
+    for wrapper, name in _ALL_WRAPPERS:
         if isinstance(chat, wrapper):
-            return _parses(getattr(chat, inner))
-    return isinstance(chat, RunnableSequence)
+            inner: Runnable[Any, Any] = getattr(chat, name)
+            return inner
+    return None
 
 
 def _documents(inputs: Mapping[str, Any], name: str, document_prompt: BasePromptTemplate[str] | None) -> list[Passage]:
     documents = inputs.get(name)
     if documents is None:
-        raise InputError(f"the input has no {name!r}: pass a list of documents under it, or set document_variable_name")
+        raise InputError(
+            f"the input has no {name!r}, it has {_listed(inputs)}: pass a list of documents under it, or set "
+            "document_variable_name"
+        )
     passages = passages_of(documents)
     if document_prompt is None:
         return passages
     formatted = []
     for document, passage in zip(documents, passages, strict=True):
+        if not passage.text.strip():
+            formatted.append(passage)  # has nothing to read, whatever a prompt puts around it
+            continue
         if not isinstance(document, Document):
             document = Document(passage.text, metadata=dict(passage.metadata))
         # A document prompt says itself where a title goes.
@@ -167,41 +274,120 @@ def _documents(inputs: Mapping[str, Any], name: str, document_prompt: BasePrompt
     return formatted
 
 
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(map(str, names))) or "nothing"
+
+
 def _default_request(inputs: Mapping[str, Any]) -> _Request:
+    history = _messages(inputs, next((name for name in _HISTORY if inputs.get(name)), None))
     question = _question(inputs)
     if not isinstance(question, str):
         raise InputError(f"the input's question is {type(question).__name__}: pass a text under 'input'")
-    return _Request([*_history(inputs), HumanMessage(question)])
+    if not history or not _QUESTION.isdisjoint(inputs):  # else the conversation's last message asks
+        history.append(HumanMessage(question))
+    conversation, passages = conversation_of(history)
+    return _Request(_as_messages(conversation), passages)
+
+
+_QUESTION = frozenset(("input", "question"))
 
 
 def _question(inputs: Mapping[str, Any]) -> Any:
     return inputs.get("input", inputs.get("question", ""))
 
 
-def _history(inputs: Mapping[str, Any]) -> list[BaseMessage]:
-    history = inputs.get("chat_history") or []
+def _messages(inputs: Mapping[str, Any], name: str | None) -> list[BaseMessage]:
+    history = inputs[name] if name is not None else []
     if not isinstance(history, Sequence) or isinstance(history, str):
-        raise InputError(f"chat_history is {type(history).__name__}: pass a list of messages")
+        raise InputError(f"{name} is {type(history).__name__}: pass a list of messages")
     return convert_to_messages(history)
 
 
-def _request(prompt: BasePromptTemplate[Any], inputs: Mapping[str, Any], document_variable_name: str) -> _Request:
+def _as_messages(conversation: Iterable[Message]) -> list[BaseMessage]:
+    return convert_to_messages([(message["role"], message["content"]) for message in conversation])
+
+
+class _Mark(str):
+    """Marks the documents' place in a prompt; to a template that goes through them, it is a list of one document."""
+
+    id = ""
+    metadata: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def page_content(self) -> str:
+        """The mark."""
+        return str(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self,))
+
+
+# In place of the documents. Mustache goes through lists of dictionaries only.
+_MARKS: tuple[Any, ...] = (_Mark(CONTEXT_MARK), [{"page_content": CONTEXT_MARK, "metadata": {}}])
+
+
+def _request(
+    prompt: BasePromptTemplate[Any], inputs: Mapping[str, Any], document_variable_name: str, instructions: str | None
+) -> _Request:
     """What a prompt's messages ask, with the places of documents and question marked, so that nothing is guessed."""
-    question = _question(inputs)
-    marked = dict.fromkeys(("input", "question"), QUESTION_MARK) if isinstance(question, str) else {}
-    values = {"chat_history": [], **inputs, **marked, document_variable_name: CONTEXT_MARK}
-    if missing := set(prompt.input_variables) - set(values):
+    asked = _question(inputs)
+    question = asked if isinstance(asked, str) and asked.strip() else None
+    placeholders = dict(_placeholders(prompt))
+    values = {**_history_for(prompt, placeholders, inputs), **inputs}
+    if question is not None:
+        same = [name for name in _QUESTION if name not in placeholders and inputs.get(name, question) == question]
+        values.update(dict.fromkeys(same, QUESTION_MARK))
+    if missing := set(prompt.input_variables) - {*values, document_variable_name}:
         raise InputError(
-            f"the prompt needs {', '.join(sorted(missing))}, and the input has {', '.join(sorted(inputs))}; documents "
-            f"are looked for under {document_variable_name!r}: see document_variable_name"
+            f"the prompt needs {_listed(missing)}, and the input has {_listed(inputs)}; documents are looked for under "
+            f"{document_variable_name!r}: see document_variable_name"
         )
-    messages = prompt.format_prompt(**values).to_messages()
-    conversation, _ = conversation_of(messages)
-    parsed = parse_marked(conversation, question or None)
+    if isinstance(asked, str) and question is None and not _QUESTION.isdisjoint(prompt.input_variables):
+        raise InputError("the question is empty: pass one under 'input'")
+    for mark in (*_MARKS, inputs[document_variable_name]):
+        messages = prompt.format_prompt(**{**values, document_variable_name: mark}).to_messages()
+        if any(CONTEXT_MARK in message.text for message in messages):
+            break
+    if question is not None and not any(
+        found in message.text for message in messages for found in (CONTEXT_MARK, QUESTION_MARK)
+    ):
+        messages = [*messages, HumanMessage(QUESTION_MARK)]
+    conversation, passages = conversation_of(messages)
+    parsed = parse_marked(conversation, question, instructions)
     if parsed is None:  # a prompt without documents is read as it is
-        plain = {"input": question, "question": question, "chat_history": [], **inputs}
-        return _Request(prompt.format_prompt(**plain).to_messages())
+        filled = [
+            Message(role=turn["role"], content=turn["content"].replace(QUESTION_MARK, question or ""))
+            for turn in conversation
+        ]
+        return _Request(_as_messages(filled), passages)
     system = [SystemMessage(parsed.system_prompt)] if parsed.system_prompt else []
-    history = convert_to_messages([(message["role"], message["content"]) for message in parsed.history])
     options = {} if parsed.instructions is None else {"instructions": parsed.instructions}
-    return _Request([*system, *history, HumanMessage(parsed.question)], options)
+    turns = [*system, *_as_messages(parsed.history), HumanMessage(parsed.question)]
+    return _Request(turns, passages, options)
+
+
+def _placeholders(prompt: Any) -> Iterator[tuple[str, bool]]:
+    """The names of a prompt's lists of messages, and whether they may be left out."""
+    for part in getattr(prompt, "messages", ()):
+        if isinstance(part, MessagesPlaceholder):
+            yield part.variable_name, part.optional
+        else:
+            yield from _placeholders(part)
+
+
+def _history_for(
+    prompt: BasePromptTemplate[Any], placeholders: Mapping[str, bool], inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The conversation for a prompt that has a place for it, under whatever name."""
+    given = next((name for name in _HISTORY if inputs.get(name) and name not in placeholders), None)
+    values: dict[str, Any] = {}
+    for name, optional in placeholders.items():
+        if name in inputs or (optional and name not in _HISTORY):
+            continue
+        if given is not None and given not in prompt.input_variables:
+            values[name], given = _messages(inputs, given), None
+        elif name in _HISTORY:
+            values[name] = []
+    for name in set(prompt.input_variables).intersection(_HISTORY) - {*placeholders, *inputs}:
+        values[name] = ""  # a text, in which no conversation is none
+    return values

@@ -236,19 +236,27 @@ def test_another_model_is_refused() -> None:
 
 
 PROMPT = ChatPromptTemplate.from_template("{context} {input} {language}")
+OTHER_KEY = ChatPromptTemplate.from_template("{docs} {input}")
+NEEDS_TURNS = ChatPromptTemplate.from_messages([MessagesPlaceholder("turns"), ("human", "{context} {input}")])
 
 
 @pytest.mark.parametrize(
     ("inputs", "prompt", "said"),
     [
         ({"input": QUESTION}, None, "the input has no 'context'"),
-        ({"context": [], "input": QUESTION}, None, "there are no documents"),
+        ({"docs": ["a"], "input": QUESTION}, None, "it has docs, input: pass a list of documents under it, or set doc"),
+        ({}, None, "the input has no 'context', it has nothing"),
         ({"context": "a text", "input": QUESTION}, None, "documents is str"),
         ({"context": ["a"]}, None, "the question is empty"),
         ({"context": ["a"], "input": " "}, None, "the question is empty"),
         ({"context": ["a"], "input": 7}, None, "the input's question is int"),
         ({"context": ["a"], "input": QUESTION, "chat_history": "hello"}, None, "chat_history is str"),
-        ({"context": ["a"], "input": QUESTION}, PROMPT, "the prompt needs language"),
+        ({"context": ["a"], "input": QUESTION, "history": "hello"}, None, "history is str"),
+        ({"context": ["a"], "input": QUESTION}, PROMPT, "the prompt needs language, and the input has context, input"),
+        ({"context": ["a"], "q": QUESTION, "language": "German"}, PROMPT, "the prompt needs input, and the input has"),
+        ({"context": ["a"], "input": " ", "language": "German"}, PROMPT, "the question is empty"),
+        ({"context": ["a"], "input": QUESTION}, OTHER_KEY, "needs docs.* under 'context': see document_variable_name"),
+        ({"context": ["a"], "input": QUESTION}, NEEDS_TURNS, "the prompt needs turns"),
         (QUESTION, None, "the input is str"),
     ],
 )
@@ -265,10 +273,26 @@ async def test_bad_input_is_told_in_one_line(folder: str, inputs: Any, prompt: A
         [piece async for piece in chain.astream(inputs)]
 
 
-def test_a_retriever_that_finds_nothing_is_told(chat: ChatFinch) -> None:
-    chain = create_retrieval_chain(Fixed(found=[]), create_finch_documents_chain(chat))
-    with pytest.raises(InputError, match="the retriever found nothing"):
-        chain.invoke({"input": QUESTION})
+@pytest.mark.parametrize("prompt", [None, PromptTemplate.from_template("Be brief. {context}\nQuestion: {input}")])
+def test_a_retriever_that_finds_nothing_gives_an_answer_and_a_note(
+    chat: ChatFinch, asked: list[Any], prompt: Any
+) -> None:
+    answers = create_finch_documents_chain(chat, prompt, with_citations=True)
+    answer = create_retrieval_chain(Fixed(found=[]), answers).invoke({"input": QUESTION})["answer"]
+    assert asked[0][0] == [{"role": "user", "content": QUESTION}]
+    assert answer["citations"] == []
+    assert answer["report"]["notes"] == ["no documents were given: answered without any"]
+
+
+def test_documents_of_the_conversation_are_documents(chat: ChatFinch, asked: list[Any]) -> None:
+    history = [HumanMessage(content=[{"type": "text-plain", "text": "Novak.", "mime_type": "text/plain"}, "who?"])]
+    inputs = {"input": QUESTION, "chat_history": [*history, AIMessage("Novak")]}
+    for prompt in (None, ChatPromptTemplate.from_messages([HISTORY, ("human", "{context} {input}")])):
+        chain = create_finch_documents_chain(chat, prompt, with_citations=True)
+        for documents in ([], ["Kessler."]):
+            report = chain.invoke({"context": documents, **inputs})["report"]
+            assert [passage.text for passage in asked[-1][1]] == [*documents, "Novak."]
+            assert report["notes"] == []
 
 
 def test_system_messages_in_the_history_are_read(chat: ChatFinch, documents: list[Document], asked: list[Any]) -> None:

@@ -14,6 +14,7 @@ from langchain_core.messages import (
     HumanMessageChunk,
     SystemMessage,
     ToolMessage,
+    convert_to_messages,
 )
 from langchain_finch._convert import conversation_of, passages_of
 from lc_support import one_line
@@ -48,7 +49,6 @@ def test_passages_and_texts_are_documents_too() -> None:
 @pytest.mark.parametrize(
     ("documents", "said"),
     [
-        ([], "there are no documents"),
         ("a text", "documents is str"),
         (Document("a"), "documents is Document"),
         ((text for text in "ab"), "documents is generator"),
@@ -81,23 +81,27 @@ def test_roles_are_those_of_chat_templates() -> None:
     ]
 
 
-def test_neighbours_of_one_role_are_joined_but_the_question_is_not() -> None:
+def test_neighbours_of_one_role_are_joined_and_system_messages_come_first() -> None:
     messages = [
         SystemMessage("s"),
-        SystemMessage("t"),
+        ChatMessage(content="t", role="developer"),
         HumanMessage("h"),
+        *convert_to_messages([{"role": "developer", "content": "v"}]),
         HumanMessage("i"),
         AIMessage("a"),
         AIMessage("b"),
         HumanMessage("j"),
         HumanMessage("question"),
+        SystemMessage("w"),
     ]
     assert turns(*messages) == [
-        ("system", "s\n\nt"),
+        ("system", "s"),
+        ("system", "t"),
+        ("system", "v"),
+        ("system", "w"),
         ("user", "h\n\ni"),
         ("assistant", "a\n\nb"),
-        ("user", "j"),
-        ("user", "question"),
+        ("user", "j\n\nquestion"),
     ]
 
 
@@ -132,7 +136,7 @@ def test_blocks_become_text_and_passages_in_order() -> None:
         ),
     ]
     conversation, passages = conversation_of(messages)
-    assert [turn["content"] for turn in conversation] == ["first\nsecond", "question"]
+    assert [turn["content"] for turn in conversation] == ["first\nsecond\n\nquestion"]
     assert passages == [
         Passage("one", "1", "T", {"url": "u"}),
         Passage("From 1874.\ntwo"),
@@ -153,6 +157,80 @@ def test_reasoning_of_an_earlier_answer_is_left_out() -> None:
     assert turns(HumanMessage("when?"), answer, HumanMessage("sure?"))[1] == ("assistant", "1874")
 
 
+def called(*ids: str, text: str = "") -> AIMessage:
+    return AIMessage(text, tool_calls=[{"name": "search", "args": {"query": "secret"}, "id": id_} for id_ in ids])
+
+
+FOUND = [Document("one", id="d1", metadata={"title": "T"}), Document("two")]
+
+
+@pytest.mark.parametrize(
+    ("result", "passages"),
+    [
+        (
+            ToolMessage("one two", artifact=FOUND, tool_call_id="c1", name="search"),
+            [Passage("one", "d1", "T", {"title": "T"}), Passage("two", "c1")],
+        ),
+        (ToolMessage("one", artifact=FOUND[0], tool_call_id="c1"), [Passage("one", "d1", "T", {"title": "T"})]),
+        (ToolMessage("1874", tool_call_id="c1", name="search"), [Passage("1874", "c1", "search")]),
+        (ToolMessage([{"type": "text", "text": "1874"}], tool_call_id="c1"), [Passage("1874", "c1")]),
+        (ToolMessage("1874", artifact={"rows": 3}, tool_call_id="c1"), [Passage("1874", "c1")]),
+        (ToolMessage("1874", artifact=[FOUND[0], 7], tool_call_id="c1"), [Passage("1874", "c1")]),
+        (ToolMessage("nothing", artifact=[], tool_call_id="c1"), [Passage("nothing", "c1")]),
+        (ToolMessage(" ", tool_call_id="c1"), []),
+    ],
+    ids=["documents", "document", "text", "blocks", "other artifact", "mixed list", "no documents", "nothing"],
+)
+def test_what_a_tool_found_is_read_as_passages(result: ToolMessage, passages: list[Passage]) -> None:
+    for asked in (["when?"], ["when?", "and where?"]):
+        first, *rest = (HumanMessage(text) for text in asked)
+        conversation, found = conversation_of([first, called("c1"), result, *rest])
+        assert [(turn["role"], turn["content"]) for turn in conversation] == [("user", "\n\n".join(asked))]
+        assert found == passages
+        assert "secret" not in str(conversation)
+
+
+def test_what_is_said_with_a_call_is_kept_where_the_user_goes_on() -> None:
+    messages: list[BaseMessage] = [
+        HumanMessage("when?"),
+        called("c1", "c2", text="I look."),
+        ToolMessage("1874", tool_call_id="c2"),
+        ToolMessage("1902", tool_call_id="c1"),
+        called("c3", text="I look again."),
+        ToolMessage("1931", tool_call_id="c3"),
+    ]
+    assert turns(*messages) == [("user", "when?")]
+    assert turns(*messages, HumanMessage("sure?")) == [
+        ("user", "when?"),
+        ("assistant", "I look.\n\nI look again."),
+        ("user", "sure?"),
+    ]
+    assert [passage.text for passage in conversation_of(messages)[1]] == ["1874", "1902", "1931"]
+
+
+def test_a_result_without_its_call_is_read_and_a_call_without_result_is_told() -> None:
+    conversation, passages = conversation_of([HumanMessage("when?"), ToolMessage("1874", tool_call_id="c1")])
+    assert ([turn["content"] for turn in conversation], len(passages)) == (["when?"], 1)
+    with pytest.raises(InputError, match="message 1 calls a tool, search, whose result is not among") as raised:
+        conversation_of([HumanMessage("when?"), called("c1", "c2"), ToolMessage("1874", tool_call_id="c1")])
+    one_line(raised)
+
+
+def test_an_empty_question_stays_empty() -> None:
+    assert turns(HumanMessage(" ")) == [("user", " ")]
+    assert turns(HumanMessage("when?"), AIMessage("1874"), HumanMessage("")) == [
+        ("user", "when?"),
+        ("assistant", "1874"),
+        ("user", ""),
+    ]
+
+
+def test_documents_and_blocks_without_text_are_handed_on() -> None:
+    assert passages_of([]) == []
+    assert passages_of([Document(" ", id="a"), "", "one"]) == [Passage(" ", "a"), Passage(""), Passage("one")]
+    assert conversation_of([plain(text=" ")])[1] == [Passage(" ")]
+
+
 def plain(**fields: Any) -> HumanMessage:
     return HumanMessage(content=[{"type": "text-plain", "mime_type": "text/plain", **fields}, "question"])
 
@@ -160,10 +238,10 @@ def plain(**fields: Any) -> HumanMessage:
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        (ToolMessage("1874", tool_call_id="1"), "message 1 is a tool message"),
         (FunctionMessage(content="1874", name="f"), "message 1 is a function message"),
         (ChatMessage(content="1874", role="critic"), "message 1 is a chat message"),
-        (AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}]), "message 1 calls a tool"),
+        (AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "1"}]), "message 1 calls a tool, f, whose result"),
+        (ToolMessage([{"type": "image", "url": "u"}], tool_call_id="1"), "message 1 holds a block of type 'image'"),
         (HumanMessage(content=[{"type": "image", "url": "u"}]), "message 1 holds a block of type 'image'"),
         (HumanMessage(content=[{"type": "image_url", "image_url": {"url": "u"}}]), "of type 'image'"),
         (HumanMessage(content=[{"type": "no such"}]), "of type 'non_standard'"),

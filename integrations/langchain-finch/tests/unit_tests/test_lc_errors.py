@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from langchain_classic.chains import create_retrieval_chain
 from langchain_core.documents import Document
-from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, HumanMessage
 from langchain_finch import ChatFinch, FinchLLM, create_finch_documents_chain
 from lc_support import QUESTION, SETTINGS, Fixed, Listener, each_way, one_line
 
@@ -14,7 +14,6 @@ from finch_rag import FinchError, InputError, ModelError, WindowError
 BOTH = pytest.mark.parametrize("kind", [ChatFinch, FinchLLM])
 
 CALLS: list[tuple[dict[str, Any], type[FinchError], str]] = [
-    ({"documents": []}, InputError, "there are no documents: the retriever found nothing"),
     ({"documents": "a text"}, InputError, "documents is str: pass a list"),
     ({"budget": 0}, InputError, "budget is 0: the least is 1 token"),
     ({"budget": "many"}, InputError, "budget is 'many': input should be a valid integer"),
@@ -48,9 +47,20 @@ async def test_an_empty_question_is_told(kind: Any, folder: str) -> None:
     await each_way(model, "  ", InputError, "the question is empty: ask one", documents=["a text"])
 
 
-async def test_a_tool_message_is_told(chat: ChatFinch) -> None:
-    messages = [HumanMessage("hello"), ToolMessage("1874", tool_call_id="1")]
-    await each_way(chat, messages, InputError, "message 1 is a tool message, which Finch cannot read")
+async def test_a_call_without_result_is_told(chat: ChatFinch) -> None:
+    messages = [HumanMessage("hello"), AIMessage("", tool_calls=[{"name": "search", "args": {}, "id": "1"}])]
+    await each_way(chat, messages, InputError, "message 1 calls a tool, search, whose result is not among the messages")
+
+
+@BOTH
+async def test_an_unknown_prompt_that_does_not_fit_is_an_error_where_it_is_wanted(kind: Any, folder: str) -> None:
+    prompt = "\n\n".join(["Sort these words.", *(f"word {n}" for n in range(2000)), "The longest comes first."])
+    said = f"this prompt of {len(prompt)} characters is of no known template and does not fit"
+    await each_way(kind(model=folder, strict=True, **SETTINGS), prompt, InputError, said)
+    await each_way(kind(model=folder, **SETTINGS), prompt, InputError, said, strict=True)
+    lenient = kind(model=folder, strict=True, **SETTINGS)
+    with pytest.warns(UserWarning, match="is taken as the question"):
+        assert lenient.invoke(prompt, strict=False)
 
 
 @BOTH
@@ -62,7 +72,6 @@ async def test_an_unknown_model_is_told_at_the_first_call(kind: Any) -> None:
 
 
 CHAIN_CALLS: list[tuple[dict[str, Any], dict[str, Any], type[FinchError], str]] = [
-    ({"found": []}, {}, InputError, "there are no documents: the retriever found nothing"),
     ({"question": " "}, {}, InputError, "the question is empty"),
     ({"question": "why? " * 2000}, {}, WindowError, "the question takes"),
     ({}, {"max_context_tokens": 10}, InputError, "the passages have"),

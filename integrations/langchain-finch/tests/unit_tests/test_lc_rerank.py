@@ -63,6 +63,17 @@ async def test_it_serves_a_compression_retriever(chat: ChatFinch, documents: lis
     assert retriever.batch([QUESTION, QUESTION]) == [expected, expected]
 
 
+async def test_documents_without_text_are_never_kept_before_others(chat: ChatFinch, documents: list[Document]) -> None:
+    blank = [Document(" ", id="blank"), Document("", id="empty")]
+    reranker = FinchReranker(llm=chat)
+    expected = [document.id for document in reranker.compress_documents(documents, QUESTION)]
+    ranked = reranker.compress_documents([blank[0], *documents, blank[1]], QUESTION)
+    assert [document.id for document in ranked][: len(documents)] == expected
+    assert sum(scores(ranked)) == pytest.approx(1)
+    assert (await reranker.acompress_documents([*blank, documents[0]], QUESTION))[0].id == documents[0].id
+    assert scores(reranker.compress_documents(blank, QUESTION)) == [0, 0]
+
+
 async def test_no_documents_give_none(folder: str) -> None:
     reranker = FinchReranker(llm=ChatFinch(model="no/such-model"))
     assert reranker.compress_documents([], QUESTION) == []
