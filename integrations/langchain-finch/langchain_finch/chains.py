@@ -9,7 +9,13 @@ from typing import Any
 
 from langchain_core.documents import Document
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage, convert_to_messages
+from langchain_core.messages import (
+    BaseMessage,
+    HumanMessage,
+    SystemMessage,
+    convert_to_messages,
+    get_buffer_string,
+)
 from langchain_core.output_parsers import BaseTransformOutputParser, StrOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.prompts import BasePromptTemplate, MessagesPlaceholder, format_document
@@ -333,7 +339,7 @@ def _request(
     asked = _question(inputs)
     question = asked if isinstance(asked, str) and asked.strip() else None
     placeholders = dict(_placeholders(prompt))
-    values = {**_history_for(prompt, placeholders, inputs), **inputs}
+    values = {**inputs, **_history_for(prompt, placeholders, inputs)}
     if question is not None:
         same = [name for name in _QUESTION if name not in placeholders and inputs.get(name, question) == question]
         values.update(dict.fromkeys(same, QUESTION_MARK))
@@ -388,6 +394,7 @@ def _history_for(
             values[name], given = _messages(inputs, given), None
         elif name in _HISTORY:
             values[name] = []
-    for name in set(prompt.input_variables).intersection(_HISTORY) - {*placeholders, *inputs}:
-        values[name] = ""  # a text, in which no conversation is none
+    for name in set(prompt.input_variables).intersection(_HISTORY).difference(placeholders):  # in a text
+        told = inputs.get(name, "")
+        values[name] = told if isinstance(told, str) else get_buffer_string(_messages(inputs, name))
     return values

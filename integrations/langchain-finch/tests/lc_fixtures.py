@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from langchain_core.documents import Document
 from langchain_finch import ChatFinch, FinchLLM
 from lc_support import SETTINGS, texts_as_documents
 
-from finch_rag import Finch
+from finch_rag import Finch, Passage
 from finch_rag.sharing import release_engine
 from tests.small import chat_tokenizer, small_model
 
@@ -50,6 +51,20 @@ def nothing_is_kept(shared: Finch) -> Iterator[None]:
 def documents() -> list[Document]:
     """Documents that do not fit the budget of `SETTINGS` together; tests must not change them."""
     return texts_as_documents(12)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[dict[str, str]], list[Passage], dict[str, Any]]]:
+    """What the engine is asked: messages, passages, options."""
+    seen: list[Any] = []
+    stream = Finch.stream_chat
+
+    def recorded(finch: Finch, messages: Any, passages: Any = (), **options: Any) -> Any:
+        seen.append((messages, passages, options))
+        return stream(finch, messages, passages, **options)
+
+    monkeypatch.setattr(Finch, "stream_chat", recorded)
+    return seen
 
 
 @pytest.fixture

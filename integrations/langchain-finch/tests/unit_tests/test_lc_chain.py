@@ -14,21 +14,7 @@ from langchain_finch import ChatFinch, FinchLLM, create_finch_documents_chain
 from langchain_finch._convert import passages_of
 from lc_support import OTHER_QUESTION, QUESTION, SETTINGS, STUFF_CHAT, Fixed, Listener, ids, one_line
 
-from finch_rag import Finch, InputError, Passage, SettingsError
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[dict[str, str]], list[Passage], dict[str, Any]]]:
-    """What the engine is asked: messages, passages, options."""
-    seen: list[Any] = []
-    stream = Finch.stream_chat
-
-    def recorded(finch: Finch, messages: Any, passages: Any = (), **options: Any) -> Any:
-        seen.append((messages, passages, options))
-        return stream(finch, messages, passages, **options)
-
-    monkeypatch.setattr(Finch, "stream_chat", recorded)
-    return seen
+from finch_rag import Finch, InputError, SettingsError
 
 
 def test_it_answers_as_the_engine_does_from_the_same_passages(
