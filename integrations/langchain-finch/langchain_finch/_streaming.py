@@ -11,7 +11,7 @@ from langchain_core.outputs import ChatGenerationChunk, GenerationChunk
 from finch_rag import AnswerStream
 from finch_rag.adapters import AsyncAnswerStream
 
-from ._convert import citations_of, finish_reason_of
+from ._convert import NO_DOCUMENTS, citations_of, finish_reason_of
 
 Chunk = TypeVar("Chunk", ChatGenerationChunk, GenerationChunk)
 AnyStream = AnswerStream | AsyncAnswerStream
@@ -70,8 +70,11 @@ def outcome_of(stream: AnyStream) -> dict[str, Any]:
         stream: One that has ended.
     """
     answer = stream.answer
+    report = answer.report.to_dict()
+    if report["passages"]:  # the call gave none, but its messages had some
+        report["notes"] = [note for note in report["notes"] if note != NO_DOCUMENTS]
     return {
         "citations": citations_of(answer, stream.passages),
-        "report": answer.report.to_dict(),
+        "report": report,
         "finish_reason": finish_reason_of(answer.report),
     }

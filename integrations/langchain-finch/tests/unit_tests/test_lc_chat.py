@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.messages.content import create_plaintext_block, create_text_block
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import ConfigurableField
@@ -176,6 +176,37 @@ def test_passages_of_an_earlier_turn_are_read_again(chat: ChatFinch, documents: 
     ]
     report = chat.bind(documents=documents[:2]).invoke(messages).response_metadata["report"]
     assert report["passages"] == len(documents) + 2
+
+
+def test_what_a_tool_found_is_read_and_cited(chat: ChatFinch, documents: list[Document]) -> None:
+    call = AIMessage("", tool_calls=[{"name": "search", "args": {"query": "bridge"}, "id": "c1"}])
+    expected = chat.invoke(QUESTION, documents=documents)
+    for result in (
+        ToolMessage("the documents", artifact=documents, tool_call_id="c1"),
+        ToolMessage(content="one text of all documents", artifact=documents, tool_call_id="c1", name="search"),
+    ):
+        message = chat.invoke([HumanMessage(QUESTION), call, result])
+        assert message.content == expected.content
+        assert message.response_metadata["citations"] == expected.response_metadata["citations"]
+    said: Any = chat.invoke([HumanMessage(QUESTION), call, ToolMessage("Clara Novak.", tool_call_id="c1")])
+    assert ids(said.response_metadata["citations"]) == ["c1"]
+
+
+def test_a_call_without_documents_is_noted(chat: ChatFinch, llm: FinchLLM, documents: list[Document]) -> None:
+    note = "no documents were given: answered without any"
+
+    def notes(model: ChatFinch | FinchLLM, asked: Any, **options: Any) -> Any:
+        if isinstance(model, ChatFinch):
+            return model.invoke(asked, **options).response_metadata["report"]["notes"]
+        [[generation]] = model.generate([asked], **options).generations
+        return (generation.generation_info or {})["report"]["notes"]
+
+    for model in (chat, llm):
+        assert notes(model, QUESTION, documents=[], notes=["mine"]) == ["mine", note]
+        assert notes(model, QUESTION) == []
+        assert notes(model, QUESTION, documents=documents) == []
+    block = create_plaintext_block(documents[0].page_content)
+    assert notes(chat, [HumanMessage(content_blocks=[block, create_text_block(QUESTION)])], documents=[]) == []
 
 
 def test_a_conversations_system_message_replaces_the_models(folder: str, documents: list[Document]) -> None:

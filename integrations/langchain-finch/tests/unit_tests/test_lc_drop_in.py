@@ -24,6 +24,7 @@ import finch_rag.engine
 from finch_rag import Finch
 from finch_rag.prompts.parsing import WHOLE
 from finch_rag.request import Request
+from finch_rag.resolving import resolve_parsed
 from tests.small import chat_tokenizer, small_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::langchain_core._api.LangChainDeprecationWarning")
@@ -59,10 +60,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Reading]:
     """What the engine reads, call by call; it answers what `ANSWER` says."""
     answer_with(monkeypatch, ANSWER)
     readings: list[Reading] = []
-    resolve = finch_rag.engine.resolve_parsed
 
     def recorded(*args: Any) -> Request:
-        request = resolve(*args)
+        request = resolve_parsed(*args)
         readings.append(Reading(request))
         return request
 

@@ -12,7 +12,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_finch import ChatFinch, FinchLLM, create_finch_documents_chain
-from lc_support import QUESTION, Listener, one_line
+from lc_support import QUESTION, SETTINGS, Listener, one_line
 from pydantic import BaseModel
 
 from finch_rag import InputError, SettingsError
@@ -38,8 +38,10 @@ async def test_a_fallback_answers_where_the_model_cannot(
 ) -> None:
     inputs: Any = {"context": documents, "input": QUESTION}
     expected = create_finch_documents_chain(chat, with_citations=True).invoke(inputs)
-    for broken in (ChatFinch(**BROKEN), FinchLLM(**BROKEN), ChatFinch(**BROKEN).bind(max_tokens=3)):
-        for fallback in (chat, llm, llm.bind(max_tokens=8), chat.with_retry()):
+    models: list[Any] = [ChatFinch(**BROKEN), FinchLLM(**BROKEN), ChatFinch(**BROKEN).bind(max_tokens=3)]
+    fallbacks: list[Any] = [chat, llm, llm.bind(max_tokens=8), chat.with_retry()]
+    for broken in models:
+        for fallback in fallbacks:
             chain = create_finch_documents_chain(broken.with_fallbacks([fallback]), with_citations=True)
             answer = chain.invoke(inputs)
             assert (answer["text"], answer["citations"]) == (expected["text"], expected["citations"])
@@ -72,7 +74,8 @@ async def test_another_chat_model_reads_all_documents_as_one_text(chat: ChatFinc
 
 
 def test_other_fallbacks_are_refused() -> None:
-    for fallback in (FakeListLLM(responses=["a"]), RunnableLambda(str)):
+    others: list[Any] = [FakeListLLM(responses=["a"]), RunnableLambda(str)]
+    for fallback in others:
         with pytest.raises(SettingsError, match="put the fallback around the whole documents chain") as raised:
             create_finch_documents_chain(ChatFinch(**BROKEN).with_fallbacks([fallback]))
         one_line(raised)
@@ -90,7 +93,8 @@ def test_alternatives_are_chosen_by_the_configuration(
     chat: ChatFinch, folder: str, documents: list[Document], prefixed: bool
 ) -> None:
     inputs: Any = {"context": documents, "input": QUESTION}
-    short = FinchLLM(model=folder, heads=[(0, 1), (1, 2)], budget=60, chunk_size=64, max_tokens=3)
+    short: Any = FinchLLM(model=folder, **{**SETTINGS, "max_tokens": 3})
+    bad: Any = FakeListLLM(responses=["a"])
     llm = chat.configurable_alternatives(
         ConfigurableField(id="llm"), prefix_keys=prefixed, short=short, made=lambda: short, other=Other()
     )
@@ -103,9 +107,7 @@ def test_alternatives_are_chosen_by_the_configuration(
     assert chain.invoke(inputs)["report"]["new_tokens"] == 8
     assert chain.invoke(inputs, config={"configurable": {"llm": "other"}})["text"].endswith(QUESTION)
     with pytest.raises(SettingsError, match="a fallback or alternative is FakeListLLM"):
-        create_finch_documents_chain(
-            chat.configurable_alternatives(ConfigurableField(id="llm"), bad=FakeListLLM(responses=["a"]))
-        )
+        create_finch_documents_chain(chat.configurable_alternatives(ConfigurableField(id="llm"), bad=bad))
 
 
 class Bridge(BaseModel):
