@@ -57,6 +57,7 @@ def turns_of(messages: list[dict[str, str]]) -> list[tuple[str, str]]:
         (text_prompt("Read:\n{context}\n\nAgain:\n{context}\n\nBe brief.\nQuestion: {input}"), [], "Be brief."),
         (chat_prompt([("system", "Be brief.\n{context}\n{context}"), ("human", "{input}")]), ["Be brief."], None),
         (jinja("Be brief.\n" + LOOP + "Question: {{ input }}"), [], "Be brief."),
+        (jinja("Be brief.\n" + LOOP.replace("\n", "{{ d.metadata.source }}\n") + "{{ input }}"), [], "Be brief."),
         (jinja("Be brief.\n{{ context | map(attribute='page_content') | join(' ') }}\n{{ input }}"), [], "Be brief."),
         (jinja("{% if context %}Be brief.{% endif %}\n{{ context }}\nQuestion: {{ input }}"), [], "Be brief."),
         (
@@ -93,6 +94,7 @@ def turns_of(messages: list[dict[str, str]]) -> list[tuple[str, str]]:
         "repeated",
         "repeated in system",
         "jinja loop",
+        "jinja loop with metadata",
         "jinja filter",
         "jinja condition",
         "jinja chat",
