@@ -86,7 +86,10 @@ def _reader(runtime: Runtime, requests: Sequence[Request], shared: bool) -> Call
     lengths = requests[0].passage_tokens
     smallest = min(plan.budget for plan in plans), min(plan.chunk_size for plan in plans)
     plan = replace(plans[0], budget=smallest[0], chunk_size=smallest[1])  # fits each of them
-    if shared and shares_scan(plan, lengths, len(requests)):
+    # A history that outgrows the window is cut differently for questions of different length.
+    first = requests[0].prompt
+    alike = all((r.prompt.prefix, r.prompt.passages) == (first.prefix, first.passages) for r in requests)
+    if shared and alike and shares_scan(plan, lengths, len(requests)):
         return _shared_reader(runtime, requests, plan)
     ends = [0]
     for request in requests:

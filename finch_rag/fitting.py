@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from .errors import WindowError
 from .prefill.planning import FixedTokens, default_budget
 from .prompts.builder import Prompt, PromptBuilder, PromptSettings
 from .prompts.chat_template import ASSISTANT, USER, Message, check_messages
@@ -120,6 +121,7 @@ def build_fitting(
 
     Raises:
         InputError: If the question or the history cannot be used.
+        WindowError: If what is no history does not fit by itself.
     """
     prompts, window, own = runtime.prompts, runtime.window, settings.prompt
     whole = Fitted(_build(prompts, question, passages, own, encoded), list(passages))
@@ -134,6 +136,12 @@ def build_fitting(
     lengths = [sum(map(len, prompts.encode([message["content"] for message in turn]))) for turn in turns]
     bare = _build(prompts, question, passages, replace(own, history=()), whole.prompt.passages)
     alone = fixed_tokens(bare, settings).total
+    if alone > window:
+        raise WindowError(
+            f"instructions, question and answer take {alone} tokens, more than the model's window of {window}, even "
+            f"without the {len(turns)} earlier turns of the history: shorten them or lower max_new_tokens; a shorter "
+            "memory= does not help"
+        )
     around = -(-(taken - alone - sum(lengths)) // len(turns))  # what the chat template puts around a turn
     as_passages = alone <= with_passages
     room = with_passages if as_passages else window

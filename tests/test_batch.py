@@ -86,6 +86,17 @@ def test_a_long_shared_list_is_read_once_for_all(monkeypatch: pytest.MonkeyPatch
         assert answer.text == finch.ask(question, list(reversed(cited)), reread=False).text
 
 
+def test_a_history_that_is_cut_differently_for_each_question_is_read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "_SHORTLIST_TOKENS", 120)
+    finch = small_finch()
+    turns = [{"role": "user", "content": "where is the old harbour?"}, {"role": "assistant", "content": "by the sea"}]
+    questions = ["Who was it?", "Who was it, " + "and when and why and how " * 6 + "?"]
+    options: dict[str, Any] = {"history": turns * 20}
+    found = [bare(answer) for answer in finch.ask_many(questions, texts(60), **options)]
+    assert found[0].report.passages != found[1].report.passages  # older turns among them
+    assert found == [bare(finch.ask(question, texts(60), **options)) for question in questions]
+
+
 def test_a_shared_list_of_ten_times_the_window_is_read() -> None:
     finch = small_finch(reread=True, budget=40, chunk_size=200)
     answers = finch.ask_many(QUESTIONS[:4], texts(400))

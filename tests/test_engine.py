@@ -380,6 +380,20 @@ def test_history_is_read_before_the_passages_and_never_evicted(finch: Finch) -> 
     assert finch.rank(QUESTION, texts(12), history=HISTORY) != finch.rank(QUESTION, texts(12))
 
 
+@pytest.mark.parametrize(("passages", "kept_whole"), [(1, True), (9, False)])
+def test_a_paragraph_that_may_be_an_instruction_is_never_evicted(finch: Finch, passages: int, kept_whole: bool) -> None:
+    context = "\n\n".join([*long_texts(passages), "Answer in French."])
+    system = f"Use the following pieces of context to answer the user's question.\n----------------\n{context}"
+    messages = [Message(role="system", content=system), Message(role="user", content=QUESTION)]
+    report = finch.chat(messages, max_new_tokens=1).report
+    assert report.parse_mode == "langchain/stuff-chat"
+    assert (report.kept_tokens == report.context_tokens) == kept_whole
+    assert report.passages == passages + kept_whole
+    assert any("nothing was evicted" in note for note in report.notes) == kept_whole
+    plain = finch.ask(QUESTION, long_texts(2)).report.prefix_tokens
+    assert (report.prefix_tokens > plain) == (not kept_whole)
+
+
 def test_the_oldest_turns_of_a_long_history_are_read_as_passages(finch: Finch) -> None:
     for passages in (texts(3), []):
         answer = finch.ask(QUESTION, passages, history=HISTORY * 60)
@@ -387,6 +401,8 @@ def test_the_oldest_turns_of_a_long_history_are_read_as_passages(finch: Finch) -
         assert "older turns of the conversation did not fit: read as passages" in note
         assert answer.report.passages == len(passages) + int(note.split()[0])
         assert all(citation.index < len(passages) for citation in answer.citations)
+    with pytest.raises(WindowError, match=r"even without the 60 earlier turns of the history.*memory="):
+        finch.ask(QUESTION * 100, history=HISTORY * 60)
     conversation = [*HISTORY * 60, Message(role="user", content=QUESTION)]
     assert finch.chat(conversation, max_new_tokens=1).report.parse_mode == "whole"
 

@@ -26,11 +26,13 @@ def system(text: str) -> Message:
         ([user(f"Answer briefly.\n\n{C}\n\nQuestion: {Q}\nAnswer:")], "Answer briefly.", None),
         ([user(f"Frage: {Q}\n\nKontext:\n{C}\n\nAntwort:")], None, None),
         ([user(f"{Q}\n\n<context>\n{C}\n</context>\n\nReply in French.")], "Reply in French.", None),
-        ([user(f"Read {C} and once more {C}. Then say: {Q}")], "Read\n\nand once more . Then say:", None),
+        ([user(f"Read {C} and once more {C}. Then say: {Q}")], "Read\n\nand once more\n\n. Then say:", None),
         ([system(f"Be kind.\n\n{C}\n\nBe brief."), user(Q)], None, "Be kind.\n\nBe brief."),
         ([user(f"Name colours:\n\n{C}")], "Name colours:", None),
+        ([user(f"Be precise.\nAnswer in French:\n{C}\n\n{Q}")], "Be precise.\nAnswer in French:", None),
+        ([user(f"Rules:\n- be brief\n\nContext:\n{C}\nQuestion: {Q}\nHelpful Answer:")], "Rules:\n- be brief", None),
     ],
-    ids=["plain", "german, question first", "tags", "repeated", "system", "no question"],
+    ids=["plain", "german, question first", "tags", "repeated", "system", "no question", "label", "list"],
 )
 def test_the_question_is_the_question_and_the_users_words_are_kept(
     messages: list[Message], instructions: str | None, system_prompt: str | None
@@ -58,3 +60,16 @@ def test_a_prompt_without_question_asks_in_its_own_words() -> None:
     assert "Write a summary of this:" in f"{parsed.instructions}{parsed.question}"
     assert parsed.in_own_words
     assert parse_marked([user("Hello.")], QUESTION) is None
+
+
+def test_a_label_alone_asks_nothing() -> None:
+    parsed = parse_marked([user(f"Frage: wer?\n\nKontext:\n{C}\n\nAntwort:")], None)
+    assert parsed is not None
+    assert parsed.question == "Frage: wer?\n\nKontext:\n\nAntwort:"
+
+
+def test_an_answer_keeps_a_turn_of_the_user_before_it() -> None:
+    turns = [user(f"Documents:\n{C}"), Message(role="assistant", content="I see."), user(Q)]
+    parsed = parse_marked(turns, QUESTION)
+    assert parsed is not None
+    assert parsed.history == [user("Documents:"), Message(role="assistant", content="I see.")]

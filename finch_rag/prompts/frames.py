@@ -7,13 +7,16 @@ and marks that set the context off.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
-_LABEL = r"[ \t]*[^\W\d_][\w '-]{0,29}:"  # such as "Question:", "Relevant text:", in any language
+# Such as "Question:", in any language; two words may be an instruction ("Name colours:").
+_LABEL = r"[ \t]*(?:Helpful[ ])?[^\W\d_][\w'-]{0,29}:"
 # Marks that open and close a context: a tag, a line of dashes, a label.
 _OPENED = re.compile(rf"(?:^[ \t]*<[\w ]+>|^[ \t]*[-=*_#\"'>`]{{3,}}\w*|^{_LABEL})?\s*\Z", re.MULTILINE)
 _CLOSED = re.compile(r"\A\s*(?:</[\w ]+>|[-=*_#\"'<>`]{3,})?\s*")
 _LABEL_LINES = re.compile(rf"(?:\A|\n){_LABEL}[ \t]*(?=\n|\Z)")
+_LAST_LABEL = re.compile(rf"(?:\A|\n){_LABEL}\s*\Z")
 _WORDS = re.compile(r"\w+")
 
 
@@ -29,7 +32,7 @@ class Frame(NamedTuple):
     question: str
 
 
-def words_around(before: str, after: str, question: str) -> str:
+def words_around(before: str, after: str, marks: Sequence[str]) -> str:
     """All words around a context but its question: instructions.
 
     The question's label, an answer's label, and the marks around the context ask nothing and give way.
@@ -37,17 +40,15 @@ def words_around(before: str, after: str, question: str) -> str:
     Args:
         before: What stands before the context.
         after: What stands behind it.
-        question: The question, or a mark in its place; it stands in one of them, or nowhere.
+        marks: Stand for the question, and for the context where it comes once more.
     """
     kept = []
     for text in (_OPENED.sub("", before), _CLOSED.sub("", after)):
-        left, found, right = text.rpartition(question)
-        if found:  # the label before the question goes with it
-            text = f"{_OPENED.sub('', left)}\n\n{_CLOSED.sub('', right)}"
-        kept.append(_LABEL_LINES.sub("", text).strip())
-    if not any(kept):  # "Name colours:" is more than a label
-        lines = (line.strip() for line in before.replace(question, "").splitlines())
-        kept = [line for line in lines if len(_WORDS.findall(line)) > 1]
+        for mark in marks:
+            while mark in text:  # the label before it goes with it
+                left, _, right = text.partition(mark)
+                text = f"{_OPENED.sub('', left)}\n\n{_CLOSED.sub('', right)}".strip()
+        kept.append(_LAST_LABEL.sub("", text).strip())
     return "\n\n".join(filter(None, kept))
 
 
@@ -59,7 +60,10 @@ def frame_of_task(before: str, after: str) -> Frame:
         after: What stands behind it.
     """
     before, after = before.strip(), after.strip()
-    if len(_WORDS.findall(_LABEL_LINES.sub("", f"\n{after}"))) >= 3:  # it asks more than "Summary:"
+    if len(_WORDS.findall(_LABEL_LINES.sub("", after))) >= 3:  # it asks more than "CONCISE SUMMARY:"
         return Frame(before, after)
     head, _, asked = before.rpartition("\n\n")
+    while head and not _WORDS.search(_LABEL_LINES.sub("", asked)):  # a label, "Context:", asks nothing
+        head, _, more = head.rpartition("\n\n")
+        asked = f"{more}\n\n{asked}"
     return Frame(head.strip(), "\n\n".join(filter(None, (asked.strip(), after))))

@@ -15,6 +15,7 @@ from .template import QUESTION, REST, first_match
 
 CONTEXT_MARK = "FinchContextGoesHere"
 QUESTION_MARK = "FinchQuestionGoesHere"
+_MARKS = (QUESTION_MARK, CONTEXT_MARK)
 
 
 def parse_marked(
@@ -67,20 +68,22 @@ def _of_own(messages: Sequence[Message], place: int, question: str | None, instr
     """A user's own prompt: what stands around the context, without the labels and marks that set it off."""
     *earlier, last = messages
     before, _, after = messages[place]["content"].partition(CONTEXT_MARK)
-    after = after.replace(CONTEXT_MARK, "")
     if place == len(messages) - 1:
         if question is None:
-            frame = frame_of_task(before, after)
+            frame = frame_of_task(before, after.replace(CONTEXT_MARK, ""))
             words = "\n\n".join(filter(None, (instructions, frame.instructions)))
             return around(earlier, ParsedPrompt(frame.question, [], APART, instructions=words, in_own_words=True))
-        words = "\n\n".join(filter(None, (instructions, words_around(before, after, QUESTION_MARK))))
+        words = "\n\n".join(filter(None, (instructions, words_around(before, after, _MARKS))))
         return around(earlier, ParsedPrompt(question, [], APART, instructions=words or None))
-    words = words_around(before, after, QUESTION_MARK)
+    words = words_around(before, after, _MARKS)
     asked = last["content"]
     if question is not None and question not in asked:
         asked = "\n\n".join(filter(None, (asked.strip(), question)))
-    kept = [Message(role=messages[place]["role"], content=words)] if words else []
-    if kept and kept[0]["role"] != SYSTEM and place + 1 < len(messages) and messages[place + 1]["role"] == USER:
+    role, follows = messages[place]["role"], messages[place + 1]["role"]
+    if not words and role == USER and follows != USER:  # the assistant's turn needs one of the user's before it
+        words = _filled(f"{before}{after}", question).strip()
+    kept = [Message(role=role, content=words)] if words else []
+    if kept and role == USER and follows == USER:
         # Two turns of the user in a row: the words are instructions, and many chat templates refuse them.
         own = "\n\n".join(filter(None, (instructions, words)))
         parsed = ParsedPrompt(asked, [], APART, instructions=own)

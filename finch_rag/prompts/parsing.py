@@ -20,15 +20,16 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypedDict
+from typing import Protocol
 
 from ..errors import InputError
 from .builder import INSTRUCTIONS, refine_instructions
 from .chat_template import ASSISTANT, SYSTEM, USER, Message, check_messages
 from .contexts import split_context
 from .frames import frame_of_task
-from .known_prompts import DEFAULT_SYSTEM_PROMPT, IN_ONE_MESSAGE, IN_SYSTEM_MESSAGE, TASKS, TASKS_IN_SYSTEM_MESSAGE
+from .known_prompts import DEFAULT_SYSTEM_PROMPT, IN_ONE_MESSAGE, IN_SYSTEM_MESSAGE
 from .passages import Passage, check_unicode
+from .task_prompts import MAP_RERANK, TASKS, TASKS_IN_SYSTEM_MESSAGE
 from .template import ANSWER, QUESTION, REST, Match, first_match, last_match
 from .unknown import Parts, parts_of
 
@@ -53,15 +54,6 @@ class Room(Protocol):
     @property
     def window(self) -> int:
         """Positions of the model."""
-
-
-class PromptOptions(TypedDict, total=False):
-    """Options of a call that a prompt may bring along."""
-
-    instructions: str
-    system_prompt: str
-    history: list[Message]
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +81,6 @@ class ParsedPrompt:
     in_own_words: bool = False
     keeps_all: bool = False
     notes: tuple[str, ...] = ()
-
-    @property
-    def options(self) -> PromptOptions:
-        """What the prompt has of its own, as options of a call."""
-        found = PromptOptions()
-        if self.instructions is not None:
-            found["instructions"] = self.instructions
-        if self.system_prompt is not None:
-            found["system_prompt"] = self.system_prompt
-        if self.history:
-            found["history"] = self.history
-        if self.notes:
-            found["notes"] = self.notes
-        return found
 
 
 def parse_prompt(
@@ -133,7 +111,7 @@ def parse_prompt(
     question = last["content"]
     if passages:
         return around(earlier, ParsedPrompt(question, list(passages), APART))
-    if match := first_match(IN_ONE_MESSAGE, question):
+    if MAP_RERANK.match(question) is None and (match := first_match(IN_ONE_MESSAGE, question)):
         return _from_match(match, match.field(QUESTION) or "", room, instructions, earlier)
     for place, message in enumerate(earlier):
         if message["role"] == SYSTEM and (match := first_match(IN_SYSTEM_MESSAGE, message["content"])):
@@ -146,7 +124,10 @@ def parse_prompt(
     whole = around(earlier, ParsedPrompt(question, [], WHOLE, instructions=instructions or "", in_own_words=True))
     if room.holds(whole):
         return whole
-    return _from_task(earlier, question, instructions) or _from_unknown(whole, room, strict)
+    task = _from_task(earlier, question, instructions)
+    if task is not None and room.holds(replace(task, passages=[])):
+        return task
+    return _from_unknown(whole, room, strict)
 
 
 def _checked(messages: Iterable[Message]) -> list[Message]:
@@ -246,18 +227,16 @@ def _from_transcript(
 
 def _from_task(earlier: Sequence[Message], question: str, instructions: str | None) -> ParsedPrompt | None:
     """A known task over a text that does not fit: all its words are kept."""
-    match = first_match(TASKS, question)
-    others = list(earlier)
-    if match is None:
-        for place, message in enumerate(earlier):
-            if message["role"] == SYSTEM and (match := first_match(TASKS_IN_SYSTEM_MESSAGE, message["content"])):
-                others = [*earlier[:place], *earlier[place + 1 :]]
-                words, asked = match.before.strip().rstrip("_\n "), question
-                break
-        else:
-            return None
-    else:
+    if match := first_match((*TASKS, MAP_RERANK), question):
+        others = list(earlier)
         words, asked = frame_of_task(match.before, match.after)
+    else:
+        in_system = ((place, _system_task(message)) for place, message in enumerate(earlier))
+        place, match = next((found for found in in_system if found[1] is not None), (0, None))
+        if match is None:
+            return None
+        others = [*earlier[:place], *earlier[place + 1 :]]
+        words, asked = match.before.strip().rstrip("_\n "), question
     split = split_context(match.context)
     parsed = ParsedPrompt(
         asked,
@@ -270,22 +249,15 @@ def _from_task(earlier: Sequence[Message], question: str, instructions: str | No
     return around(others, parsed)
 
 
+def _system_task(message: Message) -> Match | None:
+    return first_match(TASKS_IN_SYSTEM_MESSAGE, message["content"]) if message["role"] == SYSTEM else None
+
+
 def _from_unknown(whole: ParsedPrompt, room: Room, strict: bool) -> ParsedPrompt:
     """A prompt that does not fit and is of no known template; earlier turns are no part of it."""
     in_system = len(whole.system_prompt or "") > len(whole.question)
     text = (whole.system_prompt or "") if in_system else whole.question
     parts = parts_of(text, room.tokens, room.window // _ENDS)
-    asks = whole.question if in_system else parts.asks
-    shown = " ".join(asks.split())
-    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-    message = (
-        f"this {'system message' if in_system else 'prompt'} of {len(text)} characters is of no known template and "
-        f"does not fit into the window of {room.window} tokens: {shown!r} is taken as the question, and what stands "
-        "between the text's ends may be left out; pass the passages apart to be sure"
-    )
-    if strict:
-        raise InputError(message)
-    warnings.warn(message, stacklevel=2)
     split = split_context(parts.middle)
     parsed = replace(
         whole,
@@ -295,8 +267,22 @@ def _from_unknown(whole: ParsedPrompt, room: Room, strict: bool) -> ParsedPrompt
         notes=_borders_note(split.borders, len(split.passages)),
     )
     if in_system:
-        return replace(parsed, system_prompt=parts.head or None)
-    return replace(parsed, instructions="\n\n".join(filter(None, (whole.instructions, parts.head))))
+        parsed = replace(parsed, system_prompt=parts.head or None)
+    else:
+        parsed = replace(parsed, instructions="\n\n".join(filter(None, (whole.instructions, parts.head))))
+    if not parsed.passages or not room.holds(replace(parsed, passages=[])):
+        return whole  # it is not the text that is too long; who reads it says what is
+    shown = " ".join((whole.question if in_system else parts.asks).split())
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    message = (
+        f"this {'system message' if in_system else 'prompt'} of {len(text)} characters is of no known template and "
+        f"does not fit into the window of {room.window} tokens: {shown!r} is taken as the question, and what stands "
+        "between the text's ends may be left out; pass the passages apart to be sure"
+    )
+    if strict:
+        raise InputError(message)
+    warnings.warn(message, stacklevel=2)
+    return parsed
 
 
 def _with_system_tail(question: str, parts: Parts) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from langchain_core.documents import Document
-from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import (
     BaseMessage,
     HumanMessage,
@@ -19,21 +18,17 @@ from langchain_core.messages import (
 from langchain_core.output_parsers import BaseTransformOutputParser, StrOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.prompts import BasePromptTemplate, MessagesPlaceholder, format_document
-from langchain_core.runnables import Runnable, RunnableLambda, RunnableSequence, RunnableWithFallbacks
-from langchain_core.runnables.base import RunnableBindingBase
-from langchain_core.runnables.configurable import RunnableConfigurableAlternatives, RunnableConfigurableFields
+from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_core.runnables.utils import AddableDict
 
 from finch_rag import InputError, Passage, SettingsError
 from finch_rag.adapters import CONTEXT_MARK, QUESTION_MARK, Message, parse_marked
 
+from ._chat_of import as_chat, constant, instructions_of, parses
 from ._convert import conversation_of, passages_of
 from .chat_models import ChatFinch
 from .llms import FinchLLM
 
-# What LangChain wraps around a model (bind, with_config, with_retry; configurable_fields), and where the model is.
-_WRAPPERS: tuple[tuple[Any, str], ...] = ((RunnableBindingBase, "bound"), (RunnableConfigurableFields, "default"))
-_ALL_WRAPPERS = (*_WRAPPERS, (RunnableWithFallbacks, "runnable"), (RunnableConfigurableAlternatives, "default"))
 _HISTORY = ("chat_history", "history", "messages")  # where a conversation is looked for
 
 
@@ -74,14 +69,15 @@ def create_finch_documents_chain(
         >>> chain = create_retrieval_chain(retriever, create_finch_documents_chain(ChatFinch(model="embedded")))
         >>> chain.invoke({"input": "Who signed it?"})["answer"]
     """
-    chat = _as_chat(llm)
-    if (parses := _parses(chat)) and with_citations:
+    chat = as_chat(llm)
+    parsed = parses(chat)
+    if parsed and with_citations:
         raise SettingsError(
             "with_citations is for a model, and this chain parses its answers: leave it out; the raw message of "
             "with_structured_output(..., include_raw=True) has the citations"
         )
     parser: BaseTransformOutputParser[Any] = _CitedAnswer() if with_citations else StrOutputParser()
-    asked = _Asking(chat, None if parses else parser, prompt, document_prompt, document_variable_name)
+    asked = _Asking(chat, None if parsed else parser, prompt, document_prompt, document_variable_name)
     return RunnableLambda(asked, name="finch_documents_chain")
 
 
@@ -103,11 +99,11 @@ class _Asking:
         if self.prompt is None:
             request = _default_request(inputs)
         else:
-            request = _request(self.prompt, inputs, name, _instructions_of(self.chat))
+            request = _request(self.prompt, inputs, name, instructions_of(self.chat))
         # What the conversation brings stands behind the documents, so that citations have the documents' places.
         bound = self.chat.bind(documents=[*documents, *request.passages], **request.options)
         # The messages are known, so the input, which LangChain hands on, is not looked at again.
-        asked = _constant(request.messages) | bound
+        asked = constant(request.messages) | bound
         return asked if self.parser is None else asked | self.parser
 
 
@@ -144,118 +140,6 @@ class _CitedAnswer(BaseTransformOutputParser[AddableDict]):
             text: The answer.
         """
         return AddableDict(text=text)
-
-
-def _constant(messages: list[BaseMessage]) -> Runnable[Any, list[BaseMessage]]:
-    return RunnableLambda(lambda _: messages, name="messages")
-
-
-def _as_chat(llm: Any, instead_of_finch: bool = False) -> Runnable[Any, Any]:
-    """The chat model of an LLM, with the same settings and engine, and with whatever is bound to it.
-
-    A completion model cannot take a conversation and documents apart from it.
-
-    Args:
-        llm: See `create_finch_documents_chain`.
-        instead_of_finch: Whether other chat models will do.
-    """
-    if isinstance(llm, ChatFinch):
-        return llm
-    if isinstance(llm, FinchLLM):
-        given = {*llm.model_fields_set, "engine_source"} & set(ChatFinch.model_fields)
-        return ChatFinch(**{name: getattr(llm, name) for name in given})
-    changed: dict[str, Any] = {}
-    if isinstance(llm, RunnableSequence):
-        changed = {"first": _as_chat(llm.first, instead_of_finch)}
-    elif isinstance(llm, RunnableWithFallbacks):
-        changed = {
-            "runnable": _as_chat(llm.runnable, instead_of_finch),
-            "fallbacks": [_as_chat(fallback, True) for fallback in llm.fallbacks],
-        }
-    elif isinstance(llm, RunnableConfigurableAlternatives):
-        changed = {
-            "default": _as_chat(llm.default, instead_of_finch),
-            "alternatives": {name: _alternative(other) for name, other in llm.alternatives.items()},
-        }
-    else:
-        for wrapper, inner in _WRAPPERS:
-            if isinstance(llm, wrapper):
-                changed = {inner: _as_chat(getattr(llm, inner), instead_of_finch)}
-    if changed:
-        wrapped: Runnable[Any, Any] = llm.model_copy(update=changed)
-        return wrapped
-    if not instead_of_finch:
-        raise SettingsError(
-            f"the documents chain needs a FinchLLM or a ChatFinch, not {type(llm).__name__}; other models have "
-            "create_stuff_documents_chain"
-        )
-    if isinstance(llm, BaseChatModel):
-        return RunnableLambda(_AsOneText(llm), name="documents_as_one_text")
-    raise SettingsError(
-        f"a fallback or alternative is {type(llm).__name__}: pass a chat model, or put the fallback around the whole "
-        "documents chain"
-    )
-
-
-def _alternative(other: Any) -> Any:
-    """An alternative that is a function makes its model when it is chosen."""
-    return _as_chat(other, True) if isinstance(other, Runnable) else _LazyChat(other)
-
-
-@dataclass(frozen=True)
-class _LazyChat:
-    make: Callable[[], Any]
-
-    def __call__(self) -> Runnable[Any, Any]:
-        return _as_chat(self.make(), True)
-
-
-@dataclass(frozen=True)
-class _AsOneText:
-    """Asks a chat model that is not Finch's, which takes no documents apart from the messages."""
-
-    model: BaseChatModel
-
-    def __call__(
-        self,
-        messages: list[BaseMessage],
-        documents: Sequence[Passage] = (),
-        instructions: str | None = None,
-        notes: Sequence[str] = (),
-        **options: Any,
-    ) -> Runnable[Any, Any]:
-        texts = [passage.titled_text for passage in documents if passage.text.strip()]
-        *earlier, question = messages
-        asked = HumanMessage("\n\n".join(filter(None, (instructions, *texts, question.text))))
-        return _constant([*earlier, asked]) | self.model.bind(**options)
-
-
-def _parses(chat: Runnable[Any, Any]) -> bool:
-    """Whether a model's answers go through something that makes another thing of them."""
-    inner = _inner(chat)
-    return isinstance(chat, RunnableSequence) if inner is None else _parses(inner)
-
-
-def _instructions_of(chat: Runnable[Any, Any]) -> str | None:
-    """The instructions that a model has itself; those of a prompt stand behind them."""
-    if isinstance(chat, RunnableBindingBase) and "instructions" in chat.kwargs:
-        bound: str | None = chat.kwargs["instructions"]
-        return bound
-    if isinstance(chat, RunnableSequence):
-        return _instructions_of(chat.first)
-    if isinstance(chat, ChatFinch):
-        return chat.own_instructions
-    inner = _inner(chat)
-    return None if inner is None else _instructions_of(inner)
-
-
-def _inner(chat: Runnable[Any, Any]) -> Runnable[Any, Any] | None:
-    """The model that something is wrapped around: the first one that is asked; None where nothing is."""
-    for wrapper, name in _ALL_WRAPPERS:
-        if isinstance(chat, wrapper):
-            inner: Runnable[Any, Any] = getattr(chat, name)
-            return inner
-    return None
 
 
 def _documents(inputs: Mapping[str, Any], name: str, document_prompt: BasePromptTemplate[str] | None) -> list[Passage]:

@@ -103,7 +103,7 @@ def test_refine_is_one_call_a_node_and_hands_the_answer_on(is_chat_model: bool, 
         event.response for event in events if type(event).__name__ in ("LLMChatEndEvent", "LLMCompletionEndEvent")
     ]
     for answer, request in zip(answers, requests[1:], strict=False):
-        assert str(answer).removeprefix("assistant: ") in request.options["instructions"]
+        assert str(answer).removeprefix("assistant: ") in (request.instructions or "")
 
 
 def test_instructions_of_the_llm_lose_no_earlier_answer(prompts: list[Prompt]) -> None:
@@ -208,12 +208,12 @@ def test_a_chat_engine_reads_nodes_apart_and_remembers_the_conversation(
     assert (report["parse_mode"], report["passages"]) == (name, 12)
     assert [len(request.passages) for request in (requests[0], requests[-1])] == [12, 12]
     assert requests[0].question == QUESTION
-    assert "history" not in requests[0].options
-    assert requests[-1].options["history"] == [
+    assert not requests[0].history
+    assert requests[-1].history == [
         {"role": "user", "content": QUESTION},
         {"role": "assistant", "content": first.response},
     ]
-    assert requests[-1].options["system_prompt"] == "Be nice."
+    assert requests[-1].system_prompt == "Be nice."
     assert condensing or requests[-1].question == "and when?"
 
 
@@ -290,7 +290,7 @@ def check(request: ParsedPrompt, name: str) -> None:
     expected = numbered(shown(nodes())) if "citation" in name else shown(nodes())
     assert [passage.text for passage in request.passages] == expected
     if "refine" in name:
-        assert "Clara Novak" in request.options["instructions"] or name == "citation-refine"
+        assert "Clara Novak" in (request.instructions or "") or name == "citation-refine"
 
 
 @CHAT_OR_NOT
@@ -308,7 +308,7 @@ def test_a_prompt_for_chat_models_is_taken_apart(
 ) -> None:
     predicted(prompt, fields)
     check(requests[0], name)
-    assert "system_prompt" not in requests[0].options  # the framework's own says no more than Finch's
+    assert requests[0].system_prompt is None  # the framework's own says no more than Finch's
 
 
 @CHAT_OR_NOT
@@ -318,7 +318,7 @@ def test_a_system_prompt_hides_no_known_prompt(
 ) -> None:
     predicted(prompt, fields, is_chat_model=is_chat_model, system_prompt="Be kind.")
     check(requests[0], name)
-    assert requests[0].options["system_prompt"] == "Be kind."
+    assert requests[0].system_prompt == "Be kind."
 
 
 @pytest.mark.parametrize("system_prompt", [None, "Be kind."])
@@ -349,7 +349,7 @@ def test_a_system_prompt_goes_together_with_a_chat_engine(
 ) -> None:
     predicted(prompt, fields, is_chat_model=is_chat_model, system_prompt="Be kind.")
     check(requests[0], name)
-    assert requests[0].options["system_prompt"] == "Be kind.\n\nBe nice."
+    assert requests[0].system_prompt == "Be kind.\n\nBe nice."
 
 
 @pytest.mark.parametrize(

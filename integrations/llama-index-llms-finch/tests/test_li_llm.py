@@ -299,7 +299,7 @@ def test_a_system_prompt_is_read_once_whatever_the_call(requests: list[ParsedPro
     llm.predict(PromptTemplate(QUESTION))
     finch_llm(system_prompt="Be kind.", is_chat_model=False).predict(PromptTemplate(QUESTION))
     assert [request.question for request in requests] == 4 * [QUESTION]
-    assert [request.options["system_prompt"] for request in requests] == 4 * ["Be kind."]
+    assert [request.system_prompt for request in requests] == 4 * ["Be kind."]
     assert all(whole_text(prompt).count("Be kind.") == 1 for prompt in prompts)
 
 

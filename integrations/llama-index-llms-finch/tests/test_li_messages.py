@@ -108,7 +108,7 @@ def test_passages_are_read_from_every_message_of_a_conversation(requests: list[P
     earlier = PassagesMessage("what is this?", ["The bridge is old."])
     finch_llm().chat([earlier, ChatMessage(role="assistant", content="Notes."), PassagesMessage(QUESTION, ["New."])])
     assert [text for text, _, _ in read(requests)] == ["The bridge is old.", "New."]
-    assert requests[0].options["history"] == [
+    assert requests[0].history == [
         {"role": "user", "content": "what is this?"},
         {"role": "assistant", "content": "Notes."},
     ]
@@ -120,7 +120,7 @@ def test_an_answer_with_its_citation_blocks_goes_back_into_the_conversation(requ
     assert len(answer.blocks) > 1
     llm.chat([first, answer, ChatMessage(content=QUESTION)])
     assert len(read(requests)) == 12  # what was cited is not read twice
-    assert requests[-1].options["history"][1] == {"role": "assistant", "content": answer.content}
+    assert requests[-1].history[1] == {"role": "assistant", "content": answer.content}
 
 
 def test_roles_and_blocks_that_only_other_models_know_are_taken(requests: list[ParsedPrompt]) -> None:
@@ -133,8 +133,8 @@ def test_roles_and_blocks_that_only_other_models_know_are_taken(requests: list[P
             ChatMessage(content="so?"),
         ]
     )
-    assert requests[0].options["system_prompt"] == "Be brief."
-    assert requests[0].options["history"][1] == {"role": "assistant", "content": "Notes."}
+    assert requests[0].system_prompt == "Be brief."
+    assert requests[0].history[1] == {"role": "assistant", "content": "Notes."}
 
 
 IMAGE = ImageBlock(image=b"\x89PNG", image_mimetype="image/png")

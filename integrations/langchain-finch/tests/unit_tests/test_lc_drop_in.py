@@ -172,11 +172,6 @@ def test_map_reduce_of_a_question_is_read_whole(
     assert QUESTION in reduced.all
 
 
-@pytest.mark.xfail(
-    reason="the parser takes LangChain's map_rerank prompt for its stuff prompt, because both begin and end with the "
-    "same words; its examples become passages",
-    strict=True,
-)
 @BOTH
 def test_the_examples_of_map_rerank_are_no_passages(
     kind: Any, roomy: Finch, read: list[Reading], found: list[Document], monkeypatch: pytest.MonkeyPatch
