@@ -66,7 +66,7 @@ class FinchReranker(BaseDocumentCompressor):
             callbacks: Not used: no text is generated.
 
         Raises:
-            InputError: If a document has no text, or the question is empty.
+            InputError: If the question is empty.
         """
         return self._compress(documents, query, threading.Event())
 

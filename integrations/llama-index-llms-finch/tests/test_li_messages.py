@@ -16,7 +16,8 @@ from llama_index.core.base.llms.types import (
     VideoBlock,
 )
 from llama_index.core.llms import ChatMessage, TextBlock
-from llama_index.llms.finch import PassagesMessage
+from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
+from llama_index.llms.finch import FinchRerank, PassagesMessage
 
 from finch_rag import InputError, Passage
 from finch_rag.prompts.parsing import ParsedPrompt
@@ -81,6 +82,28 @@ def test_a_passages_message_takes_texts_passages_and_nodes(requests: list[Parsed
         ("No id.", "2", None),
         (f"page: 0\n\n{texts(1)[0]}", "n0", "notes-0.md"),
     ]
+
+
+def test_what_is_hidden_from_llms_is_never_read(requests: list[ParsedPrompt]) -> None:
+    metadata = {"title": "Secret", "file_name": "a.md", "page": "7"}
+    hidden = TextNode(text="The bridge is old.", metadata=metadata, excluded_llm_metadata_keys=["title", "page"])
+    finch_llm().chat([PassagesMessage(QUESTION, [NodeWithScore(node=hidden)])])
+    (passage,) = requests[0].passages
+    assert (passage.title, passage.text) == ("a.md", "The bridge is old.")
+
+
+def test_nodes_without_text_are_skipped_and_counted() -> None:
+    blank = [
+        NodeWithScore(node=TextNode(text=" \n", id_="blank", metadata={"page": "1"})),
+        NodeWithScore(node=ImageNode()),
+    ]
+    found = [blank[0], *nodes(3), blank[1]]
+    response = finch_llm().chat([PassagesMessage(QUESTION, found)])
+    report = response.additional_kwargs["report"]
+    assert report["notes"] == ["2 of 5 passages had no text: skipped"]
+    assert {citation["index"] for citation in response.additional_kwargs["citations"]} <= {1, 2, 3}
+    ranked = FinchRerank(llm=finch_llm()).postprocess_nodes(found, query_str=QUESTION)
+    assert [node.score for node in ranked[-2:]] == [0, 0]
 
 
 def test_a_passages_message_goes_into_any_of_the_four_chats(requests: list[ParsedPrompt]) -> None:

@@ -37,9 +37,6 @@ class PassagesMessage(ChatMessage):
         question: The question.
         passages: Texts, finch-rag's `Passage` objects or LlamaIndex's nodes with scores.
         data: Fields of `ChatMessage`.
-
-    Raises:
-        InputError: If a node has no text.
     """
 
     def __init__(
@@ -58,30 +55,26 @@ def citable_block(item: str | Passage | NodeWithScore, place: int) -> CitableBlo
         item: A text, a passage or a node.
         place: Its place among the passages.
     """
-    passage = passage_of(item, place) if isinstance(item, NodeWithScore) else item
+    passage = passage_of(item) if isinstance(item, NodeWithScore) else item
     if isinstance(passage, str):
         passage = Passage(passage)
     source = str(place) if passage.id is None else passage.id
     return CitableBlock(title=passage.title or "", source=source, content=[TextBlock(text=passage.text)])
 
 
-def passage_of(item: NodeWithScore, place: int) -> Passage:
+def passage_of(item: NodeWithScore) -> Passage:
     """A node as a passage: its id, its title from the metadata that it shows to LLMs, and the text that it shows.
 
     Args:
-        item: A node.
-        place: Its place among the nodes.
-
-    Raises:
-        InputError: If the node has no text.
+        item: A node; one without text gives a passage without text, which is never read.
     """
     node = item.node
     shown_keys = [key for key in _TITLES if key not in node.excluded_llm_metadata_keys]
     title = next((str(node.metadata[key]) for key in shown_keys if node.metadata.get(key)), None)
     if not node.get_content(MetadataMode.NONE).strip():
-        return Passage("", id=node.node_id, title=title)  # never read, and counted in the report
+        return Passage("", id=node.node_id, title=title)
     shown = node
-    for key in _TITLES:
+    for key in shown_keys:
         if title is not None and str(node.metadata.get(key)) == title:  # the title is read once, before the text
             hidden = [*node.excluded_llm_metadata_keys, key]
             shown = node.model_copy(update={"excluded_llm_metadata_keys": hidden})

@@ -86,7 +86,7 @@ class FinchRerank(BaseNodePostprocessor):
         return ranked
 
     def _rank(self, nodes: list[NodeWithScore], question: str) -> list[NodeWithScore]:
-        passages = [passage_of(node, place) for place, node in enumerate(nodes)]
+        passages = [passage_of(node) for node in nodes]
         chunk_size = self.llm.chunk_size or self.llm.engine.chunk_size  # None would be the default, not the engine's
         citations = self.llm.engine.rank(
             question, passages, chunk_size=chunk_size, max_context_tokens=self.llm.max_context_tokens

@@ -75,7 +75,7 @@ class FinchSynthesizer(BaseSynthesizer):
             response_kwargs: Options of the call, see `FinchLLM.complete`.
 
         Raises:
-            InputError: If there are no nodes, one has no text, or the query is empty.
+            InputError: If there are no nodes, or the query is empty.
         """
         question = _question(query, nodes)
         dispatcher.event(SynthesizeStartEvent(query=query))
