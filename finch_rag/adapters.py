@@ -6,7 +6,7 @@ from .decode.constraint import can_force_json
 from .prefill.planning import ChunkSize
 from .prefill.selection import Selection
 from .prompts.chat_template import ASSISTANT, SYSTEM, USER, Message, Render
-from .prompts.marked import CONTEXT_MARK, QUESTION_MARK, parse_marked
+from .prompts.marked import CONTEXT_MARK, QUESTION_MARK, kind_of, parse_marked
 from .prompts.parsing import ParsedPrompt
 from .request import Cancelled
 from .settings import CallOptions, ReadingOptions, check_options
@@ -30,6 +30,7 @@ __all__ = [
     "Selection",
     "can_force_json",
     "check_options",
+    "kind_of",
     "parse_marked",
     "release_engine",
     "shared_engine",

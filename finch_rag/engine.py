@@ -118,6 +118,7 @@ class Finch(EngineAttributes):
         device: str | torch.device = "auto",
         trust_remote_code: bool = False,
         model_kwargs: Mapping[str, Any] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
         **settings: Unpack[EngineSettings],
     ) -> Finch:
         """Loads a model and builds an engine on it.
@@ -129,6 +130,7 @@ class Finch(EngineAttributes):
             device: See `finch_rag.models.loading.load_model`.
             trust_remote_code: Whether code that comes with the model may run.
             model_kwargs: See `finch_rag.models.loading.load_model`.
+            tokenizer_kwargs: See `finch_rag.models.loading.load_model`.
             settings: The keyword arguments of `Finch`.
 
         Raises:
@@ -140,7 +142,7 @@ class Finch(EngineAttributes):
                 raise SettingsError("a loaded model needs its loaded tokenizer: pass tokenizer=")
             return cls(model, tokenizer, **settings)
         named = tokenizer if isinstance(tokenizer, (str, Path)) else None
-        loaded = load_model(model, dtype, device, trust_remote_code, named, model_kwargs)
+        loaded = load_model(model, dtype, device, trust_remote_code, named, model_kwargs, tokenizer_kwargs)
         ready = loaded.tokenizer if tokenizer is None or isinstance(tokenizer, (str, Path)) else tokenizer
         if settings.get("name") is None:
             settings["name"] = loaded.name

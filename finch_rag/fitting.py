@@ -70,6 +70,7 @@ def own_settings(settings: Settings, parsed: ParsedPrompt) -> PromptSettings:
         system_prompt=prompt.system_prompt if parsed.system_prompt is None else parsed.system_prompt,
         history=parsed.history or prompt.history,
         in_own_words=parsed.in_own_words,
+        following=parsed.following,
     )
 
 
@@ -172,7 +173,15 @@ def _build(
     encoded: list[list[int]] | None = None,
 ) -> Prompt:
     return prompts.build(
-        question, passages, own.instructions, own.system_prompt, own.history, own.render, encoded, own.in_own_words
+        question,
+        passages,
+        own.instructions,
+        own.system_prompt,
+        own.history,
+        own.render,
+        encoded,
+        own.in_own_words,
+        own.following,
     )
 
 

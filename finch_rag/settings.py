@@ -58,6 +58,7 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float | None
     top_k: int | None
     seed: int | None
+    repetition_penalty: float | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int]
     json_schema: Mapping[str, Any] | None
@@ -168,6 +169,7 @@ RULES: Mapping[str, Rule] = {
     "top_p": or_none(number(lambda value: 0 < value <= 1, "it must be above 0 and at most 1")),
     "top_k": or_none(whole_number(cure=", or None")),
     "seed": or_none(whole_number(least=_SEEDS[0], most=_SEEDS[1], cure=", or None")),
+    "repetition_penalty": or_none(number(lambda value: value > 0, "it must be above 0; 1 does nothing")),
     "stop": _stop,
     "stop_token_ids": list_of(whole_number(least=0), "token ids"),
     "json_schema": or_none(_json_schema),

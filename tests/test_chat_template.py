@@ -176,8 +176,35 @@ def test_without_a_template_a_conversation_is_a_transcript() -> None:
 def test_a_prompt_that_is_read_whole_gets_no_label() -> None:
     builder = PromptBuilder(plain_tokenizer())
     assert raw(builder, everything(builder.build("Once upon a time", [], "", ""))) == "Once upon a time"
-    assert plain_frame(TURNS[-1:], labelled=False) == ["", ""]
-    assert plain_frame(TURNS[-1:], labelled=True) == ["", "\nAnswer:"]
+    assert plain_frame(TURNS[-1:], 0, labelled=False) == ["", ""]
+    assert plain_frame(TURNS[-1:], 0, labelled=True) == ["", "\nAnswer:"]
+
+
+FOLLOWING = [Message(role="assistant", content="In 1860 <|im_end|>."), Message(role="assistant", content="Or later.")]
+
+
+def test_what_follows_the_question_stands_in_the_tail_as_the_template_has_it() -> None:
+    builder = PromptBuilder(chat_tokenizer())
+    prompt = builder.build("when?", [], "", "", in_own_words=True, following=FOLLOWING)
+    expected = [Message(role="user", content="when?"), *FOLLOWING]
+    assert raw(builder, everything(prompt)) == rendered(builder.tokenizer, expected)
+    assert raw(builder, prompt.question) == "when?"
+    end = builder.encode(["<|im_end|>"])[0]
+    assert [token for token in end if token in builder.control_ids] == []  # what an answer says is text
+    assert sum(token in builder.control_ids for token in prompt.tail) == 6
+    plain = PromptBuilder(plain_tokenizer())
+    after = plain.build("when?", [Passage("the bridge")], "", "", following=FOLLOWING[1:])
+    assert raw(plain, after.tail) == "\nAnswer: Or later.\nAnswer:"
+
+
+def test_an_empty_message_is_asked_where_a_template_opens_the_answer() -> None:
+    builder = PromptBuilder(chat_tokenizer())
+    prompt = builder.build(" ", [], "", "", HISTORY, in_own_words=True)
+    assert prompt.question == []
+    assert raw(builder, everything(prompt)) == rendered(builder.tokenizer, [*HISTORY, Message(role="user", content="")])
+    for other, passages in ((builder, [Passage("the bridge")]), (PromptBuilder(plain_tokenizer()), [])):
+        with pytest.raises(InputError, match="question is empty"):
+            other.build(" ", passages, "", "", in_own_words=True)
 
 
 def test_history_stands_in_the_prefix() -> None:

@@ -229,6 +229,13 @@ def test_top_p_draws_from_the_likeliest_that_sum_to_p() -> None:
     assert set(drawn(top_p=0.3)) == {10}
 
 
+def test_a_repetition_penalty_makes_what_was_said_less_likely() -> None:
+    assert drawn(4, temperature=0, repetition_penalty=1000.0) == [10, 11, 12, 13]
+    assert set(drawn(4, temperature=0, repetition_penalty=1.0)) == {10}
+    assert set(drawn(4, temperature=0, repetition_penalty=1.01)) == {10}
+    assert set(drawn(4, repetition_penalty=1000.0)) == {10, 11, 12, 13}
+
+
 def test_a_seed_repeats_and_another_does_not() -> None:
     assert drawn(40, seed=3) == drawn(40, seed=3)
     assert drawn(40, seed=3) != drawn(40, seed=4)

@@ -392,9 +392,9 @@ def test_each_prompt_warns_with_a_text_of_its_own_on_one_line() -> None:
 
 
 BAD: list[tuple[Any, str]] = [
-    ([], "last message is not the user's"),
-    ([user("q"), Message(role="assistant", content="a")], "last message is not the user's"),
-    ([system("s")], "last message is not the user's"),
+    ([], "there are no messages"),
+    ([Message(role="assistant", content="a")], "no message is the user's"),
+    ([system("s"), Message(role="assistant", content="a")], "no message is the user's"),
     ([Message(role="tool", content="x"), user("q")], "message 0 has the role 'tool'"),
     ([user("q"), Message(role="User", content="x")], "message 1 has the role 'User'"),
     ([{"content": "q"}], "message 0 has the role None"),

@@ -6,7 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,9 @@ class Sampling:
         top_p: Sample only from the likeliest tokens whose probabilities sum to this, in (0, 1].
         top_k: Sample only from this many of the likeliest tokens.
         seed: Makes sampling repeatable.
+        repetition_penalty: Above 1, tokens that the answer has already become less likely, as in CTRL (Keskar et al.
+            2019, https://arxiv.org/abs/1909.05858), and below 1 likelier; 1 and None do nothing. Unlike transformers'
+            own, it leaves the prompt's tokens alone: an answer repeats words of its passages.
         stop: Strings that end the answer; they are never shown.
         stop_token_ids: Tokens that end the answer as the model's own end tokens do.
         json_schema: A JSON schema, as JSON, that the answer is held to; None for free text. Such an answer ends where
@@ -32,6 +40,7 @@ class Sampling:
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
+    repetition_penalty: float | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     json_schema: str | None = None
@@ -47,6 +56,24 @@ def sampler(sampling: Sampling) -> Sampler:
     Args:
         sampling: Checked settings.
     """
+    choose = _chooser(sampling)
+    if sampling.repetition_penalty in (None, 1):
+        return choose
+    penalty = RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty or 1))
+    said: torch.Tensor | None = None  # on the logits' device, so that no token waits for another
+
+    def pick(logits: torch.Tensor) -> torch.Tensor:
+        nonlocal said
+        token = choose(logits if said is None else penalty(said, logits))
+        latest = token.view(1, 1)
+        said = latest if said is None else torch.cat((said, latest), dim=1)
+        return token
+
+    return pick
+
+
+def _chooser(sampling: Sampling) -> Sampler:
+    """Greedy, or sampling with its own generator."""
     if sampling.temperature == 0:
         return lambda logits: logits.argmax(dim=-1)
     warpers: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [

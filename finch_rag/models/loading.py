@@ -42,6 +42,7 @@ def load_model(
     trust_remote_code: bool = False,
     tokenizer: str | Path | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    tokenizer_kwargs: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Loads a decoder-only model with its tokenizer.
 
@@ -54,6 +55,7 @@ def load_model(
         tokenizer: Hub id or folder of the tokenizer, where it is not the model's.
         model_kwargs: Handed to transformers' ``from_pretrained``: ``revision``, ``quantization_config``,
             ``device_map`` (which then decides the device) and so on.
+        tokenizer_kwargs: Handed to the tokenizer's ``from_pretrained``: ``use_fast``, ``subfolder`` and so on.
 
     Raises:
         ModelError: If the model is unknown, damaged or incomplete, or not a decoder.
@@ -62,7 +64,8 @@ def load_model(
     name = str(model)
     device = resolve_device(device)
     source = str(model)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options = dict(trusted)
     extra = dict(model_kwargs or {})
     options |= {key: extra.pop(key) for key in _HUB_OPTIONS if key in extra}
     if name == EMBEDDED:
@@ -76,7 +79,8 @@ def load_model(
         if config.is_encoder_decoder:
             raise ModelError(f"{name} is an encoder-decoder; Finch runs decoder-only models such as Llama or Qwen")
         loaded_tokenizer = AutoTokenizer.from_pretrained(
-            source if tokenizer is None else str(tokenizer), **(options if tokenizer is None else {})
+            source if tokenizer is None else str(tokenizer),
+            **{**(options if tokenizer is None else trusted), **(tokenizer_kwargs or {})},
         )
         extra = {"dtype": resolve_dtype(dtype, device, config), **extra}
         made: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **extra)

@@ -10,6 +10,7 @@ Retrieved text is untrusted: a control token's text inside a passage or question
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,9 @@ class PromptSettings:
         system_prompt: The system message; a default when None, the chat template's own (or none) when empty.
         history: Earlier messages of the conversation, see `Message`; never evicted.
         render: Makes the prompt of messages, control tokens included, in place of the tokenizer's chat template.
-        in_own_words: The question brings all words that it needs: no defaults and no label stand around it.
+        in_own_words: The question brings all words that it needs: no defaults and no label stand around it. It may be
+            empty where there are no passages.
+        following: The assistant's messages behind the question, which the answer goes on from; never evicted.
     """
 
     instructions: str | None = None
@@ -49,6 +52,7 @@ class PromptSettings:
     history: Sequence[Mapping[str, object]] = ()
     render: Render | None = None
     in_own_words: bool = False
+    following: Sequence[Message] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,7 @@ class PromptBuilder:
         render: Render | None = None,
         encoded: list[list[int]] | None = None,
         in_own_words: bool = False,
+        following: Sequence[Message] = (),
     ) -> Prompt:
         """Token ids for a question over passages.
 
@@ -125,12 +130,13 @@ class PromptBuilder:
             render: See `PromptSettings`.
             encoded: Token ids of the passages, where an earlier prompt has them.
             in_own_words: See `PromptSettings`.
+            following: See `PromptSettings`.
 
         Raises:
             InputError: If the question is empty or not text, or the history cannot be used.
             ModelError: If the chat template cannot be used.
         """
-        if not isinstance(question, str) or not question.strip():
+        if not isinstance(question, str) or (not question.strip() and (passages or not in_own_words)):
             raise InputError("the question is empty: ask one")
         check_unicode(question, "the question")
         if instructions is None and not in_own_words:
@@ -145,10 +151,13 @@ class PromptBuilder:
             *system,
             *check_messages(history, (USER, ASSISTANT), "history message"),
             Message(role=USER, content=""),
+            *following,
         ]
         for message in messages:
             check_unicode(message["content"], f"a {message['role']} message")
-        head, tail = self._frame(messages, labelled, render)
+        head, tail = self._frame(messages, len(messages) - 1 - len(following), labelled, render)
+        if not question and not tail:
+            raise InputError("the question is empty, and no chat template opens an answer: ask one")
         opening = f"{instructions}\n\n" if instructions else ""
         prefix = head + self.encode([opening])[0]
         if encoded is None:
@@ -213,8 +222,11 @@ class PromptBuilder:
             start = match.start() + 1
         yield text[start:]
 
-    def _frame(self, messages: list[Message], labelled: bool, render: Render | None) -> tuple[list[int], list[int]]:
-        """Token ids before and after the last message, earlier messages included."""
+    def _frame(
+        self, messages: list[Message], asked: int, labelled: bool, render: Render | None
+    ) -> tuple[list[int], list[int]]:
+        """Token ids before and after the question's message, the other messages included."""
+        behind = len(messages) - asked  # counted from the end, as a system message may move into another
         if self.tokenizer.chat_template or render is not None:
             with self._lock:
                 messages, texts = frame(self.tokenizer, messages, render)
@@ -224,13 +236,19 @@ class PromptBuilder:
                 ids = list(self.tokenizer("")["input_ids"])  # what the tokenizer puts before any text
             while ids and ids[-1] == self.tokenizer.eos_token_id != self.tokenizer.bos_token_id:
                 ids.pop()
-            texts = plain_frame(messages, labelled)
+            texts = plain_frame(messages, asked, labelled)
             ids += self.encode([texts[0]])[0]
-        for message, text in zip(messages[:-1], texts[1:-1], strict=True):
-            ids += self.encode([message["content"]])[0] + self._trusted(text)
-        # What the template moved into the last message stands before its own text.
-        ids += self.encode([messages[-1]["content"]])[0]
-        return ids, self._trusted(texts[-1])
+        asked = len(messages) - behind
+        pieces = [
+            self.encode([message["content"]])[0] + self._trusted(text)
+            for message, text in zip(messages[:asked], texts[1:], strict=False)
+        ]
+        # What the template moved into the question's message stands before its own text.
+        pieces.append(self.encode([messages[asked]["content"]])[0])
+        tail = self._trusted(texts[asked + 1])
+        for message, text in zip(messages[asked + 1 :], texts[asked + 2 :], strict=True):
+            tail += self.encode([message["content"]])[0] + self._trusted(text)
+        return [*ids, *itertools.chain.from_iterable(pieces)], tail
 
     def _trusted(self, text: str) -> list[int]:
         """Token ids of the template's own text, whose control tokens are meant."""

@@ -66,7 +66,7 @@ def frame(
 
     Args:
         tokenizer: With a chat template, which is used where ``render`` is None.
-        messages: The last of them is the user's.
+        messages: One of them is the user's.
         render: Used in place of the tokenizer's template.
 
     Returns:
@@ -121,20 +121,20 @@ def _around_marks(
     return [*texts, rest]
 
 
-def plain_frame(messages: Sequence[Message], labelled: bool) -> list[str]:
+def plain_frame(messages: Sequence[Message], asked: int, labelled: bool) -> list[str]:
     """What stands around messages for a model without chat template: a transcript of questions and answers.
 
     Args:
-        messages: The last of them is the user's.
+        messages: The conversation.
+        asked: Which of them asks.
         labelled: Whether that message has a question's label, so that an answer's label should follow it.
     """
-    last = len(messages) - 1
 
     def opening(place: int, role: str) -> str:
         if role == ASSISTANT:
             return "\nAnswer: "
-        label = "Question: " if role == USER and place < last else ""  # the last message brings its own
+        label = "Question: " if role == USER and place != asked else ""  # the question's message brings its own
         return f"\n\n{label}" if place else label
 
     openings = [opening(place, message["role"]) for place, message in enumerate(messages)]
-    return [*openings, "\nAnswer:" if labelled else ""]
+    return [*openings, "\nAnswer:" if labelled or asked < len(messages) - 1 else ""]

@@ -32,6 +32,11 @@ class Split(NamedTuple):
     passages: list[Passage]
     borders: str
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a report should say of the borders."""
+        return (f"the passages came as one text: parted at {self.borders}",) if len(self.passages) > 1 else ()
+
 
 def split_context(context: str) -> Split:
     """The passages that a framework has joined to one context.

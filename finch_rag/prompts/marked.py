@@ -5,21 +5,52 @@ The passages are then read apart from the prompt, and the question is the questi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
 
 from .chat_template import SYSTEM, USER, Message
+from .contexts import split_context
 from .frames import frame_of_task, words_around
 from .known_prompts import IN_ONE_MESSAGE, IN_SYSTEM_MESSAGE
 from .parsing import APART, ParsedPrompt, around, known_options
-from .template import QUESTION, REST, first_match
+from .task_prompts import MAP_RERANK, TASKS, TASKS_IN_SYSTEM_MESSAGE
+from .template import QUESTION, REST, Template, first_match
 
 CONTEXT_MARK = "FinchContextGoesHere"
 QUESTION_MARK = "FinchQuestionGoesHere"
 _MARKS = (QUESTION_MARK, CONTEXT_MARK)
 
 
+def kind_of(messages: Sequence[Message]) -> Literal["known", "task", "own"]:
+    """Whose words a prompt is made of that was formatted with marks.
+
+    Args:
+        messages: With `CONTEXT_MARK` and `QUESTION_MARK`.
+
+    Returns:
+        "known" and "task" for the prompts of frameworks that `finch_rag.prompts.parsing` knows, where a task is read
+        whole if it fits; "own" for all others.
+    """
+    *earlier, last = messages
+    in_system = [message["content"] for message in earlier if message["role"] == SYSTEM]
+
+    def is_one_of(whole: Iterable[Template], of_system: Iterable[Template]) -> bool:
+        return first_match(whole, last["content"]) is not None or any(
+            first_match(of_system, text) for text in in_system
+        )
+
+    if MAP_RERANK.match(last["content"]) is not None:
+        return "task"
+    if is_one_of(IN_ONE_MESSAGE, IN_SYSTEM_MESSAGE):
+        return "known"
+    if is_one_of(TASKS, TASKS_IN_SYSTEM_MESSAGE):
+        return "task"
+    return "own"
+
+
 def parse_marked(
-    messages: Sequence[Message], question: str | None, instructions: str | None = None
+    messages: Sequence[Message], question: str | None, instructions: str | None = None, context: str = ""
 ) -> ParsedPrompt | None:
     """What a prompt asks that was formatted with marks.
 
@@ -27,9 +58,10 @@ def parse_marked(
         messages: With `CONTEXT_MARK` for the context, at least once, and `QUESTION_MARK` for the question, maybe.
         question: The question; None where the prompt's own words ask.
         instructions: The caller's own; they stand before those of the prompt.
+        context: The passages as a framework has joined them; empty where the caller has them apart.
 
     Returns:
-        The prompt without its passages; None where it has no context.
+        The prompt, with the passages of ``context``; None where it has no mark for them.
     """
     place = next((index for index, message in enumerate(messages) if CONTEXT_MARK in message["content"]), None)
     if place is None:
@@ -38,7 +70,9 @@ def parse_marked(
         message if index == place else Message(role=message["role"], content=_filled(message["content"], question))
         for index, message in enumerate(messages)
     ]
-    return _of_known(filled, place, question, instructions) or _of_own(filled, place, question, instructions)
+    parsed = _of_known(filled, place, question, instructions) or _of_own(filled, place, question, instructions)
+    split = split_context(context)
+    return replace(parsed, passages=split.passages, notes=(*parsed.notes, *split.notes))
 
 
 def _filled(text: str, question: str | None) -> str:

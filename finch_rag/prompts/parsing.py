@@ -67,6 +67,7 @@ class ParsedPrompt:
         instructions: The prompt's own; None where it has none.
         system_prompt: The prompt's own; None where it has none.
         history: Earlier messages.
+        following: The assistant's messages behind the question.
         in_own_words: The question brings all words that it needs, so that none are put around it.
         keeps_all: Nothing may be evicted: a passage may be the user's instruction.
         notes: What else the report should say.
@@ -78,6 +79,7 @@ class ParsedPrompt:
     instructions: str | None = None
     system_prompt: str | None = None
     history: list[Message] = field(default_factory=list)
+    following: list[Message] = field(default_factory=list)
     in_own_words: bool = False
     keeps_all: bool = False
     notes: tuple[str, ...] = ()
@@ -93,7 +95,8 @@ def parse_prompt(
     """Finds question and passages in a conversation, or in a flat prompt.
 
     Args:
-        messages: A prompt, or messages of which the last is the user's.
+        messages: A prompt, or messages, of which the user's last asks; the assistant's behind it stay there. Where all
+            are system messages, they ask.
         passages: Given apart; then the messages are not searched.
         room: What the model reads in one call.
         instructions: The caller's own; they stand before those of the prompt. None for Finch's.
@@ -104,11 +107,38 @@ def parse_prompt(
     """
     if isinstance(messages, str):
         check_unicode(messages, "the prompt")
-        conversation = [Message(role=USER, content=messages)]
-    else:
-        conversation = _checked(messages)
-    *earlier, last = conversation
-    question = last["content"]
+        return _parsed([], messages, passages, room, instructions, strict)
+    earlier, question, following = _asked(messages)
+    parsed = _parsed(earlier, question, passages, _RoomBehind(room, following), instructions, strict)
+    return replace(parsed, following=following)
+
+
+@dataclass(frozen=True, slots=True)
+class _RoomBehind:
+    """The room of a model that also reads what follows the question."""
+
+    room: Room
+    following: list[Message]
+
+    def holds(self, parsed: ParsedPrompt) -> bool:
+        return self.room.holds(replace(parsed, following=self.following))
+
+    def tokens(self, text: str) -> int:
+        return self.room.tokens(text)
+
+    @property
+    def window(self) -> int:
+        return self.room.window
+
+
+def _parsed(
+    earlier: list[Message],
+    question: str,
+    passages: Sequence[Passage],
+    room: Room,
+    instructions: str | None,
+    strict: bool,
+) -> ParsedPrompt:
     if passages:
         return around(earlier, ParsedPrompt(question, list(passages), APART))
     if MAP_RERANK.match(question) is None and (match := first_match(IN_ONE_MESSAGE, question)):
@@ -130,13 +160,21 @@ def parse_prompt(
     return _from_unknown(whole, room, strict)
 
 
-def _checked(messages: Iterable[Message]) -> list[Message]:
+def _asked(messages: Iterable[Message]) -> tuple[list[Message], str, list[Message]]:
+    """The messages before the question, the question, and the assistant's messages behind it."""
     if not isinstance(messages, Iterable):
         raise InputError(f"messages is {type(messages).__name__}: pass a prompt, or a list of messages")
     conversation = check_messages(messages, (SYSTEM, USER, ASSISTANT), "message")
-    if not conversation or conversation[-1]["role"] != USER:
-        raise InputError("the last message is not the user's: end the conversation with a question")
-    return conversation
+    if not conversation:
+        raise InputError("there are no messages: end the conversation with a question")
+    if all(message["role"] == SYSTEM for message in conversation):
+        return [], "\n\n".join(message["content"] for message in conversation), []
+    place = max((place for place, message in enumerate(conversation) if message["role"] == USER), default=None)
+    if place is None:
+        raise InputError("no message is the user's: end the conversation with a question")
+    behind = conversation[place + 1 :]
+    earlier = [*conversation[:place], *(message for message in behind if message["role"] == SYSTEM)]
+    return earlier, conversation[place]["content"], [message for message in behind if message["role"] == ASSISTANT]
 
 
 def _from_match(
@@ -149,8 +187,7 @@ def _from_match(
 ) -> ParsedPrompt:
     """What a known prompt asks; ``own`` are the user's words around the template's."""
     split = split_context(match.context)
-    notes = _borders_note(split.borders, len(split.passages))
-    parsed = ParsedPrompt(question, split.passages, match.template.name, notes=notes)
+    parsed = ParsedPrompt(question, split.passages, match.template.name, notes=split.notes)
     parsed = known_options(match, parsed, instructions)
     parsed = around([*earlier, *(Message(role=SYSTEM, content=text) for text in own)], parsed)
     return _at_open_borders(match, parsed, room, INSTRUCTIONS if instructions is None else instructions)
@@ -244,7 +281,7 @@ def _from_task(earlier: Sequence[Message], question: str, instructions: str | No
         match.template.name,
         instructions="\n\n".join(filter(None, (instructions, words))),
         in_own_words=True,
-        notes=_borders_note(split.borders, len(split.passages)),
+        notes=split.notes,
     )
     return around(others, parsed)
 
@@ -264,7 +301,7 @@ def _from_unknown(whole: ParsedPrompt, room: Room, strict: bool) -> ParsedPrompt
         question=_with_system_tail(whole.question, parts) if in_system else parts.tail,
         passages=split.passages,
         parse_mode=KEPT_ENDS,
-        notes=_borders_note(split.borders, len(split.passages)),
+        notes=split.notes,
     )
     if in_system:
         parsed = replace(parsed, system_prompt=parts.head or None)
@@ -273,7 +310,7 @@ def _from_unknown(whole: ParsedPrompt, room: Room, strict: bool) -> ParsedPrompt
     if not parsed.passages or not room.holds(replace(parsed, passages=[])):
         return whole  # it is not the text that is too long; who reads it says what is
     shown = " ".join((whole.question if in_system else parts.asks).split())
-    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN // 2]} ... {shown[-_SHOWN // 2 :]}"
     message = (
         f"this {'system message' if in_system else 'prompt'} of {len(text)} characters is of no known template and "
         f"does not fit into the window of {room.window} tokens: {shown!r} is taken as the question, and what stands "
@@ -288,10 +325,6 @@ def _from_unknown(whole: ParsedPrompt, room: Room, strict: bool) -> ParsedPrompt
 def _with_system_tail(question: str, parts: Parts) -> str:
     """A system message's end stands behind the passages, before the question that the user's message asks."""
     return f"{parts.tail}\n\n{question}" if parts.tail else question
-
-
-def _borders_note(borders: str, passages: int) -> tuple[str, ...]:
-    return (f"the passages came as one text: parted at {borders}",) if passages > 1 else ()
 
 
 def around(earlier: Sequence[Message], parsed: ParsedPrompt) -> ParsedPrompt:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PROVIDER = "finch"
 
 _OTHER_NAMES = {"max_new_tokens": "max_tokens"}  # finch-rag's name -> LangChain's
-_LOADING = ("tokenizer", "dtype", "device", "heads", "trust_remote_code", "model_kwargs")
+_LOADING = ("tokenizer", "dtype", "device", "heads", "trust_remote_code", "model_kwargs", "tokenizer_kwargs")
 _HOW = ("stream",)  # options of a call that say how LangChain runs it, not what it asks
 # Tokens of an answer whose form is asked for, where nobody says how many: JSON that is cut off is no JSON. A smaller
 # part of the window where that has no room for them.
@@ -98,6 +98,7 @@ class CallSettings(BaseModel):
     top_p: float | None = Field(default=None, description="Sample from tokens whose probabilities sum to this.")
     top_k: int | None = Field(default=None, description="Sample from this many of the likeliest tokens.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
+    repetition_penalty: float | None = Field(default=None, description="Above 1, makes what was said less likely.")
     stop: list[str] | None = Field(default=None, description="Texts that end an answer; they are never shown.")
     strict: bool | None = Field(
         default=None, description="Whether an unknown prompt that does not fit into the window is an error."
@@ -128,6 +129,7 @@ class FinchSettings(CallSettings):
     heads: str | list[tuple[int, int]] = Field(default="auto", description='"auto", "all" or (layer, head) pairs.')
     trust_remote_code: bool = Field(default=False, description="Whether code that comes with the model may run.")
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="For transformers' from_pretrained.")
+    tokenizer_kwargs: dict[str, Any] = Field(default_factory=dict, description="The same for the tokenizer.")
     # An alias, so that type checkers know the keyword; `engine` itself is what it leads to.
     engine_source: Finch | EngineSource = Field(
         default_factory=EngineSource, alias="engine", exclude=True, repr=False, description="A finch_rag.Finch to use."

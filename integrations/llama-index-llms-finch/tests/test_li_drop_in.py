@@ -371,11 +371,7 @@ def test_ones_own_words_behind_the_frameworks_system_prompt_are_read(prompts: li
     assert "Answer in French." in whole_text(prompts[0])
 
 
-@pytest.mark.parametrize(
-    "is_chat_model",
-    [True, pytest.param(False, marks=pytest.mark.xfail(reason="the schema is taken for the question", strict=True))],
-)
-@pytest.mark.filterwarnings("ignore:this prompt is of no known template")
+@CHAT_OR_NOT
 def test_a_structured_answer_is_asked_for_with_its_schema(
     is_chat_model: bool, requests: list[ParsedPrompt], prompts: list[Prompt]
 ) -> None:
@@ -401,13 +397,13 @@ def test_a_short_prompt_of_ones_own_is_read_whole(is_chat_model: bool, requests:
 
 
 @CHAT_OR_NOT
-def test_a_long_prompt_of_ones_own_falls_back_with_one_warning(
+def test_a_long_text_with_ones_own_words_falls_back_with_one_warning(
     is_chat_model: bool, requests: list[ParsedPrompt]
 ) -> None:
-    template = PromptTemplate("Notes:\n\n{context_str}\n\nNow tell me: {query_str}")
-    made = query_engine(finch_llm(is_chat_model=is_chat_model), text_qa_template=template, count=150)
+    context = "\n\n".join(shown(nodes(150)))
+    text = f"Notes:\n\n{context}\n\nNow tell me: {QUESTION}"
     with pytest.warns(UserWarning, match="no known template") as caught:
-        made.query(QUESTION)
+        finch_llm(is_chat_model=is_chat_model).predict(PromptTemplate("{text}"), text=text)
     assert len(caught) == 1
     assert requests[0].parse_mode == "kept ends"
     assert requests[0].question.endswith(f"Now tell me: {QUESTION}")

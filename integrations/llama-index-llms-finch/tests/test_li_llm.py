@@ -33,7 +33,7 @@ from llama_index.core.callbacks import (
 from llama_index.core.llms import ChatMessage, CitationBlock, TextBlock
 from llama_index.llms.finch import FinchLLM, PassagesMessage
 
-from finch_rag import InputError, ModelError, SettingsError, WindowError
+from finch_rag import Finch, InputError, ModelError, SettingsError, WindowError
 from finch_rag.models.cache import CompressedCache
 from finch_rag.prompts.builder import Prompt
 from finch_rag.prompts.parsing import ParsedPrompt
@@ -142,7 +142,18 @@ def test_a_tokenizer_can_have_another_name(folder: str, tmp_path: Path) -> None:
         ({"generate_kwargs": {"temperature": -1.0}}, r"temperature is -1\.0: the least is 0"),
         ({"generate_kwargs": {"top_p": 1.5}}, r"top_p is 1\.5: .* at most 1"),
         ({"generate_kwargs": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
-        ({"context_window": 4096}, "context_window.*max_context_tokens"),
+        ({"context_window": 0}, "context_window is int: .*greater than 0"),
+        ({"context_window": "many"}, "context_window is str"),
+        ({"is_chat_model": "perhaps"}, "is_chat_model is str"),
+        ({"model_kwargs": 5}, "model_kwargs is int: pass a dictionary"),
+        ({"tokenizer_kwargs": "x"}, "tokenizer_kwargs is str: pass a dictionary"),
+        ({"generate_kwargs": [1]}, "generate_kwargs is list: pass a dictionary"),
+        ({"device_map": 5}, "device_map"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0: it must be above 0"),
+        ({"strict": "yes"}, "strict is 'yes'"),
+        ({"query_wrapper_prompt": "no place"}, "query_wrapper_prompt has no {query_str}"),
+        ({"query_wrapper_prompt": 5}, "query_wrapper_prompt is int"),
+        ({"engine": "embedded"}, "engine is str"),
         ({"bugdet": 5}, "bugdet.*budget"),
         ({"tokenizer": object()}, "tokenizer"),
     ],
@@ -157,6 +168,32 @@ def test_a_setting_that_cannot_work_is_refused_at_once(settings: dict[str, Any],
 def test_without_a_model_that_can_run_there_is_no_llm(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(SettingsError, match=reason):
         FinchLLM(**settings)
+
+
+def test_what_huggingface_llm_is_given_works_by_name(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def load(name: str, **options: Any) -> Finch:
+        seen.append(options)
+        return engine()
+
+    monkeypatch.setattr("llama_index.llms.finch.base.shared_engine", load)
+    llm = FinchLLM(
+        folder,
+        context_window=2048,
+        tokenizer_kwargs={"use_fast": True},
+        trust_remote_code=True,
+        repetition_penalty=0.001,  # what was said once is said for ever
+        strict=True,
+        query_wrapper_prompt="[{query_str}]",
+        max_new_tokens=8,
+    )
+    assert llm.metadata.context_window == 2048
+    penalised = llm.complete(QUESTION)
+    assert (seen[0]["tokenizer_kwargs"], seen[0]["trust_remote_code"]) == ({"use_fast": True}, True)
+    assert llm.complete(QUESTION, repetition_penalty=1).text != penalised.text
+    with pytest.raises(InputError, match="no known template"):
+        llm.complete("\n\n".join(f"{QUESTION} {number}." for number in range(2000)))
 
 
 def test_metadata_is_what_finch_reads_not_the_models_window() -> None:
@@ -279,14 +316,29 @@ def test_bad_input_is_an_error_at_once(method: str) -> None:
         call(asked, max_tokenz=3)
     with pytest.raises(WindowError, match=r"9000.*8192"):
         call(asked, budget=9000)
-    with pytest.raises(InputError, match="question is empty"):
-        call("" if "complete" in method else [ChatMessage(content=" ")])
+    if "chat" in method:
+        with pytest.raises(InputError, match="no message is the user's"):
+            call([ChatMessage(role="assistant", content="Novak.")])
+        with pytest.raises(InputError, match="question is empty"):
+            call([PassagesMessage(" ", ["The bridge."])])
 
 
-def test_a_conversation_must_end_with_the_user() -> None:
-    for messages in ([], [ChatMessage(role="assistant", content="Novak.")]):
-        with pytest.raises(InputError, match="last message"):
-            finch_llm().chat(messages)
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [ChatMessage("Say hello.", role="system")],
+        [ChatMessage(QUESTION), ChatMessage("Novak.", role="assistant")],
+        [ChatMessage(" ")],
+        [ChatMessage(QUESTION), ChatMessage("42", role="tool", additional_kwargs={"tool_call_id": "t"})],
+    ],
+    ids=["only a system message", "the assistant's at the end", "empty", "a tool's"],
+)
+def test_a_conversation_may_have_any_shape(messages: list[ChatMessage]) -> None:
+    response = finch_llm().chat(messages)
+    assert response.message.content
+    assert [cited["passage_id"] for cited in response.raw["citations"]] == (
+        ["t"] if len(messages[-1].content or "") == 2 else []
+    )
 
 
 # Prompts
@@ -410,6 +462,11 @@ def test_a_dictionary_has_all_settings_and_no_model() -> None:
         "selection": "token",
         "max_context_tokens": 1000,
         "instructions": "Answer.",
+        "context_window": 4096,
+        "strict": True,
+        "repetition_penalty": 1.1,
+        "tokenizer_kwargs": {"use_fast": True},
+        "trust_remote_code": True,
         "generate_kwargs": {"temperature": 0.5, "seed": 1},
         "model_kwargs": {"revision": "main"},
         "system_prompt": "Be kind.",
@@ -437,6 +494,17 @@ def test_a_pickle_is_small_and_leaves_the_original_its_engine(folder: str, caplo
     again: FinchLLM = pickle.loads(stored)
     assert again.complete(QUESTION).text == text
     assert again.engine is loaded  # found by its name, not stored
+
+
+def test_what_was_given_loaded_is_not_pickled_nor_made_of_nothing() -> None:
+    for llm in (finch_llm(), FinchLLM(model=engine().model, tokenizer=engine().tokenizer)):
+        with pytest.raises(
+            SettingsError, match=r"with engine= or a loaded model cannot be pickled.*model_name="
+        ) as caught:
+            pickle.dumps(llm)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(SettingsError, match="there is no model: pass model_name"):
+        FinchLLM.from_dict({**finch_llm().to_dict(), "model_name": ""})
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, FinchLLM.model_copy])

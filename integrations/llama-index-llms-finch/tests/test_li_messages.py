@@ -180,6 +180,13 @@ def test_what_cannot_be_read_is_an_input_error_of_one_line(block: Any, reason: s
     assert "\n" not in str(caught.value)
 
 
-def test_a_tools_message_is_refused() -> None:
-    with pytest.raises(InputError, match="role 'tool'"):
-        finch_llm().chat([ChatMessage(role="tool", content="42"), ChatMessage(content=QUESTION)])
+def test_what_a_tool_found_is_a_passage(requests: list[ParsedPrompt]) -> None:
+    named = {"tool_call_id": "call-1", "name": "weather"}
+    found = [
+        ChatMessage(role="tool", content="It rains.", additional_kwargs=named),
+        ChatMessage(role="function", content="It snows."),
+        ChatMessage(role="tool", content=" "),
+    ]
+    finch_llm().chat([*found, ChatMessage(content=QUESTION)])
+    assert requests[-1].passages == [Passage("It rains.", "call-1", "weather"), Passage("It snows.")]
+    assert requests[-1].question == QUESTION

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import llama_index.llms.finch.base
+import llama_index.llms.finch.prompting
 import pytest
 from li_support import QUESTION, finch_llm
 from llama_index.core import PromptTemplate
@@ -78,7 +78,7 @@ def test_a_call_may_name_a_json_schema(llm: FinchLLM) -> None:
 def test_without_the_extra_json_is_only_asked_for(
     llm: FinchLLM, seen: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llama_index.llms.finch.base, "can_force_json", lambda: False)
+    monkeypatch.setattr(llama_index.llms.finch.prompting, "can_force_json", lambda: False)
     with pytest.raises(ValueError, match="json"):
         llm.structured_predict(Lamp, PROMPT, {"max_tokens": 8}, question=QUESTION)
     assert "json_schema" not in seen[-1]

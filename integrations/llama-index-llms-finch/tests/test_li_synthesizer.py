@@ -13,8 +13,9 @@ from li_support import (
     listening,
     nodes,
     reports,
+    whole_text,
 )
-from llama_index.core import MockEmbedding, Settings, VectorStoreIndex
+from llama_index.core import MockEmbedding, PromptTemplate, Settings, VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
@@ -23,6 +24,7 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, Te
 from llama_index.llms.finch import FinchLLM, FinchSynthesizer
 
 from finch_rag import InputError, ModelError, SettingsError, WindowError
+from finch_rag.prompts.builder import Prompt
 from finch_rag.prompts.parsing import ParsedPrompt
 from tests.small import texts
 
@@ -184,7 +186,6 @@ def test_another_llm_is_refused(given: bool, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("found", "question", "reason"),
     [
-        ([], QUESTION, "no nodes.*retriever found nothing"),
         (nodes(), " ", "question is empty"),
     ],
 )
@@ -235,8 +236,55 @@ def test_callbacks_and_instrumentation_see_the_synthesis(streaming: bool) -> Non
         assert "LLMChatStartEvent" in names
 
 
-def test_it_is_a_synthesizer_without_prompts_of_its_own() -> None:
+def test_it_is_a_synthesizer_whose_prompt_may_be_ones_own(requests: list[ParsedPrompt], prompts: list[Prompt]) -> None:
     made = FinchSynthesizer(finch_llm())
     assert isinstance(made, BaseSynthesizer)
-    assert made.get_prompts() == {}
-    made.update_prompts({})
+    found = nodes()
+    default = made.synthesize(QUESTION, found)
+    assert list(made.get_prompts()) == ["text_qa_template"]
+    own = PromptTemplate("Reply in French.\n\n{context_str}\n\nFrage: {query_str}")
+    assert str(
+        FinchSynthesizer(finch_llm(), text_qa_template=made.get_prompts()["text_qa_template"]).synthesize(
+            QUESTION, found
+        )
+    ) == str(default)
+    made.update_prompts({"text_qa_template": own})
+    made.update_prompts({"refine_template": PromptTemplate("never asked")})
+    assert made.get_prompts()["text_qa_template"] == own
+    response = made.synthesize(QUESTION, found)
+    assert (requests[-1].question, len(requests[-1].passages)) == (QUESTION, 12)
+    assert "Reply in French.\n\nnotes-0.md" in whole_text(prompts[-1])
+    assert all(citation["passage_id"].startswith("n") for citation in cited(response)["citations"])
+    engine = RetrieverQueryEngine(FixedRetriever(found), response_synthesizer=FinchSynthesizer(finch_llm()))
+    engine.update_prompts({"response_synthesizer:text_qa_template": own})
+    assert str(engine.query(QUESTION)) == str(response)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        (PromptTemplate("{query_str}"), "no {context_str}"),
+        (
+            PromptTemplate("{context_str} {query_str}", function_mappings={"context_str": lambda **fields: "text"}),
+            "context_str with a function",
+        ),
+    ],
+)
+def test_a_prompt_without_place_for_nodes_is_refused(prompt: PromptTemplate, reason: str) -> None:
+    made = FinchSynthesizer(finch_llm())
+    with pytest.raises(SettingsError, match=reason):
+        made.update_prompts({"text_qa_template": prompt})
+    with pytest.raises(SettingsError, match=reason):
+        FinchSynthesizer(finch_llm(), text_qa_template=prompt)
+
+
+async def test_no_nodes_give_an_empty_response_as_llama_index_does() -> None:
+    for streaming in (False, True):
+        made = engine_over([], streaming=streaming)
+        with listening() as events:
+            assert str(made.query(QUESTION)) == "Empty Response"
+            response: Any = await made.aquery(QUESTION)
+            text = "".join([piece async for piece in response.async_response_gen()]) if streaming else str(response)
+            assert text == "Empty Response"
+        assert calls(events) == 0
+        assert sum(type(event).__name__ == "SynthesizeEndEvent" for event in events) == 2

@@ -21,10 +21,8 @@ from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.llm import default_completion_to_prompt
-from llama_index.core.prompts import PromptTemplate
-from llama_index.core.types import Model
+from llama_index.core.prompts import BasePromptTemplate
 
 from finch_rag import AnswerStream, Finch, Passage, SettingsError
 from finch_rag.adapters import (
@@ -33,22 +31,21 @@ from finch_rag.adapters import (
     Message,
     Render,
     Selection,
-    can_force_json,
     check_options,
     shared_engine,
 )
 
 from .messages import apieces, chat_piece, chat_response, completion_piece, completion_response, pieces, split_messages
+from .prompting import PromptedLLM, PromptText
+from .settings import as_wrapper, checked_generate_kwargs, checked_mapping, one_line, placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_GENERATE_KWARGS = ("do_sample", "max_new_tokens", "seed", "temperature", "top_k", "top_p")
-_ACCELERATE_MAPS = ("balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
 _MARK = "FinchCompletionGoesHere"
 
 
-class FinchLLM(CustomLLM):
+class FinchLLM(PromptedLLM):
     """A local Hugging Face model that reads far more passages than its window holds, and cites them.
 
     A drop-in for any query engine or chat engine: passages and question are found in LlamaIndex's prompts. The model
@@ -66,15 +63,22 @@ class FinchLLM(CustomLLM):
         chunk_size: Document tokens scanned per step; "auto" or None derives it from device, memory, model and window.
         selection: "passage" keeps whole passages, "token" single tokens; a given engine's own when None.
         max_context_tokens: What Finch reads in one call; LlamaIndex packs nodes by it.
+        context_window: What LlamaIndex packs nodes by instead; several calls where they have more tokens.
         instructions: Read before the passages; a default that asks for a short answer when None.
-        generate_kwargs: do_sample, temperature, top_k, top_p, seed, max_new_tokens of each call.
+        strict: Whether a prompt is an error that is of no known template and does not fit into the model's window; a
+            given engine's own when None.
+        repetition_penalty: Above 1, makes tokens less likely that the answer has already.
+        generate_kwargs: do_sample, temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens of each call.
         model_kwargs: Handed to transformers' ``from_pretrained``.
+        tokenizer_kwargs: The same for the tokenizer.
+        trust_remote_code: Whether code that comes with the model may run.
         system_prompt: System message of each call.
         stop: Texts that end an answer.
         stopping_ids: Tokens that end an answer.
         is_chat_model: Whether LlamaIndex sends messages, else flat prompts; Finch takes both apart.
         messages_to_prompt: Makes a prompt of messages in place of the tokenizer's chat template.
         completion_to_prompt: The same for flat prompts.
+        query_wrapper_prompt: Put around flat prompts; a template, or its text, with ``{query_str}``.
         kwargs: Fields of `LLM`: ``callback_manager``, ``output_parser``, ``pydantic_program_mode`` and so on.
 
     Raises:
@@ -89,14 +93,20 @@ class FinchLLM(CustomLLM):
     chunk_size: ChunkSize = Field(default=None, description='Document tokens read per step; "auto" chooses.')
     selection: str = Field(default="passage", description='"passage" or "token".')
     max_context_tokens: int = Field(default=1_000_000, description="Document tokens that one call reads.", gt=0)
+    context_window: int | None = Field(default=None, description="What LlamaIndex packs nodes by.", gt=0)
     instructions: str | None = Field(default=None, description="Read before the passages.")
+    strict: bool | None = Field(default=None, description="Whether an unknown prompt that does not fit is an error.")
+    repetition_penalty: float | None = Field(default=None, description="Above 1, makes what was said less likely.")
     generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of generation.")
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of from_pretrained.")
+    tokenizer_kwargs: dict[str, Any] = Field(default_factory=dict, description="The same for the tokenizer.")
+    trust_remote_code: bool = Field(default=False, description="Whether code that comes with the model may run.")
     stop: list[str] = Field(default_factory=list, description="Texts that end an answer.")
     stopping_ids: list[int] = Field(default_factory=list, description="Tokens that end an answer.")
     is_chat_model: bool = Field(default=True, description="Whether LlamaIndex sends messages.")
 
     _engine: Finch | None = PrivateAttr(default=None)
+    _is_given: bool = PrivateAttr(default=False)  # the engine; else it can be loaded again
 
     def __init__(
         self,
@@ -112,19 +122,27 @@ class FinchLLM(CustomLLM):
         chunk_size: ChunkSize = None,
         selection: Selection | None = None,
         max_context_tokens: int = 1_000_000,
+        context_window: int | None = None,
         instructions: str | None = None,
+        strict: bool | None = None,
+        repetition_penalty: float | None = None,
         generate_kwargs: Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
         system_prompt: str | None = None,
         stop: str | Sequence[str] | None = None,
         stopping_ids: Sequence[int] | None = None,
         is_chat_model: bool = True,
         messages_to_prompt: Callable[[Sequence[ChatMessage]], str] | None = None,
         completion_to_prompt: Callable[[str], str] | None = None,
+        query_wrapper_prompt: str | BasePromptTemplate | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(model, str):
             model_name, model = model_name or model, None
+        if engine is not None and not isinstance(engine, Finch):
+            raise SettingsError(f"engine is {type(engine).__name__}: pass a finch_rag.Finch, or a name as model_name")
         if max_new_tokens is None:
             max_new_tokens = DEFAULT_NUM_OUTPUTS if engine is None else engine.max_new_tokens
         if selection is None:
@@ -137,13 +155,15 @@ class FinchLLM(CustomLLM):
                 "selection": selection,
                 "max_context_tokens": max_context_tokens,
                 "instructions": instructions,
+                "repetition_penalty": repetition_penalty,
+                "strict": False if strict is None else strict,
                 "system_prompt": system_prompt,
                 "stop": stop,
                 "stop_token_ids": stopping_ids,
             },
             SettingsError,
         )
-        generation = _checked_generate_kwargs(generate_kwargs or {})
+        generation = checked_generate_kwargs(generate_kwargs)
         if unknown := set(kwargs) - set(type(self).model_fields):  # pydantic would ignore them
             raise SettingsError(
                 f"FinchLLM has no setting {', '.join(sorted(unknown))}: use {', '.join(type(self).model_fields)}"
@@ -152,9 +172,9 @@ class FinchLLM(CustomLLM):
             raise SettingsError("tokenizer is for a loaded model: pass model= too, or a name as tokenizer_name=")
         if model is not None:
             engine = Finch.from_pretrained(model, tokenizer=tokenizer)
-        if engine is None and model_name is None:
+        if engine is None and not model_name:
             raise SettingsError("there is no model: pass model_name, a loaded model with its tokenizer, or engine")
-        super().__init__(
+        fields = dict(
             model_name=model_name or getattr(engine, "name", ""),
             tokenizer_name=tokenizer_name,
             device_map=device_map or "auto",
@@ -163,18 +183,27 @@ class FinchLLM(CustomLLM):
             chunk_size=chunk_size,
             selection=selection,
             max_context_tokens=max_context_tokens,
+            context_window=context_window,
             instructions=instructions,
+            strict=strict,
+            repetition_penalty=repetition_penalty,
             generate_kwargs=generation,
-            model_kwargs=dict(model_kwargs or {}),
+            model_kwargs=checked_mapping("model_kwargs", model_kwargs),
+            tokenizer_kwargs=checked_mapping("tokenizer_kwargs", tokenizer_kwargs),
+            trust_remote_code=trust_remote_code,
             system_prompt=system_prompt,
             stop=list(checked["stop"]),
             stopping_ids=list(checked["stop_token_ids"]),
             is_chat_model=is_chat_model,
             messages_to_prompt=messages_to_prompt,
             completion_to_prompt=completion_to_prompt,
+            query_wrapper_prompt=as_wrapper(query_wrapper_prompt),
             **kwargs,
         )
+        with one_line():
+            super().__init__(**fields)
         self._engine = engine
+        self._is_given = engine is not None
 
     @classmethod
     def class_name(cls) -> str:
@@ -189,18 +218,29 @@ class FinchLLM(CustomLLM):
             ModelError: If the model cannot be loaded, or Finch cannot run it.
         """
         if self._engine is None:
-            placed = _placement(self.device_map)
-            model_kwargs = {**placed.pop("model_kwargs", {}), **self.model_kwargs}
+            placed = placement(self.device_map)
             self._engine = shared_engine(
-                self.model_name, tokenizer=self.tokenizer_name, model_kwargs=model_kwargs, **placed
+                self.model_name,
+                tokenizer=self.tokenizer_name,
+                model_kwargs={**placed.pop("model_kwargs", {}), **self.model_kwargs},
+                tokenizer_kwargs=self.tokenizer_kwargs,
+                trust_remote_code=self.trust_remote_code,
+                **placed,
             )
         return self._engine
+
+    @property
+    def own_instructions(self) -> str | None:
+        """The instructions that the user gave, to this LLM or to its engine; None for Finch's own."""
+        if self.instructions is not None or not self._is_given:
+            return self.instructions
+        return self.engine.instructions
 
     @property
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex packs prompts by; the context window is what Finch reads, not the model's own."""
         return LLMMetadata(
-            context_window=self.max_context_tokens,
+            context_window=self.context_window or self.max_context_tokens,
             num_output=self.generate_kwargs.get("max_new_tokens", self.max_new_tokens),
             is_chat_model=self.is_chat_model,
             model_name=self.model_name,
@@ -308,66 +348,17 @@ class FinchLLM(CustomLLM):
         stream = AsyncAnswerStream(lambda: self._conversation(messages, kwargs))
         return apieces(stream, chat_piece, chat_response)
 
-    def structured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: PromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Model:
-        """An object by a pydantic class; forced where llguidance is installed, and else as far as the model can.
-
-        Args:
-            output_cls: The class.
-            prompt: The prompt.
-            llm_kwargs: Options of the call.
-            prompt_args: Of the prompt.
-        """
-        return super().structured_predict(output_cls, prompt, _forced(output_cls, llm_kwargs), **prompt_args)
-
-    async def astructured_predict(
-        self,
-        output_cls: type[Model],
-        prompt: PromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Model:
-        """Like `structured_predict`, for an event loop.
-
-        Args:
-            output_cls: See `structured_predict`.
-            prompt: See `structured_predict`.
-            llm_kwargs: See `structured_predict`.
-            prompt_args: See `structured_predict`.
-        """
-        return await super().astructured_predict(output_cls, prompt, _forced(output_cls, llm_kwargs), **prompt_args)
-
-    def _structured_stream_call(
-        self,
-        output_cls: type[Model],
-        prompt: PromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Any:
-        return super()._structured_stream_call(output_cls, prompt, _forced(output_cls, llm_kwargs), **prompt_args)
-
-    async def _structured_astream_call(
-        self,
-        output_cls: type[Model],
-        prompt: PromptTemplate,
-        llm_kwargs: dict[str, Any] | None = None,
-        **prompt_args: Any,
-    ) -> Any:
-        forced = _forced(output_cls, llm_kwargs)
-        return await super()._structured_astream_call(output_cls, prompt, forced, **prompt_args)
-
     def _conversation(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> AnswerStream:
         """Starts the answer to a conversation."""
-        texts, passages = split_messages(messages)
-        return self._start(texts, passages, self._messages_template(), kwargs)
+        found = split_messages(messages)
+        return self._start(found.messages, found.passages, self._messages_template(), {**found.options, **kwargs})
 
     def _completion(self, prompt: str, formatted: bool, kwargs: Mapping[str, Any]) -> AnswerStream:
         """Starts the answer to a flat prompt."""
+        if isinstance(prompt, PromptText):
+            found = split_messages(prompt.messages)
+            options = {**found.options, **kwargs}
+            return self._start(found.messages, found.passages, self._completion_template(), options)
         if formatted:
             prompt = self._unformatted(prompt)
         return self._start([Message(role="user", content=prompt)], [], self._completion_template(), kwargs)
@@ -391,7 +382,8 @@ class FinchLLM(CustomLLM):
             "stop": self.stop,
             "stop_token_ids": self.stopping_ids,
         }
-        own = {"budget": self.budget, "chunk_size": self.chunk_size, "instructions": self.instructions}
+        names = ("budget", "chunk_size", "instructions", "strict", "repetition_penalty")
+        own = {name: getattr(self, name) for name in names}
         options |= {name: value for name, value in own.items() if value is not None}
         call = {name: value for name, value in kwargs.items() if value is not None}
         if "max_tokens" in call:
@@ -408,65 +400,42 @@ class FinchLLM(CustomLLM):
 
     def _completion_template(self) -> Render | None:
         convert = self.completion_to_prompt
-        if convert is None or convert is default_completion_to_prompt:
+        if convert is default_completion_to_prompt:
+            convert = None
+        wrapper = self.query_wrapper_prompt
+        if convert is None and wrapper is None:
             return None
+
+        def wrapped(text: str) -> str:
+            text = text if convert is None else convert(text)
+            return text if wrapper is None else wrapper.format(query_str=text)
 
         def render(messages: Sequence[Message]) -> str:
             if not any(message["role"] == "assistant" for message in messages):
-                return convert(messages[-1]["content"])
+                return wrapped(messages[-1]["content"])
             turns = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-            return convert(f"{turns}\nassistant: ")
+            return wrapped(f"{turns}\nassistant: ")
 
         return render
 
     def _unformatted(self, prompt: str) -> str:
         """The prompt without what `LLM.predict` has put around it, which is put there again, control tokens as such."""
-        if self.system_prompt:
-            prompt = prompt.removeprefix(f"{self.system_prompt}\n\n")
-        if (render := self._completion_template()) is None:
-            return prompt
-        before, _, after = render([Message(role="user", content=_MARK)]).partition(_MARK)
-        return prompt.removeprefix(before).removesuffix(after)
+        convert = self.completion_to_prompt or default_completion_to_prompt
+        for around in (self._extend_prompt(_MARK), convert(_MARK)):
+            before, _, after = around.partition(_MARK)
+            prompt = prompt.removeprefix(before).removesuffix(after)
+        return prompt
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> FinchLLM:
         return super().__deepcopy__({**(memo or {}), id(self._engine): self._engine})  # which copies share
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._is_given:
+            raise SettingsError(
+                "a FinchLLM with engine= or a loaded model cannot be pickled, because it holds the weights: pass "
+                "model_name=, which is loaded again where it is unpickled"
+            )
         # A copy loads the model itself, or shares it; a pickle of the weights is nothing that anybody wants.
         plain = self.model_copy()
         plain._engine = None
         return super(FinchLLM, plain).__getstate__()
-
-
-def _forced(output_cls: type[Model], llm_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Options of a call whose answer is parsed as a class."""
-    schema = {"json_schema": output_cls.model_json_schema()} if can_force_json() else {}
-    return {**schema, **(llm_kwargs or {})}
-
-
-def _placement(device_map: str | dict[str, Any]) -> dict[str, Any]:
-    """A device map as arguments of the engine."""
-    if isinstance(device_map, dict) or device_map in _ACCELERATE_MAPS:
-        return {"model_kwargs": {"device_map": device_map}}
-    return {"device": device_map}
-
-
-def _checked_generate_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of generation as Finch names them.
-
-    Raises:
-        SettingsError: If one is unknown or out of its range.
-    """
-    if unknown := set(kwargs) - set(_GENERATE_KWARGS):
-        raise SettingsError(
-            f"generate_kwargs has {', '.join(sorted(unknown))}, which Finch does not have: use "
-            f"{', '.join(_GENERATE_KWARGS)}"
-        )
-    options = dict(kwargs)
-    sample = options.pop("do_sample", None)
-    if sample is False:
-        options["temperature"] = 0.0
-    elif sample:
-        options.setdefault("temperature", 1.0)
-    check_options(options, SettingsError)
-    return options

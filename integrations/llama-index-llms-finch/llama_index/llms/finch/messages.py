@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from llama_index.core.base.llms.types import (
     AudioBlock,
@@ -21,12 +21,14 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.schema import MetadataMode, NodeWithScore
 
 from finch_rag import Answer, AnswerStream, InputError, Passage
-from finch_rag.adapters import AsyncAnswerStream, Message
+from finch_rag.adapters import ASSISTANT, SYSTEM, AsyncAnswerStream, Message
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
 
-_ROLES = {MessageRole.DEVELOPER: "system", MessageRole.CHATBOT: "assistant", MessageRole.MODEL: "assistant"}
+_ROLES = {MessageRole.DEVELOPER: SYSTEM, MessageRole.CHATBOT: ASSISTANT, MessageRole.MODEL: ASSISTANT}
+_TOOL_ROLES = (MessageRole.TOOL, MessageRole.FUNCTION)
 _UNTITLED = "input_document"  # LlamaIndex's title of a document that was given none
+_OPTIONS = "finch"  # key of a message's options among its additional_kwargs
 _TITLES = ("title", "file_name", "source")  # keys of metadata, the first that a node has names it
 
 
@@ -36,15 +38,27 @@ class PassagesMessage(ChatMessage):
     Args:
         question: The question.
         passages: Texts, finch-rag's `Passage` objects or LlamaIndex's nodes with scores.
+        instructions: Read before the passages, in place of the LLM's own; those when None.
+        notes: Said in the report.
         data: Fields of `ChatMessage`.
     """
 
     def __init__(
-        self, question: str | None = None, passages: Iterable[str | Passage | NodeWithScore] = (), **data: Any
+        self,
+        question: str | None = None,
+        passages: Iterable[str | Passage | NodeWithScore] = (),
+        instructions: str | None = None,
+        notes: Sequence[str] = (),
+        **data: Any,
     ) -> None:
         if question is not None:
             blocks = [citable_block(passage, place) for place, passage in enumerate(passages)]
             data["blocks"] = [*blocks, TextBlock(text=question)]
+        options: dict[str, Any] = {} if instructions is None else {"instructions": instructions}
+        if notes:
+            options["notes"] = list(notes)
+        if options:
+            data["additional_kwargs"] = {**data.get("additional_kwargs", {}), _OPTIONS: options}
         super().__init__(**data)
 
 
@@ -82,8 +96,24 @@ def passage_of(item: NodeWithScore) -> Passage:
     return Passage(shown.get_content(MetadataMode.LLM), id=node.node_id, title=title)
 
 
-def split_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[Passage]]:
+class Conversation(NamedTuple):
+    """What messages hold.
+
+    Attributes:
+        messages: Their texts.
+        passages: What their blocks bring, and what tools found.
+        options: What the last of them says of the call.
+    """
+
+    messages: list[Message]
+    passages: list[Passage]
+    options: dict[str, Any]
+
+
+def split_messages(messages: Sequence[ChatMessage]) -> Conversation:
     """The texts of messages, and the passages that their blocks bring.
+
+    What a tool found is a passage.
 
     Args:
         messages: A conversation.
@@ -95,9 +125,19 @@ def split_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list
     passages: list[Passage] = []
     for message in messages:
         passages += [passage for block in message.blocks if (passage := _block_passage(block)) is not None]
+        if message.role in _TOOL_ROLES:
+            if message.content and message.content.strip():
+                passages.append(_found_by_tool(message))
+            continue
         role = _ROLES.get(message.role, message.role.value)
         texts.append(Message(role=role, content=message.content or ""))
-    return texts, passages
+    options = messages[-1].additional_kwargs.get(_OPTIONS, {}) if messages else {}
+    return Conversation(texts, passages, dict(options))
+
+
+def _found_by_tool(message: ChatMessage) -> Passage:
+    named = message.additional_kwargs
+    return Passage(message.content or "", id=named.get("tool_call_id"), title=named.get("name"))
 
 
 def _block_passage(block: Any) -> Passage | None:

@@ -52,8 +52,15 @@ class FinchRerank(BaseNodePostprocessor):
         if not isinstance(chosen, FinchLLM):
             raise SettingsError(f"FinchRerank needs a FinchLLM, not {type(chosen).__name__}: pass one as llm=")
         for name, value in (("top_n", top_n), ("budget", budget)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise SettingsError(f"{name} is {value!r}: pass a whole number, or leave it out for no limit")
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}: the least is 1; leave it out for no limit")
+        kwargs.pop("class_name", None)  # in what to_dict makes
+        if unknown := set(kwargs) - set(type(self).model_fields):  # pydantic would ignore them
+            raise SettingsError(
+                f"FinchRerank has no setting {', '.join(sorted(unknown))}: use {', '.join(type(self).model_fields)}"
+            )
         fields: dict[str, Any] = {"llm": chosen, "top_n": top_n, "budget": budget, **kwargs}
         super().__init__(**fields)
 

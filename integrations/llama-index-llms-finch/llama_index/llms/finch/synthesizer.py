@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Any
 
 import llama_index.core.instrumentation as instrument
-from llama_index.core.base.llms.types import ChatResponse
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse
 from llama_index.core.base.response.schema import (
     RESPONSE_TYPE,
     AsyncStreamingResponse,
@@ -16,16 +16,21 @@ from llama_index.core.base.response.schema import (
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent, SynthesizeStartEvent
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.response_synthesizers.base import BaseSynthesizer
-from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType
+from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType, TextNode
 from llama_index.core.settings import Settings
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
-from finch_rag import InputError, SettingsError
+from finch_rag import SettingsError
 
 from .base import FinchLLM
 from .messages import PassagesMessage
+from .prompting import passages_messages, shows
+
+_TEMPLATE = "text_qa_template"
 
 dispatcher = instrument.get_dispatcher(__name__)
 
@@ -37,13 +42,19 @@ class FinchSynthesizer(BaseSynthesizer):
         llm: A `FinchLLM`; ``Settings.llm`` when None.
         streaming: Whether the response streams.
         callback_manager: Of the LLM and of this.
+        text_qa_template: Asks in the user's own words; what stands around ``{context_str}`` and ``{query_str}`` becomes
+            the instructions, and the nodes stay apart. Finch's own words when None, or LlamaIndex's default.
 
     Raises:
-        SettingsError: If the LLM is another one.
+        SettingsError: If the LLM is another one, or the template has no place for the nodes.
     """
 
     def __init__(
-        self, llm: FinchLLM | None = None, streaming: bool = False, callback_manager: CallbackManager | None = None
+        self,
+        llm: FinchLLM | None = None,
+        streaming: bool = False,
+        callback_manager: CallbackManager | None = None,
+        text_qa_template: BasePromptTemplate | None = None,
     ) -> None:
         chosen = llm if llm is not None else Settings.llm
         if not isinstance(chosen, FinchLLM):
@@ -52,12 +63,22 @@ class FinchSynthesizer(BaseSynthesizer):
             )
         super().__init__(llm=chosen, streaming=streaming, callback_manager=callback_manager)
         self._finch = chosen
+        self._template: BasePromptTemplate = DEFAULT_TEXT_QA_PROMPT_SEL
+        self._update_prompts({} if text_qa_template is None else {_TEMPLATE: text_qa_template})
 
     def _get_prompts(self) -> PromptDictType:
-        return {}
+        return {_TEMPLATE: self._template}
 
     def _update_prompts(self, prompts_dict: PromptDictType) -> None:
-        """Finch builds its own prompt: see ``instructions`` and ``system_prompt`` of `FinchLLM`."""
+        template = prompts_dict.get(_TEMPLATE, self._template)
+        if not shows(template):
+            raise SettingsError(f"{_TEMPLATE} has no {{context_str}}: put it where the nodes go")
+        if "context_str" in (template.function_mappings or {}):
+            raise SettingsError(
+                f"{_TEMPLATE} makes context_str with a function, and FinchSynthesizer reads each node apart: leave the "
+                "function out, or use another synthesizer with FinchLLM"
+            )
+        self._template = template
 
     def synthesize(
         self,
@@ -75,19 +96,21 @@ class FinchSynthesizer(BaseSynthesizer):
             response_kwargs: Options of the call, see `FinchLLM.complete`.
 
         Raises:
-            InputError: If there are no nodes, or the query is empty.
+            InputError: If the query is empty.
         """
-        question = _question(query, nodes)
+        if not nodes:  # LlamaIndex says "Empty Response"
+            return super().synthesize(query, nodes, additional_source_nodes, **response_kwargs)
+        question = query.query_str if isinstance(query, QueryBundle) else query
         dispatcher.event(SynthesizeStartEvent(query=query))
         sources, metadata = self._sources(nodes, additional_source_nodes)
-        message = PassagesMessage(question, nodes)
+        messages = self._messages(question, nodes)
         with self._callback_manager.event(CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: question}) as event:
             response: RESPONSE_TYPE
             if self._streaming:
-                texts = _texts(self._finch.stream_chat([message], **response_kwargs), metadata)
+                texts = _texts(self._finch.stream_chat(messages, **response_kwargs), metadata)
                 response = StreamingResponse(texts, source_nodes=sources, metadata=metadata)
             else:
-                answered = self._finch.chat([message], **response_kwargs)
+                answered = self._finch.chat(messages, **response_kwargs)
                 metadata["finch"] = answered.additional_kwargs
                 response = Response(answered.message.content, source_nodes=sources, metadata=metadata)
             event.on_end(payload={EventPayload.RESPONSE: response})
@@ -109,17 +132,19 @@ class FinchSynthesizer(BaseSynthesizer):
             additional_source_nodes: See `synthesize`.
             response_kwargs: See `synthesize`.
         """
-        question = _question(query, nodes)
+        if not nodes:
+            return await super().asynthesize(query, nodes, additional_source_nodes, **response_kwargs)
+        question = query.query_str if isinstance(query, QueryBundle) else query
         dispatcher.event(SynthesizeStartEvent(query=query))
         sources, metadata = self._sources(nodes, additional_source_nodes)
-        message = PassagesMessage(question, nodes)
+        messages = self._messages(question, nodes)
         with self._callback_manager.event(CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: question}) as event:
             response: RESPONSE_TYPE
             if self._streaming:
-                texts = _atexts(await self._finch.astream_chat([message], **response_kwargs), metadata)
+                texts = _atexts(await self._finch.astream_chat(messages, **response_kwargs), metadata)
                 response = AsyncStreamingResponse(texts, source_nodes=sources, metadata=metadata)
             else:
-                answered = await self._finch.achat([message], **response_kwargs)
+                answered = await self._finch.achat(messages, **response_kwargs)
                 metadata["finch"] = answered.additional_kwargs
                 response = Response(answered.message.content, source_nodes=sources, metadata=metadata)
             event.on_end(payload={EventPayload.RESPONSE: response})
@@ -134,10 +159,10 @@ class FinchSynthesizer(BaseSynthesizer):
             text_chunks: What to read.
             response_kwargs: See `synthesize`.
         """
-        message = PassagesMessage(query_str, text_chunks)
+        messages = self._messages(query_str, [NodeWithScore(node=TextNode(text=text)) for text in text_chunks])
         if self._streaming:
-            return _texts(self._finch.stream_chat([message], **response_kwargs), {})
-        return self._finch.chat([message], **response_kwargs).message.content or ""
+            return _texts(self._finch.stream_chat(messages, **response_kwargs), {})
+        return self._finch.chat(messages, **response_kwargs).message.content or ""
 
     async def aget_response(
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
@@ -149,10 +174,15 @@ class FinchSynthesizer(BaseSynthesizer):
             text_chunks: See `get_response`.
             response_kwargs: See `get_response`.
         """
-        message = PassagesMessage(query_str, text_chunks)
+        messages = self._messages(query_str, [NodeWithScore(node=TextNode(text=text)) for text in text_chunks])
         if self._streaming:
-            return _atexts(await self._finch.astream_chat([message], **response_kwargs), {})
-        return (await self._finch.achat([message], **response_kwargs)).message.content or ""
+            return _atexts(await self._finch.astream_chat(messages, **response_kwargs), {})
+        return (await self._finch.achat(messages, **response_kwargs)).message.content or ""
+
+    def _messages(self, question: str, nodes: Sequence[NodeWithScore]) -> list[ChatMessage]:
+        """What is asked of the LLM."""
+        asked = passages_messages(self._template, self._finch, {"query_str": question}, nodes=nodes)
+        return [PassagesMessage(question, nodes)] if asked is None else asked
 
     def _sources(
         self, nodes: Sequence[NodeWithScore], additional: Sequence[NodeWithScore] | None
@@ -160,13 +190,6 @@ class FinchSynthesizer(BaseSynthesizer):
         """Source nodes of a response and its metadata, as LlamaIndex fills them."""
         sources = [*nodes, *(additional or ())]
         return sources, dict(self._get_metadata_for_response([source.node for source in sources]) or {})
-
-
-def _question(query: QueryType, nodes: Sequence[NodeWithScore]) -> str:
-    question = query.query_str if isinstance(query, QueryBundle) else query
-    if not nodes:
-        raise InputError(f"there are no nodes to answer {question!r} from: the retriever found nothing")
-    return question
 
 
 def _texts(responses: Generator[ChatResponse, None, None], metadata: dict[str, Any]) -> Generator[str, None, None]:

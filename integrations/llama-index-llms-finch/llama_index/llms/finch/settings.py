@@ -1,0 +1,102 @@
+"""What `FinchLLM` is given -> settings that work, or one line that says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from llama_index.core.bridge.pydantic import ValidationError
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
+
+from finch_rag import SettingsError
+from finch_rag.adapters import check_options
+
+_GENERATE_KWARGS = ("do_sample", "max_new_tokens", "repetition_penalty", "seed", "temperature", "top_k", "top_p")
+_ACCELERATE_MAPS = ("balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
+
+
+def checked_mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A dictionary; an empty one for None.
+
+    Args:
+        name: What to call it in an error.
+        value: What was given.
+
+    Raises:
+        SettingsError: If it is none.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise SettingsError(f"{name} is {type(value).__name__}: pass a dictionary")
+    return dict(value or {})
+
+
+def checked_generate_kwargs(value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options of generation as Finch names them.
+
+    Args:
+        value: ``generate_kwargs`` as transformers takes them.
+
+    Raises:
+        SettingsError: If one is unknown or out of its range.
+    """
+    options = checked_mapping("generate_kwargs", value)
+    if unknown := set(options) - set(_GENERATE_KWARGS):
+        raise SettingsError(
+            f"generate_kwargs has {', '.join(sorted(unknown))}, which Finch does not have: use "
+            f"{', '.join(_GENERATE_KWARGS)}"
+        )
+    sample = options.pop("do_sample", None)
+    if sample is False:
+        options["temperature"] = 0.0
+    elif sample:
+        options.setdefault("temperature", 1.0)
+    check_options(options, SettingsError)
+    return options
+
+
+def as_wrapper(prompt: str | BasePromptTemplate | None) -> BasePromptTemplate | None:
+    """A query wrapper prompt; a text is its template.
+
+    Args:
+        prompt: With ``{query_str}``.
+
+    Raises:
+        SettingsError: If it has no place for the query, or is neither text nor a template.
+    """
+    if prompt is None:
+        return None
+    template = PromptTemplate(prompt) if isinstance(prompt, str) else prompt
+    if not isinstance(template, BasePromptTemplate):
+        raise SettingsError(f"query_wrapper_prompt is {type(prompt).__name__}: pass a text or a prompt template")
+    if "query_str" not in template.template_vars:
+        raise SettingsError("query_wrapper_prompt has no {query_str}: put it where the query goes")
+    return template
+
+
+def placement(device_map: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A device map as arguments of the engine.
+
+    Args:
+        device_map: A device, or a map as transformers takes it.
+    """
+    if isinstance(device_map, Mapping):
+        return {"model_kwargs": {"device_map": dict(device_map)}}
+    if device_map in _ACCELERATE_MAPS:
+        return {"model_kwargs": {"device_map": device_map}}
+    return {"device": device_map}
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Says in one line what pydantic says in several.
+
+    Raises:
+        SettingsError: For the first value of a wrong type.
+    """
+    try:
+        yield
+    except ValidationError as invalid:
+        first = invalid.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "a setting"
+        raise SettingsError(f"{name} is {type(first['input']).__name__}: {first['msg']}") from None
