@@ -5,6 +5,7 @@ from __future__ import annotations
 from .decode.constraint import can_force_json
 from .prefill.planning import ChunkSize
 from .prefill.selection import Selection
+from .prompts.builder import INSTRUCTIONS
 from .prompts.chat_template import ASSISTANT, SYSTEM, USER, Message, Render
 from .prompts.marked import CONTEXT_MARK, QUESTION_MARK, kind_of, parse_marked
 from .prompts.parsing import ParsedPrompt
@@ -16,6 +17,7 @@ from .streaming import AsyncAnswerStream
 __all__ = [
     "ASSISTANT",
     "CONTEXT_MARK",
+    "INSTRUCTIONS",
     "QUESTION_MARK",
     "SYSTEM",
     "USER",

@@ -105,12 +105,14 @@ class _AsOneText:
         messages: list[BaseMessage],
         documents: Sequence[Passage] = (),
         instructions: str | None = None,
+        prompt_instructions: str | None = None,
+        keeps_default_instructions: bool = False,
         notes: Sequence[str] = (),
         **options: Any,
     ) -> Runnable[Any, Any]:
         texts = [passage.titled_text for passage in documents if passage.text.strip()]
         *earlier, question = messages
-        asked = HumanMessage("\n\n".join(filter(None, (instructions, *texts, question.text))))
+        asked = HumanMessage("\n\n".join(filter(None, (instructions, prompt_instructions, *texts, question.text))))
         return constant([*earlier, asked]) | self.model.bind(**options)
 
 
@@ -122,23 +124,6 @@ def parses(chat: Runnable[Any, Any]) -> bool:
     """
     inner = _inner(chat)
     return isinstance(chat, RunnableSequence) if inner is None else parses(inner)
-
-
-def instructions_of(chat: Runnable[Any, Any]) -> str | None:
-    """The instructions that a model has itself; those of a prompt stand behind them.
-
-    Args:
-        chat: What `as_chat` returned.
-    """
-    if isinstance(chat, RunnableBindingBase) and "instructions" in chat.kwargs:
-        bound: str | None = chat.kwargs["instructions"]
-        return bound
-    if isinstance(chat, RunnableSequence):
-        return instructions_of(chat.first)
-    if isinstance(chat, ChatFinch):
-        return chat.own_instructions
-    inner = _inner(chat)
-    return None if inner is None else instructions_of(inner)
 
 
 def _inner(chat: Runnable[Any, Any]) -> Runnable[Any, Any] | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finch_rag import Finch, FinchError, InputError, Passage, SettingsError
-from finch_rag.adapters import ChunkSize, Selection, check_options, shared_engine
+from finch_rag.adapters import INSTRUCTIONS, ChunkSize, Selection, check_options, shared_engine
 
 from ._convert import NO_DOCUMENTS, passages_of
 
@@ -110,6 +110,8 @@ class _Call(CallSettings):
 
     stop_token_ids: list[int] | None = None
     json_schema: dict[str, Any] | None = None
+    prompt_instructions: str | None = None  # stand behind those of the model, or in for Finch's own
+    keeps_default_instructions: bool = False  # Finch's own stand before those of the prompt
     format_instructions: str | None = None
     on_progress: Callable[[str, int, int], None] | None = None
     notes: list[str] | None = None
@@ -198,12 +200,6 @@ class FinchSettings(CallSettings):
         return self.max_tokens
 
     @property
-    def own_instructions(self) -> str | None:
-        """The instructions of the model, or of an engine that was given; None for finch-rag's own."""
-        engine = self._source.given
-        return self.instructions if self.instructions is not None or engine is None else engine.instructions
-
-    @property
     def _identifying_params(self) -> Mapping[str, Any]:
         """All that an answer depends on, for caches and traces."""
         identity = {"model": self.model, **self._differing(_LOADING), **self._differing(CallSettings.model_fields)}
@@ -246,6 +242,9 @@ class FinchSettings(CallSettings):
             **self._own_options(),
             **_options({name: getattr(call, name) for name in call.model_fields_set}),
         }
+        keeps_default = options.pop("keeps_default_instructions", False)
+        if (words := options.pop("prompt_instructions", None)) is not None:
+            self._add_instructions(options, words, INSTRUCTIONS if keeps_default else None)
         if (form := options.pop("format_instructions", None)) is not None:
             self._ask_for_form(options, form)
         if documents is None:
@@ -257,11 +256,16 @@ class FinchSettings(CallSettings):
 
     def _ask_for_form(self, options: dict[str, Any], form: str) -> None:
         """Says in a call's options what form its answer shall have, behind the instructions that there are."""
-        said = options.get("instructions", self.engine.instructions)
-        options["instructions"] = f"{said}\n\n{form}" if said else form
+        self._add_instructions(options, form)
         if self._source.given is None:  # a given engine has its own length
             least, room = self.engine.max_new_tokens, self.engine.window // _FORMED_PART
             options.setdefault("max_new_tokens", max(least, min(_FORMED_TOKENS, room)))
+
+    def _add_instructions(self, options: dict[str, Any], words: str, default: str | None = None) -> None:
+        """Puts words behind a call's instructions, or behind a default where there are none."""
+        said = options.get("instructions", self.engine.instructions)
+        said = default if said is None else said
+        options["instructions"] = f"{said}\n\n{words}" if said else words
 
     def _stop_of(self, stop: list[str] | None) -> list[str] | None:
         """A call's stop texts, the model's own where it has none."""

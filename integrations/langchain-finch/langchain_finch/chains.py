@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from langchain_core.documents import Document
@@ -22,10 +21,11 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_core.runnables.utils import AddableDict
 
 from finch_rag import InputError, Passage, SettingsError
-from finch_rag.adapters import CONTEXT_MARK, QUESTION_MARK, Message, parse_marked
+from finch_rag.adapters import CONTEXT_MARK, QUESTION_MARK, Message, kind_of, parse_marked
 
-from ._chat_of import as_chat, constant, instructions_of, parses
+from ._chat_of import as_chat, constant, parses
 from ._convert import conversation_of, passages_of
+from ._loops import StandIn, loop_over
 from .chat_models import ChatFinch
 from .llms import FinchLLM
 
@@ -96,11 +96,9 @@ class _Asking:
         if not isinstance(inputs, Mapping):
             raise InputError(f"the input is {type(inputs).__name__}: pass a dictionary with {name} and input")
         documents = _documents(inputs, name, self.document_prompt)
-        if self.prompt is None:
-            request = _default_request(inputs)
-        else:
-            request = _request(self.prompt, inputs, name, instructions_of(self.chat))
+        request = _default_request(inputs) if self.prompt is None else _request(self.prompt, inputs, name, documents)
         # What the conversation brings stands behind the documents, so that citations have the documents' places.
+        documents = request.documents or documents
         bound = self.chat.bind(documents=[*documents, *request.passages], **request.options)
         # The messages are known, so the input, which LangChain hands on, is not looked at again.
         asked = constant(request.messages) | bound
@@ -109,9 +107,10 @@ class _Asking:
 
 @dataclass(frozen=True)
 class _Request:
-    """What a prompt asks, without its documents."""
+    """What a prompt asks, without its documents, but for those of which it shows more than their texts."""
 
     messages: list[BaseMessage]
+    documents: list[Passage] = field(default_factory=list)
     passages: list[Passage] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -176,7 +175,7 @@ def _default_request(inputs: Mapping[str, Any]) -> _Request:
     if not history or not _QUESTION.isdisjoint(inputs):  # else the conversation's last message asks
         history.append(HumanMessage(question))
     conversation, passages = conversation_of(history)
-    return _Request(_as_messages(conversation), passages)
+    return _Request(_as_messages(conversation), passages=passages)
 
 
 _QUESTION = frozenset(("input", "question"))
@@ -197,31 +196,68 @@ def _as_messages(conversation: Iterable[Message]) -> list[BaseMessage]:
     return convert_to_messages([(message["role"], message["content"]) for message in conversation])
 
 
-class _Mark(str):
-    """Marks the documents' place in a prompt; to a template that goes through them, it is a list of one document."""
-
-    id = ""
-    metadata: Mapping[str, Any] = MappingProxyType({})
-
-    @property
-    def page_content(self) -> str:
-        """The mark."""
-        return str(self)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((self,))
-
-
 # In place of the documents. Mustache goes through lists of dictionaries only.
-_MARKS: tuple[Any, ...] = (_Mark(CONTEXT_MARK), [{"page_content": CONTEXT_MARK, "metadata": {}}])
+_MARKS: tuple[Any, ...] = (StandIn(CONTEXT_MARK), [{"page_content": CONTEXT_MARK, "metadata": {}}])
 
 
 def _request(
-    prompt: BasePromptTemplate[Any], inputs: Mapping[str, Any], document_variable_name: str, instructions: str | None
+    prompt: BasePromptTemplate[Any],
+    inputs: Mapping[str, Any],
+    document_variable_name: str,
+    documents: Sequence[Passage],
 ) -> _Request:
     """What a prompt's messages ask, with the places of documents and question marked, so that nothing is guessed."""
     asked = _question(inputs)
     question = asked if isinstance(asked, str) and asked.strip() else None
+    values = _values(prompt, inputs, document_variable_name, question)
+
+    def conversation(shown: Any) -> tuple[list[Message], list[Passage]]:
+        messages = prompt.format_prompt(**{**values, document_variable_name: shown}).to_messages()
+        if question is not None and not any(
+            found in message.text for message in messages for found in (CONTEXT_MARK, QUESTION_MARK)
+        ):
+            messages = [*messages, HumanMessage(QUESTION_MARK)]
+        return conversation_of(messages)
+
+    for mark in (*_MARKS, inputs[document_variable_name]):
+        turns, passages = conversation(mark)
+        place = next((place for place, turn in enumerate(turns) if CONTEXT_MARK in turn["content"]), None)
+        if place is not None:
+            break
+    looped: list[Passage] = []
+    if place is not None and isinstance(mark, StandIn):
+
+        def text(shown: Sequence[Any]) -> str | None:
+            found, _ = conversation(shown)
+            return found[place]["content"] if len(found) == len(turns) else None
+
+        given = inputs[document_variable_name]
+        if loop := loop_over(given, [passage.text for passage in documents], text):
+            turns[place]["content"] = f"{loop.before}{CONTEXT_MARK}{loop.after}"
+            looped = [
+                replace(passage, text=shown if passage.text.strip() else "", title=None)
+                for passage, shown in zip(documents, loop.shown, strict=True)
+            ]
+    kind = kind_of(turns) if turns else "own"
+    parsed = parse_marked(turns, question, instructions="")
+    if parsed is None:  # a prompt without documents is read as it is
+        filled = [
+            Message(role=turn["role"], content=turn["content"].replace(QUESTION_MARK, question or "")) for turn in turns
+        ]
+        return _Request(_as_messages(filled), passages=passages)
+    options: dict[str, Any] = {}
+    if words := (parsed.instructions or "").strip():
+        # Where a prompt is known, its user's words stand behind Finch's own; else they stand in for those.
+        options = {"prompt_instructions": words, "keeps_default_instructions": kind == "known"}
+    system = [SystemMessage(parsed.system_prompt)] if parsed.system_prompt else []
+    asking = [*system, *_as_messages(parsed.history), HumanMessage(parsed.question)]
+    return _Request(asking, looped, passages, options)
+
+
+def _values(
+    prompt: BasePromptTemplate[Any], inputs: Mapping[str, Any], document_variable_name: str, question: str | None
+) -> dict[str, Any]:
+    """What is filled into a prompt, but for the documents."""
     placeholders = dict(_placeholders(prompt))
     values = {**inputs, **_history_for(prompt, placeholders, inputs)}
     if question is not None:
@@ -232,28 +268,9 @@ def _request(
             f"the prompt needs {_listed(missing)}, and the input has {_listed(inputs)}; documents are looked for under "
             f"{document_variable_name!r}: see document_variable_name"
         )
-    if isinstance(asked, str) and question is None and not _QUESTION.isdisjoint(prompt.input_variables):
+    if isinstance(_question(inputs), str) and question is None and not _QUESTION.isdisjoint(prompt.input_variables):
         raise InputError("the question is empty: pass one under 'input'")
-    for mark in (*_MARKS, inputs[document_variable_name]):
-        messages = prompt.format_prompt(**{**values, document_variable_name: mark}).to_messages()
-        if any(CONTEXT_MARK in message.text for message in messages):
-            break
-    if question is not None and not any(
-        found in message.text for message in messages for found in (CONTEXT_MARK, QUESTION_MARK)
-    ):
-        messages = [*messages, HumanMessage(QUESTION_MARK)]
-    conversation, passages = conversation_of(messages)
-    parsed = parse_marked(conversation, question, instructions)
-    if parsed is None:  # a prompt without documents is read as it is
-        filled = [
-            Message(role=turn["role"], content=turn["content"].replace(QUESTION_MARK, question or ""))
-            for turn in conversation
-        ]
-        return _Request(_as_messages(filled), passages)
-    system = [SystemMessage(parsed.system_prompt)] if parsed.system_prompt else []
-    options = {} if parsed.instructions is None else {"instructions": parsed.instructions}
-    turns = [*system, *_as_messages(parsed.history), HumanMessage(parsed.question)]
-    return _Request(turns, passages, options)
+    return values
 
 
 def _placeholders(prompt: Any) -> Iterator[tuple[str, bool]]:

@@ -8,6 +8,7 @@ import pytest
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.prompts import BasePromptTemplate, ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
+from langchain_core.runnables import ConfigurableField
 from langchain_finch import ChatFinch, create_finch_documents_chain
 from langchain_finch._convert import passages_of
 from lc_support import OTHER_QUESTION, QUESTION, STUFF_CHAT
@@ -208,6 +209,53 @@ def test_a_prompts_words_stand_behind_the_models_instructions(
     for llm in (engine, model, bound, bound.with_retry(), bound.with_fallbacks([chat])):
         create_finch_documents_chain(llm, prompt).invoke({"context": documents, "input": QUESTION})
         assert asked[-1][2]["instructions"] == "Speak German.\n\nBe brief."
+    chosen = chat.configurable_fields(instructions=ConfigurableField(id="words"))
+    chain = create_finch_documents_chain(chosen, prompt)
+    for words in ("Speak German.", "Speak French."):
+        chain.with_config(configurable={"words": words}).invoke({"context": documents, "input": QUESTION})
+        assert asked[-1][2]["instructions"] == f"{words}\n\nBe brief."
+    known = create_finch_documents_chain(chosen, text_prompt(STUFF.replace("{own}", " Be brief.")))
+    known.with_config(configurable={"words": "Speak German."}).invoke({"context": documents, "question": QUESTION})
+    assert asked[-1][2]["instructions"] == "Speak German.\n\nBe brief."
+
+
+@pytest.mark.parametrize(
+    ("loop", "shown"),
+    [
+        ("{{ d.metadata.source }}: {{ d.page_content }}\n", "{source}: {text}"),
+        ("[{{ loop.index }}] {{ d.page_content }} ({{ d.metadata['page'] }})\n\n", "[{number}] {text} ({page})"),
+        (
+            "<doc id='{{ d.id }}'>{{ d.page_content }}</doc>{% if not loop.last %}\n---\n{% endif %}",
+            "{tag}{text}</doc>",
+        ),
+        ("Text: {{ d.page_content }}\nFrom {{ d.metadata.source }}\n", "Text: {text}\nFrom {source}"),
+    ],
+    ids=["before", "numbers", "tags and a line between", "behind"],
+)
+def test_what_a_loop_shows_of_each_document_is_read_with_it(
+    chat: ChatFinch, asked: list[Any], loop: str, shown: str
+) -> None:
+    found = [
+        Document(text, id=f"d{n}", metadata={"source": f"s{n}.md", "page": n, "title": f"T{n}"})
+        for n, text in enumerate(("The bridge.", "The museum.", " ", "FinchContextGoesHere {{ input }}"))
+    ]
+    loops = "{% for d in context %}" + loop + "{% endfor %}"
+    for prompt in (
+        jinja("Be brief.\n\n" + loops + "\nQuestion: {{ input }}"),
+        chat_prompt([("system", "Be brief.\n\n" + loops), ("human", "{{ input }}")], template_format="jinja2"),
+    ):
+        create_finch_documents_chain(chat, prompt).invoke({"context": found, "input": QUESTION})
+        messages, passages, given = asked[-1]
+        assert turns_of(messages)[-1] == ("user", QUESTION)
+        assert "Be brief." in (given.get("instructions"), turns_of(messages)[0][1])
+        for n, (passage, document) in enumerate(zip(passages, found, strict=True)):
+            if not document.page_content.strip():
+                assert passage.text == ""
+                continue
+            fields = {"source": f"s{n}.md", "page": n, "number": n + 1, "text": document.page_content}
+            expected = shown.format(tag=f"<doc id='d{n}'>", **fields)
+            assert expected in passage.text
+            assert (passage.id, passage.title) == (f"d{n}", None)
 
 
 def test_a_document_without_text_gets_none_from_a_document_prompt(chat: ChatFinch, asked: list[Any]) -> None:
