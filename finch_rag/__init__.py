@@ -19,6 +19,7 @@ from .errors import (
     ModelError,
     NumericsError,
     SettingsError,
+    StoreError,
     WindowError,
 )
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .heads.search import find_heads
     from .models.cache import CompressedCache
     from .prompts.passages import Passage
+    from .store.store import PassageStore, StoreInfo
     from .streaming import AnswerStream
 
 __version__ = "0.1.0"
@@ -47,7 +49,10 @@ __all__ = [
     "ModelError",
     "NumericsError",
     "Passage",
+    "PassageStore",
     "SettingsError",
+    "StoreError",
+    "StoreInfo",
     "WindowError",
     "find_heads",
 ]
@@ -60,6 +65,8 @@ _LAZY = {  # torch and transformers take seconds to import, so these wait until 
     "CompressionReport": "answer",
     "Finch": "engine",
     "Passage": "prompts.passages",
+    "PassageStore": "store.store",
+    "StoreInfo": "store.store",
     "find_heads": "heads.search",
 }
 

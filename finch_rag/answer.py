@@ -60,6 +60,11 @@ class CompressionReport:
         chunks: Steps of the scan.
         prefill_seconds: Seconds spent reading passages; where several questions were read for together, this one's
             part of them. On an accelerator the end of the last pass may count as decoding.
+        known_tokens: Tokens of passages that a store had read before; see `finch_rag.PassageStore`.
+        stored_tokens: Tokens of passages that the store read for this call.
+        store_seconds: Seconds of ``prefill_seconds`` that the store took to read them.
+        searched_tokens: Tokens of the whole store, where a call asked all of it; else 0.
+        search_seconds: Seconds of ``prefill_seconds`` that the search among head keys took.
         decode_seconds: Seconds spent on the question and the answer, likewise.
         new_tokens: Tokens generated, the end token included.
         stop_reason: "eos", "stop" (a stop string) or "length"; empty before decoding.
@@ -86,6 +91,11 @@ class CompressionReport:
     kv_bytes_kept: int
     chunks: int
     prefill_seconds: float
+    known_tokens: int = 0
+    stored_tokens: int = 0
+    store_seconds: float = 0.0
+    searched_tokens: int = 0
+    search_seconds: float = 0.0
     decode_seconds: float = 0.0
     new_tokens: int = 0
     stop_reason: str = ""
@@ -181,6 +191,11 @@ def report(cache: CompressedCache, question_tokens: int) -> CompressionReport:
         kv_bytes_kept=cache.kept_tokens * cache.bytes_per_token,
         chunks=figures.chunks,
         prefill_seconds=figures.prefill_seconds,
+        known_tokens=figures.known_tokens,
+        stored_tokens=figures.stored_tokens,
+        store_seconds=figures.store_seconds,
+        searched_tokens=figures.searched_tokens,
+        search_seconds=figures.search_seconds,
     )
 
 

@@ -13,10 +13,11 @@ from .errors import InputError
 from .models.cache import CompressedCache
 from .prefill.batched import prefill_batched
 from .prefill.planning import PrefillPlan
-from .prefill.shared import prefill_shortlists, scan_shared, shares_scan
+from .prefill.shared import scan_shared, shares_scan
+from .prefill.shortlists import prefill_shortlists
 from .prompts.passages import Passage, as_passages
 from .request import Cancellation, Request
-from .resolving import resolve
+from .resolving import resolve, with_store
 from .runtime import Runtime
 from .settings import Settings
 
@@ -51,8 +52,9 @@ def requests_of(
     wanted = Cancellation() if cancellation is None else cancellation
     requests: list[Request] = []
     for question, own in zip(asked, lists, strict=True):
-        like = requests[0] if shared and requests else None
-        requests.append(resolve(runtime, question, own, settings, like=like, cancellation=wanted))
+        like = requests[0] if shared and requests and own else None
+        chosen, own_settings = with_store(runtime, question, own, settings)
+        requests.append(resolve(runtime, question, chosen, own_settings, like=like, cancellation=wanted))
     return requests, shared
 
 
@@ -82,6 +84,8 @@ def answer_together(runtime: Runtime, requests: Sequence[Request], *, shared: bo
 
 def _reader(runtime: Runtime, requests: Sequence[Request], shared: bool) -> Callable[[range], list[CompressedCache]]:
     """What reads for a group of requests; a long list that all of them share is scanned now."""
+    if any(request.store is not None for request in requests):  # what it knows is read for no question
+        return lambda group: [runtime.read(requests[number]) for number in group]
     plans = [runtime.plan(request) for request in requests]
     lengths = requests[0].passage_tokens
     smallest = min(plan.budget for plan in plans), min(plan.chunk_size for plan in plans)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from typing_extensions import Unpack
 
@@ -14,18 +14,20 @@ from .attributes import EngineAttributes
 from .batch import answer_together, requests_of
 from .errors import SettingsError
 from .fitting import WindowRoom
-from .heads.pairs import Heads, check_heads
+from .heads.pairs import Heads, check_heads, heads_by_layer
 from .models.cache import CompressedCache
 from .models.loading import load_model
+from .prefill.alone import AloneReader
 from .prefill.planning import ChunkSize
 from .prefill.selection import Selection
 from .prompts.chat_template import Message
 from .prompts.parsing import parse_prompt
 from .prompts.passages import Passage, as_passages
 from .request import Cancellation, Progress
-from .resolving import resolve, resolve_cached, resolve_parsed
+from .resolving import resolve, resolve_cached, resolve_parsed, with_store
 from .runtime import Runtime
 from .settings import CallOptions, EngineSettings, ReadingOptions, SamplingOptions, Settings
+from .store.store import PassageStore, Precision
 from .streaming import AnswerStream, AsyncAnswerStream, in_thread
 
 if TYPE_CHECKING:
@@ -60,7 +62,11 @@ class Finch(EngineAttributes):
             before the first answer, see docs/benchmarks.md. It changes ``model`` for good.
         strict: Raise an error where an unknown prompt does not fit into the window, and it would have to be guessed
             what in it may be left out, see `finch_rag.prompts.parsing`.
-        on_progress: Called with a stage ("heads", "prefill") and the steps done and in all.
+        store: Asked in place of a scan, see `open_store`: passages of a call are read once for all calls; a call
+            without passages asks all that the store has. None scans the passages of each call.
+        shortlist_tokens: With a store, the most tokens of the passages that it ranks best, which the loop then scans;
+            None for about 4,096, 0 reads the best ones at once.
+        on_progress: Called with a stage ("heads", "store", "prefill") and the steps done and in all.
 
     Attributes:
         settings: What a call does where its options do not say otherwise.
@@ -87,6 +93,8 @@ class Finch(EngineAttributes):
         system_prompt: str | None = None,
         compile_layers: bool = False,
         strict: bool = False,
+        store: PassageStore | None = None,
+        shortlist_tokens: int | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         if not isinstance(heads, str) and isinstance(heads, Iterable):
@@ -101,6 +109,8 @@ class Finch(EngineAttributes):
                 "instructions": instructions,
                 "system_prompt": system_prompt,
                 "strict": strict,
+                "store": store,
+                "shortlist_tokens": shortlist_tokens,
                 "on_progress": on_progress,
             },
             SettingsError,
@@ -148,6 +158,52 @@ class Finch(EngineAttributes):
             settings["name"] = loaded.name
         return cls(loaded.model, ready, **settings)
 
+    def open_store(
+        self,
+        path: str | Path | None = None,
+        *,
+        max_bytes: int | None = None,
+        precision: Precision = "bfloat16",
+        read_only: bool = False,
+        heads: Literal["auto"] | Sequence[tuple[int, int]] = "auto",
+    ) -> PassageStore:
+        """Opens a store of passages that this model reads once and searches for every question.
+
+        Args:
+            path: A folder, made if it is missing; None keeps all in memory.
+            max_bytes: The most bytes of head keys: the least recently used passages go; None for no limit.
+            precision: Of the keys; "int8" takes half the bytes.
+            read_only: Open a folder beside its one writer.
+            heads: Those that search: the model's own for passages read alone, found at its first use, or (layer, head)
+                pairs.
+
+        Raises:
+            SettingsError: If a setting cannot work.
+            StoreError: If the folder cannot be opened, has another writer, or is of another model or precision.
+        """
+        if precision not in get_args(Precision):
+            raise SettingsError(f"precision is {precision!r}: use {' or '.join(map(repr, get_args(Precision)))}")
+        if max_bytes is not None and (not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 1):
+            raise SettingsError(f"max_bytes is {max_bytes!r}: pass a number of bytes above 0, or None")
+        if isinstance(heads, str):
+            if heads != "auto":
+                raise SettingsError(f'heads is {heads!r}: a store needs "auto" or a list of (layer, head) pairs')
+            chosen = self.runtime.alone_heads(self.settings.on_progress)
+        else:
+            check_heads(heads, self.model.config, SettingsError)
+            chosen = heads_by_layer(heads)
+        prefix = self.prompts.build("x", [Passage("x")]).prefix  # Finch's own, so that keys hold for every call
+        return PassageStore(
+            AloneReader(self.model, prefix, chosen),
+            self.prompts,
+            model=self.fingerprint,
+            window=self.window,
+            path=path,
+            max_bytes=max_bytes,
+            precision=precision,
+            read_only=read_only,
+        )
+
     def ask(self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]) -> Answer:
         """Answers a question from passages.
 
@@ -176,8 +232,8 @@ class Finch(EngineAttributes):
             passages: See `ask`.
             options: See `ask`.
         """
-        request = resolve(self.runtime, question, as_passages(passages), self.settings.updated(options))
-        return AnswerStream(self.runtime, request)
+        chosen, settings = with_store(self.runtime, question, as_passages(passages), self.settings.updated(options))
+        return AnswerStream(self.runtime, resolve(self.runtime, question, chosen, settings))
 
     def chat(
         self, messages: str | Iterable[Message], passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]
@@ -294,7 +350,7 @@ class Finch(EngineAttributes):
         return await self.astream(question, passages, **options).read()
 
     def compress(
-        self, question: str, passages: Iterable[str | Passage], **options: Unpack[ReadingOptions]
+        self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[ReadingOptions]
     ) -> CompressedCache:
         """Reads passages under a question and returns the small cache, to be asked or saved.
 
@@ -303,8 +359,8 @@ class Finch(EngineAttributes):
             passages: See `ask`.
             options: What differs from the engine's settings for this call.
         """
-        settings = self.settings.updated(options)
-        return self.runtime.read(resolve(self.runtime, question, as_passages(passages), settings)).fork(0)
+        chosen, settings = with_store(self.runtime, question, as_passages(passages), self.settings.updated(options))
+        return self.runtime.read(resolve(self.runtime, question, chosen, settings)).fork(0)
 
     def ask_cached(
         self, cache: CompressedCache, question: str | None = None, **options: Unpack[SamplingOptions]
@@ -325,7 +381,7 @@ class Finch(EngineAttributes):
         return AnswerStream(self.runtime, request, cache).read()
 
     def rank(
-        self, question: str, passages: Iterable[str | Passage], **options: Unpack[ReadingOptions]
+        self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[ReadingOptions]
     ) -> list[Citation]:
         """All passages by the attention that the question pays to them: attention as a reranker.
 
@@ -337,6 +393,6 @@ class Finch(EngineAttributes):
         Returns:
             One citation a passage, by falling share; ``index`` is its place in ``passages``.
         """
-        settings = self.settings.updated(options)
-        request = resolve(self.runtime, question, as_passages(passages), settings, ranks_only=True)
+        chosen, settings = with_store(self.runtime, question, as_passages(passages), self.settings.updated(options))
+        request = resolve(self.runtime, question, chosen, settings, ranks_only=True)
         return citations(self.runtime.read(request))

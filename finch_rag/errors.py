@@ -46,6 +46,10 @@ class DeviceMemoryError(FinchError):
     """The device ran out of memory during a forward pass."""
 
 
+class StoreError(FinchError):
+    """A passage store cannot be opened, read or written."""
+
+
 class CorpusError(FinchError):
     """A corpus is missing, empty or not readable."""
 

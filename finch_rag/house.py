@@ -23,6 +23,7 @@ ROOMS = {
     "heads": "which attention heads find passages",
     "decode": "sampling, JSON by a schema, text deltas, CUDA graphs, fused kernels",
     "answer": "answer, citations, figures",
+    "store": "passages that are read once and asked for ever",
     "request": "one call, resolved",
     "settings": "an engine's settings, a call's options",
     "runtime": "executes requests on a model",

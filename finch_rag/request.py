@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .decode.sampling import Sampling
 from .prefill.planning import PrefillPlan
 from .prompts.builder import Prompt
 from .prompts.parsing import APART
 from .prompts.passages import Passage
+from .store.store import PassageStore
 
-Progress = Callable[[str, int, int], None]  # stage ("heads" or "prefill"), done, total
+Progress = Callable[[str, int, int], None]  # stage ("heads", "store" or "prefill"), done, total
 
 
 class Cancelled(Exception):  # noqa: N818 - not an error: it ends a reading whose answer nobody wants any more
@@ -39,6 +41,21 @@ class Cancellation:
             raise Cancelled
 
 
+class Searched(NamedTuple):
+    """The search of a whole store, which found a request's passages.
+
+    Attributes:
+        tokens: Of all passages of the store.
+        seconds: That it took.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+NOT_SEARCHED = Searched()
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One call, resolved.
@@ -55,6 +72,9 @@ class Request:
         parse_mode: How passages and question were told apart, for the report.
         notes: What else the report says.
         older_turns: How many of the passages, the last, are older turns of the conversation.
+        store: Has read the passages, or reads them now, and ranks them; None scans them.
+        shortlist_tokens: The most tokens of the best passages that are then scanned; None for about 4,096, 0 for none.
+        searched: The search of the whole store that found the passages, if there was one.
     """
 
     question: str
@@ -67,6 +87,9 @@ class Request:
     parse_mode: str = APART
     notes: tuple[str, ...] = ()
     older_turns: int = 0
+    store: PassageStore | None = None
+    shortlist_tokens: int | None = None
+    searched: Searched = NOT_SEARCHED
 
     @property
     def answer_prompt(self) -> list[int]:

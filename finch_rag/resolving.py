@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,13 +10,39 @@ from .decode.sampling import Sampling
 from .errors import InputError, WindowError
 from .fitting import build_fitting, fixed_tokens, own_settings
 from .models.cache import CompressedCache
-from .prefill.planning import FixedTokens, PrefillPlan, check_fixed, fit
+from .prefill.planning import FixedTokens, PrefillPlan, check_fixed, default_budget, fit
+from .prefill.shortlists import shortlist_tokens
 from .prompts.builder import Prompt
 from .prompts.parsing import APART, ParsedPrompt
 from .prompts.passages import Passage
-from .request import Cancellation, Request
+from .request import Cancellation, Request, Searched
 from .runtime import Runtime
 from .settings import Settings
+
+
+def with_store(
+    runtime: Runtime, question: str, passages: list[Passage], settings: Settings
+) -> tuple[list[Passage], Settings]:
+    """The passages of a call; where it has none, the best ones of its store.
+
+    Args:
+        runtime: The model.
+        question: The question.
+        passages: Checked passages.
+        settings: Of the call.
+
+    Raises:
+        InputError: If the store is asked and has no passages.
+    """
+    if settings.store is None or passages:
+        return passages, settings
+    started = time.perf_counter()
+    budget = settings.reading.budget or default_budget(runtime.window)
+    most = max(settings.shortlist_tokens or 0, shortlist_tokens(budget))
+    found, searched = settings.store.shortlist(question, most)
+    if not found:
+        raise InputError("the store has no passages: add some, or pass them")
+    return found, replace(settings, searched=Searched(searched, time.perf_counter() - started))
 
 
 def resolve(
@@ -117,6 +144,8 @@ def resolve_prompt(
     lengths = [len(passage) for passage in prompt.passages]
     _check_length(sum(lengths[: len(lengths) - older_turns]), reading.max_context_tokens)
     runtime.constraint(sampling)  # raises if an answer cannot be held to it
+    if settings.store is not None and reading.selection != "passage":
+        raise InputError('a store ranks whole passages: use selection="passage", or store=None for this call')
     whole = reading.selection == "passage"
     fixed = fixed_tokens(prompt, replace(settings, sampling=sampling))
     if not any(lengths):  # nothing is compressed, so that nothing has to stay free
@@ -150,6 +179,9 @@ def resolve_prompt(
         parse_mode=parse_mode,
         notes=settings.notes,
         older_turns=older_turns,
+        store=None if older_turns else settings.store,
+        shortlist_tokens=settings.shortlist_tokens,
+        searched=settings.searched,
     )
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,7 @@ from .decode.generation import Decoder, Writer, end_tokens
 from .decode.sampling import Sampling
 from .errors import InputError, ModelError, NumericsError
 from .heads.pairs import Heads
-from .heads.stored import resolve_heads
+from .heads.stored import resolve_alone_heads, resolve_heads
 from .models import compiling
 from .models.attention import use_finch_attention
 from .models.cache import CompressedCache
@@ -30,9 +30,11 @@ from .models.inspection import input_embedding, window_of
 from .models.rope import KeyRotation
 from .prefill.loop import prefill
 from .prefill.planning import PrefillPlan, RetrievalHeads, chunk_within, default_chunk_size
-from .prefill.scan import Prefilled
+from .prefill.scan import Prefilled, Steps
+from .prefill.shortlists import prefill_best, prefill_shortlists, shortlist_tokens
 from .prompts.builder import PromptBuilder
 from .request import Cancellation, Progress, Request
+from .store.store import PassageStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +85,7 @@ class Runtime:
         if compile_layers:
             compiling.compile_layers(model)
         self._found_heads: tuple[RetrievalHeads | None] | None = None
+        self._found_alone_heads: RetrievalHeads | None = None
         self._finding_heads = threading.Lock()
 
     @cached_property
@@ -132,6 +135,19 @@ class Runtime:
                 self._finding_heads.release()
         return self._found_heads[0]
 
+    def alone_heads(self, on_progress: Progress = lambda stage, done, total: None) -> RetrievalHeads:
+        """The heads that rank passages that were read alone, by layer. Found on the first call if need be.
+
+        Args:
+            on_progress: Told of the stage "heads", and of the examples done and in all.
+        """
+        with self._finding_heads:
+            if self._found_alone_heads is None:
+                self._found_alone_heads = resolve_alone_heads(
+                    self.model, self.tokenizer, self.name, lambda done, total: on_progress("heads", done, total)
+                )
+            return self._found_alone_heads
+
     def plan(self, request: Request) -> PrefillPlan:
         """How a request's passages are read; finds the model's retrieval heads if need be.
 
@@ -155,12 +171,52 @@ class Runtime:
             DeviceMemoryError: If the device runs out of memory.
         """
         request.cancellation.check()
+        if request.store is not None and request.passages and request.plan is not None:
+            return self._read_known(request, request.store, request.plan)
         plan = self.plan(request)
         start = time.perf_counter()
         prefilled = prefill(self.model, request.prompt, plan, self.rotation, request.on_step("prefill"))
         return self.remember(request, plan, prefilled, time.perf_counter() - start)
 
-    def remember(self, request: Request, plan: PrefillPlan, prefilled: Prefilled, seconds: float) -> CompressedCache:
+    def _read_known(self, request: Request, store: PassageStore, plan: PrefillPlan) -> CompressedCache:
+        """Reads what a store ranks best; it reads the passages that it does not know."""
+        start = time.perf_counter()
+        added = store.add_encoded(request.passages, request.prompt.passages, request.on_step("store"))
+        searching = time.perf_counter()
+        attention = store.attention_to(request.question, added.hashes)
+        searched = time.perf_counter()
+        prefilled = self._read_ranked(request, plan, attention)
+        return self.remember(
+            request,
+            prefilled[1],
+            prefilled[0],
+            time.perf_counter() - start + request.searched.seconds,
+            known_tokens=added.known_tokens,
+            stored_tokens=added.read_tokens,
+            store_seconds=searching - start,
+            searched_tokens=request.searched.tokens,
+            search_seconds=searched - searching + request.searched.seconds,
+        )
+
+    def _read_ranked(
+        self, request: Request, plan: PrefillPlan, attention: torch.Tensor
+    ) -> tuple[Prefilled, PrefillPlan]:
+        """What is read of passages that are ranked, and how: a shortlist by the loop, or the best at once."""
+        steps = Steps(0, plan.chunk_size, 0)
+        if plan.ranks_only:
+            return Prefilled(CompressedCache(0, 0), attention, steps), plan
+        shortlist = shortlist_tokens(plan.budget) if request.shortlist_tokens is None else request.shortlist_tokens
+        if shortlist <= plan.budget:
+            return prefill_best(self.model, request.prompt, attention, plan, steps), plan
+        plan = self.plan(request)
+        found = prefill_shortlists(
+            self.model, [request.prompt], attention[None], steps, plan, self.rotation, tokens=shortlist
+        )
+        return found[0], plan
+
+    def remember(
+        self, request: Request, plan: PrefillPlan, prefilled: Prefilled, seconds: float, **figures: Any
+    ) -> CompressedCache:
         """The cache of what was read, with the record of it.
 
         Args:
@@ -168,6 +224,7 @@ class Runtime:
             plan: How it was read.
             prefilled: What was read.
             seconds: That it took.
+            figures: What else `ReadingFigures` has.
 
         Raises:
             NumericsError: If the model computed NaN.
@@ -194,6 +251,7 @@ class Runtime:
                 chunks=prefilled.steps.chunks,
                 scanned_layers=prefilled.steps.layers,
                 prefill_seconds=seconds,
+                **figures,
             ),
             older_turns=request.older_turns,
         )

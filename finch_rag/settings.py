@@ -28,7 +28,8 @@ from .prefill.planning import ChunkSize, ReadingSettings
 from .prefill.selection import SELECTIONS, Selection
 from .prompts.builder import PromptSettings
 from .prompts.chat_template import Render
-from .request import Progress
+from .request import NOT_SEARCHED, Progress, Searched
+from .store.store import PassageStore
 
 Part = TypeVar("Part", PromptSettings, ReadingSettings, Sampling)
 
@@ -47,6 +48,8 @@ class EngineSettings(TypedDict, total=False):
     system_prompt: str | None
     compile_layers: bool
     strict: bool
+    store: PassageStore | None
+    shortlist_tokens: int | None
     on_progress: Progress | None
 
 
@@ -80,6 +83,8 @@ class ReadingOptions(TypedDict, total=False):
         max_context_tokens: Refuse passages that have more tokens than this.
         strict: See `Finch`.
         notes: Said in the report, beside Finch's own.
+        store: See `Finch`.
+        shortlist_tokens: See `Finch`.
         on_progress: See `Finch`.
     """
 
@@ -94,6 +99,8 @@ class ReadingOptions(TypedDict, total=False):
     max_context_tokens: int | None
     strict: bool
     notes: Sequence[str]
+    store: PassageStore | None
+    shortlist_tokens: int | None
     on_progress: Progress | None
 
 
@@ -143,6 +150,12 @@ def _json_schema(name: str, value: Any) -> str:
     return written
 
 
+def _store(name: str, value: Any) -> PassageStore:
+    if not isinstance(value, PassageStore):
+        raise Refused(f"{name} is {type(value).__name__}: pass what finch.open_store(...) returns, or None")
+    return value
+
+
 def _history(name: str, value: Any) -> Any:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
         raise Refused(f"{name} is {type(value).__name__}: pass a list of messages, or leave it out")
@@ -161,6 +174,8 @@ RULES: Mapping[str, Rule] = {
     "render": or_none(function),
     "strict": truth,
     "notes": list_of(text, "texts"),
+    "store": or_none(_store),
+    "shortlist_tokens": or_none(whole_number(least=0, unit=" tokens", cure=", which reads the best at once")),
     "max_new_tokens": whole_number(),
     "temperature": number(
         lambda value: value == 0 or value >= _LEAST_TEMPERATURE,
@@ -201,6 +216,9 @@ class Settings:
         on_progress: Told of a stage, and of its steps done and in all.
         strict: Raise where a prompt would have to be guessed at.
         notes: Said in the report.
+        store: See `finch_rag.request.Request`.
+        shortlist_tokens: See `finch_rag.request.Request`.
+        searched: See `finch_rag.request.Request`.
     """
 
     reading: ReadingSettings = field(default_factory=ReadingSettings)
@@ -209,6 +227,9 @@ class Settings:
     on_progress: Progress = lambda stage, done, total: None
     strict: bool = False
     notes: tuple[str, ...] = ()
+    store: PassageStore | None = None
+    shortlist_tokens: int | None = None
+    searched: Searched = NOT_SEARCHED
 
     def updated(self, options: Mapping[str, object], error: type[FinchError] = InputError) -> Settings:
         """The same with options in place of what they name.
@@ -233,4 +254,6 @@ class Settings:
             on_progress=values.get("on_progress") or self.on_progress,
             strict=values.get("strict", self.strict),
             notes=values.get("notes", self.notes),
+            store=values.get("store", self.store),
+            shortlist_tokens=values.get("shortlist_tokens", self.shortlist_tokens),
         )

@@ -10,7 +10,6 @@ import pytest
 from finch_rag.answer import Answer
 from finch_rag.engine import Finch
 from finch_rag.errors import InputError, WindowError
-from finch_rag.prefill import shared
 from finch_rag.prompts.passages import Passage
 
 from .small import small_finch, texts
@@ -68,7 +67,7 @@ def test_a_short_shared_list_gives_what_one_by_one_gives(finch: Finch) -> None:
 
 
 def test_a_long_shared_list_is_read_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "_SHORTLIST_TOKENS", 120)
+    monkeypatch.setattr("finch_rag.prefill.shortlists._SHORTLIST_TOKENS", 120)
     finch = small_finch(reread=True, budget=80, chunk_size=200)
     passages = [Passage(text, id=f"p{n}", title=f"T{n}") for n, text in enumerate(texts(60))]
     document = finch.ask(QUESTIONS[0], passages).report.context_tokens
@@ -87,7 +86,7 @@ def test_a_long_shared_list_is_read_once_for_all(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_history_that_is_cut_differently_for_each_question_is_read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "_SHORTLIST_TOKENS", 120)
+    monkeypatch.setattr("finch_rag.prefill.shortlists._SHORTLIST_TOKENS", 120)
     finch = small_finch()
     turns = [{"role": "user", "content": "where is the old harbour?"}, {"role": "assistant", "content": "by the sea"}]
     questions = ["Who was it?", "Who was it, " + "and when and why and how " * 6 + "?"]
@@ -190,7 +189,7 @@ def test_a_cancelled_task_ends_many_answers(lists: Any) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_report_shows_the_budget_that_was_used(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finch_rag.prefill.shared._SHORTLIST_TOKENS", 120)
+    monkeypatch.setattr("finch_rag.prefill.shortlists._SHORTLIST_TOKENS", 120)
     finch = small_finch(budget=None, chunk_size=None, max_new_tokens=4)
     questions = ["When?", f"When {'was it ' * 60}?"]  # the longer one leaves less room
     alone = [finch.ask(question, texts(60)).report.budget for question in questions]

@@ -37,7 +37,7 @@ def counting(call: Callable[..., Any], calls: list[int], count: Callable[[], int
 
 
 def test_both_ways_are_timed_over_a_shared_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "_SHORTLIST_TOKENS", 200)
+    monkeypatch.setattr("finch_rag.prefill.shortlists._SHORTLIST_TOKENS", 200)
     found = measured("--shape tiny --tokens 1400 --questions 3 --budget 60 --new-tokens 4 --repeats 2")
     assert found["shared"]
     assert list(found["ways"]) == ["one by one", "ask_many"]
@@ -62,7 +62,7 @@ def test_a_mistake_in_the_arguments_is_told() -> None:
 
 
 def test_more_questions_than_a_group_are_measured_as_they_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "_SHORTLIST_TOKENS", 200)
+    monkeypatch.setattr("finch_rag.prefill.shortlists._SHORTLIST_TOKENS", 200)
     scans: list[int] = []
     groups: list[int] = []
     scan, decode = shared.scan_shared, generation.decode_many

@@ -31,7 +31,10 @@ def test_the_public_names_are_these() -> None:
         "ModelError",
         "NumericsError",
         "Passage",
+        "PassageStore",
         "SettingsError",
+        "StoreError",
+        "StoreInfo",
         "WindowError",
         "find_heads",
     ]

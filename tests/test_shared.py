@@ -8,14 +8,14 @@ import torch
 
 from finch_rag.models.attention import use_finch_attention
 from finch_rag.models.rope import KeyRotation
-from finch_rag.prefill import shared as module
 from finch_rag.prefill.batched import prefill_batched
 from finch_rag.prefill.chunking import plan_chunks
 from finch_rag.prefill.loop import prefill
 from finch_rag.prefill.planning import PrefillPlan
 from finch_rag.prefill.scan import Prefilled
 from finch_rag.prefill.selection import SELECTIONS, Selection
-from finch_rag.prefill.shared import prefill_shortlists, scan_shared, shares_scan
+from finch_rag.prefill.shared import scan_shared, shares_scan
+from finch_rag.prefill.shortlists import prefill_shortlists
 from finch_rag.prompts.builder import Prompt
 
 from .small import ARCHITECTURES, small_model, small_prompt, texts
@@ -139,7 +139,7 @@ def plain_attention(setup: Setup, prompt: Prompt, chunk_size: int, heads: dict[i
 
 
 def test_a_shared_list_is_read_once_and_each_question_reads_its_shortlist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SHORTLIST_TOKENS", 150)
+    monkeypatch.setattr("finch_rag.prefill.shortlists._SHORTLIST_TOKENS", 150)
     setup = Setup()
     prompts = [small_prompt(texts(40), question) for question in QUESTIONS]
     plan = PrefillPlan(60, 120, "passage", HEADS, True)
@@ -179,7 +179,7 @@ def test_a_shared_list_is_read_once_and_each_question_reads_its_shortlist(monkey
 
 
 def test_a_passage_larger_than_a_shortlist_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SHORTLIST_TOKENS", 10)
+    monkeypatch.setattr("finch_rag.prefill.shortlists._SHORTLIST_TOKENS", 10)
     setup = Setup()
     prompts = [small_prompt([" ".join(texts(6, seed=n)) for n in range(8)], question) for question in QUESTIONS]
     read = prefill_shared(setup, prompts, PrefillPlan(5, 100, "passage", HEADS, True))
@@ -187,7 +187,7 @@ def test_a_passage_larger_than_a_shortlist_is_one(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_shared_reading_goes_on_in_halves_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SHORTLIST_TOKENS", 150)
+    monkeypatch.setattr("finch_rag.prefill.shortlists._SHORTLIST_TOKENS", 150)
     prompts = [small_prompt(texts(60), question) for question in QUESTIONS]
     starved, roomy = Setup(), Setup()
     most = 120 + sum(len(p.question) for p in prompts) + len(prompts[0].prefix)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import InputError
 from ..models.fingerprint import fingerprint
 from ..paths import cache_folder, write_atomically
 from ..prefill.planning import RetrievalHeads
+from .alone import find_alone_heads
 from .pairs import Heads, check_heads, heads_by_layer, layers_to_search
 from .search import EXAMPLES, HEADS, HeadScore, find_heads
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FORMAT = 1
+
+Use = Literal["loop", "alone"]
+_KEYS: Mapping[Use, str] = {"loop": "heads", "alone": "alone_heads"}  # in the file
 
 _log = logging.getLogger(__name__)
 
@@ -47,37 +51,71 @@ def resolve_heads(
     if heads == "all":
         return None
     if isinstance(heads, str):
-        pairs = load_heads(model)
-        if pairs is None:
-            _log.warning(
-                "finding the retrieval heads of %s on %d examples; this happens once, the result is kept in %s",
-                name,
-                EXAMPLES,
-                _user_file(fingerprint(model)),
-            )
-            to_search = layers_to_search(model.config) * model.config.num_attention_heads
-            found = find_heads(model, tokenizer, min(HEADS, to_search), on_progress=on_progress)
-            try:
-                save_heads(model, name, found)
-            except OSError as error:
-                _log.warning("the heads of %s cannot be stored (%s); they will be found again next time", name, error)
-            pairs = [(score.layer, score.head) for score in found]
-        return heads_by_layer(pairs)
+        return _known_or_found("loop", model, tokenizer, name, on_progress)
     return heads_by_layer(heads)
 
 
-def load_heads(model: PreTrainedModel) -> list[tuple[int, int]] | None:
+def resolve_alone_heads(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> RetrievalHeads:
+    """The heads to rank passages with that were read alone; looked up, or found at the first use of a model.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        name: What to call the model in messages.
+        on_progress: Called while heads are found.
+
+    Returns:
+        Heads by layer.
+    """
+    return _known_or_found("alone", model, tokenizer, name, on_progress)
+
+
+def _known_or_found(
+    use: Use,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    on_progress: Callable[[int, int], None],
+) -> RetrievalHeads:
+    pairs = load_heads(model, use)
+    if pairs is None:
+        what = "the retrieval heads" if use == "loop" else "the retrieval heads for passages read alone"
+        _log.warning(
+            "finding %s of %s on %d examples; this happens once, the result is kept in %s",
+            what,
+            name,
+            EXAMPLES,
+            _user_file(fingerprint(model)),
+        )
+        to_search = layers_to_search(model.config) * model.config.num_attention_heads
+        find = find_heads if use == "loop" else find_alone_heads
+        found = find(model, tokenizer, min(HEADS, to_search), on_progress=on_progress)
+        try:
+            save_heads(model, name, found, use)
+        except OSError as error:
+            _log.warning("the heads of %s cannot be stored (%s); they will be found again next time", name, error)
+        pairs = [(score.layer, score.head) for score in found]
+    return heads_by_layer(pairs)
+
+
+def load_heads(model: PreTrainedModel, use: Use = "loop") -> list[tuple[int, int]] | None:
     """The heads stored for a model by the user or shipped with the package, None if there are none.
 
     Args:
         model: The model.
+        use: What they are for: the loop, or passages read alone.
     """
     name = f"{fingerprint(model)}.json"
     for file in (cache_folder("heads") / name, resources.files(__package__) / "shipped" / name):
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            if stored["format"] == _FORMAT:
-                pairs = [(int(layer), int(head)) for layer, head, _ in stored["heads"]]
+            if stored["format"] == _FORMAT and _KEYS[use] in stored:
+                pairs = [(int(layer), int(head)) for layer, head, _ in stored[_KEYS[use]]]
                 check_heads(pairs, model.config)
                 return pairs
         except (FileNotFoundError, NotADirectoryError):
@@ -87,21 +125,33 @@ def load_heads(model: PreTrainedModel) -> list[tuple[int, int]] | None:
     return None
 
 
-def save_heads(model: PreTrainedModel, name: str, heads: Sequence[HeadScore]) -> Path:
-    """Stores a model's heads in the user's cache.
+def save_heads(model: PreTrainedModel, name: str, heads: Sequence[HeadScore], use: Use = "loop") -> Path:
+    """Stores a model's heads in the user's cache, beside those for the other use.
 
     Args:
         model: The model.
         name: Written into the file for people who read it.
         heads: By falling score.
+        use: What they are for: the loop, or passages read alone.
 
     Returns:
         The file.
     """
     file = _user_file(fingerprint(model))
-    content = {"format": _FORMAT, "model": name, "heads": [[h.layer, h.head, round(h.score, 5)] for h in heads]}
+    content: dict[str, Any] = {"format": _FORMAT, "model": name}
+    for other in _KEYS.values():
+        content |= _stored_part(file, other)
+    content[_KEYS[use]] = [[h.layer, h.head, round(h.score, 5)] for h in heads]
     write_atomically(file, json.dumps(content, indent=1) + "\n")
     return file
+
+
+def _stored_part(file: Path, key: str) -> dict[str, Any]:
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return {key: stored[key]} if stored["format"] == _FORMAT else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _user_file(model_fingerprint: str) -> Path:

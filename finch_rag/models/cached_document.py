@@ -22,6 +22,11 @@ class ReadingFigures:
         chunks: Steps of the scan.
         scanned_layers: Layers that the scan ran.
         prefill_seconds: Seconds spent reading passages.
+        known_tokens: Tokens of passages that a store had read before.
+        stored_tokens: Tokens of passages that the store read for this call.
+        store_seconds: Seconds that the store took to read them.
+        searched_tokens: Tokens of the whole store, where it was asked; else 0.
+        search_seconds: Seconds that the search among head keys took.
     """
 
     model: str = ""
@@ -34,6 +39,11 @@ class ReadingFigures:
     chunks: int = 0
     scanned_layers: int = 0
     prefill_seconds: float = 0.0
+    known_tokens: int = 0
+    stored_tokens: int = 0
+    store_seconds: float = 0.0
+    searched_tokens: int = 0
+    search_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

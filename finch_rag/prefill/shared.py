@@ -9,8 +9,7 @@ them out. Each question then reads the shortlist that is left as if it were the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,31 +17,17 @@ import torch
 from ..models.cache import CompressedCache
 from ..models.forward import forward_varlen, on_device
 from ..models.inspection import input_embedding
-from ..models.rope import KeyRotation
 from ..models.varlen import VarlenSequence
 from ..prompts.builder import Prompt
-from .batched import prefill_batched
 from .chunking import plan_chunks
 from .loop import StepProgress, no_progress, read_in_chunks
 from .planning import PrefillPlan
-from .scan import Prefilled, Steps, document_of
+from .scan import Steps, document_of
 from .scoring import QuestionObserver, StopAt, passage_sums
+from .shortlists import shortlist_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# A shortlist's tokens, or twice the budget where that is more. With 4,096 it holds the right passage for .98 of the
-# questions of NQ-open and .99 of squad_en (see docs/benchmarks.md).
-_SHORTLIST_TOKENS = 4096
-
-
-def shortlist_tokens(budget: int) -> int:
-    """Tokens of the passages that a question reads of a shared list.
-
-    Args:
-        budget: Document tokens kept.
-    """
-    return max(_SHORTLIST_TOKENS, 2 * budget)
 
 
 def shares_scan(plan: PrefillPlan, lengths: Sequence[int], questions: int) -> bool:
@@ -153,54 +138,3 @@ def _groups(prompts: Sequence[Prompt], tokens: int) -> Iterator[list[int]]:
         group.append(number)
         filled += len(prompt.question)
     yield group
-
-
-@torch.inference_mode()
-def prefill_shortlists(
-    model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    attention: torch.Tensor,
-    steps: Steps,
-    plan: PrefillPlan,
-    rotation: KeyRotation,
-) -> list[Prefilled]:
-    """Reads for each of several questions the passages that a shared scan ranks best.
-
-    Args:
-        model: A model that runs Finch's attention.
-        prompts: One a question, with the same prefix and passages.
-        attention: The questions' rows of `SharedScan.attention`, shape [questions, passages].
-        steps: Of the shared scan.
-        plan: That of the shared scan.
-        rotation: How the model rotates keys.
-
-    Returns:
-        What was read, for each question; ``steps`` are those of the shared scan.
-
-    Raises:
-        DeviceMemoryError: If the device has no memory for the smallest step.
-    """
-    passages = prompts[0].passages
-    shortlists = [_shortlist(paid, passages, shortlist_tokens(plan.budget)) for paid in attention]
-    shorter = [
-        replace(prompt, passages=[passages[i] for i in shortlist])
-        for prompt, shortlist in zip(prompts, shortlists, strict=True)
-    ]
-    starts = [0, *accumulate(map(len, passages))]
-    plans = [replace(plan, chunk_size=steps.chunk_size)] * len(prompts)  # less where memory ran out
-    prefilled = []
-    for paid, shortlist, found in zip(
-        attention, shortlists, prefill_batched(model, shorter, plans, rotation), strict=True
-    ):
-        positions = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in shortlist])
-        found.cache.kept = positions[found.cache.kept]
-        paid = paid.index_copy(0, torch.tensor(shortlist), found.attention)
-        prefilled.append(Prefilled(found.cache, paid, steps))
-    return prefilled
-
-
-def _shortlist(attention: torch.Tensor, passages: Sequence[Sequence[int]], tokens: int) -> list[int]:
-    """The best passages that fit into so many tokens, at least one, in document order."""
-    order = attention.argsort(descending=True, stable=True).tolist()
-    ends = accumulate(len(passages[i]) for i in order)
-    return sorted(order[: max(1, sum(end <= tokens for end in ends))])

@@ -1,0 +1,105 @@
+"""Retrieval heads for passages that are read alone (see `finch_rag.prefill.alone`).
+
+They are others than those of the loop, and lie lower: no passage has seen another, and all begin at the same position,
+so a head finds the right one by what it says alone. The more wrong passages compete, the better heads are told apart:
+the passages of all examples are pooled to one corpus, and each question looks at all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import InputError
+from ..models.attention import use_finch_attention
+from ..prefill.alone import AloneReader, KeyBlock, attention_by_head
+from ..prompts.builder import PromptBuilder
+from ..prompts.passages import Passage
+from .examples import HeadExample, make_examples
+from .pairs import layers_to_search
+from .search import EXAMPLES, HEADS, PASSAGES, HeadScore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_TOKENS_PER_PASS = 4096
+
+
+def find_alone_heads(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = HEADS,
+    examples: int | Sequence[HeadExample] = EXAMPLES,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[HeadScore]:
+    """The ``n`` heads that find the passage that answers when each passage was read alone.
+
+    A head's score on an example is its attention on the right passage less its mean on a passage, as a part of its
+    attention on all passages: what a head pays to other tokens says nothing of how well it tells passages apart.
+
+    Args:
+        model: A model with rotary positions. It is switched to Finch's attention, which computes the same as SDPA.
+        tokenizer: Its tokenizer.
+        n: Heads to return, at least 1, of those in the lower two thirds of the layers.
+        examples: Examples to average over: one's own, or how many to make.
+        on_progress: Called with the examples done and in all.
+
+    Returns:
+        Heads by falling score.
+
+    Raises:
+        InputError: If ``n`` is not between 1 and the number of heads in those layers, or there is no example.
+    """
+    layers, per_layer = layers_to_search(model.config), int(model.config.num_attention_heads)
+    if not 1 <= n <= layers * per_layer:
+        raise InputError(
+            f"n is {n}: the model has {layers * per_layer} heads in the lower two thirds of its layers, ask for 1 to "
+            f"{layers * per_layer}"
+        )
+    use_finch_attention(model)
+    builder = PromptBuilder(tokenizer)
+    chosen = make_examples(examples, PASSAGES) if isinstance(examples, int) else list(examples)
+    if not chosen:
+        raise InputError("there are no examples: pass at least one")
+    pooled = [Passage(text) for example in chosen for text in example.passages]
+    prompt = builder.build("x", pooled)
+    reader = AloneReader(model, prompt.prefix, {layer: range(per_layer) for layer in range(layers)})
+    blocks = [
+        KeyBlock(torch.cat(reader.encode(batch), dim=1), None, [len(tokens) for tokens in batch])
+        for batch in batches(prompt.passages, _TOKENS_PER_PASS)
+    ]
+    longest = max(map(len, prompt.passages))
+    scores = torch.zeros(len(reader.groups), reader.per_group)
+    first = 0
+    for number, example in enumerate(chosen, 1):
+        asked = builder.build(example.question, pooled, encoded=prompt.passages)
+        own = len(range(*asked.own_tokens.indices(len(asked.question))))
+        look = reader.look(asked.question, asked.own_tokens, longest)
+        attention = attention_by_head(look, blocks, own)  # [groups, heads of a group, passages]
+        right = attention[..., first + example.gold]
+        scores += (right - attention.mean(-1)) / attention.sum(-1).clamp_min(1e-6) / len(chosen)
+        first += len(example.passages)
+        on_progress(number, len(chosen))
+    best = scores.flatten().topk(n)  # groups are in the order of layers and KV heads, so this is the order of heads
+    return [
+        HeadScore(index // per_layer, index % per_layer, value)
+        for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def batches(passages: Sequence[Sequence[int]], tokens: int) -> Iterator[Sequence[Sequence[int]]]:
+    """Passages in groups of about so many tokens, at least one passage each.
+
+    Args:
+        passages: Token ids of each.
+        tokens: The most tokens of a group of several.
+    """
+    start = filled = 0
+    for number, passage in enumerate(passages):
+        if number > start and filled + len(passage) > tokens:
+            yield passages[start:number]
+            start, filled = number, 0
+        filled += len(passage)
+    yield passages[start:]

@@ -1,0 +1,303 @@
+"""Passages that are read alone: what a question pays to each, from the keys of a few heads that were kept of it.
+
+Each passage is read by itself behind a prefix that is always the same, so its keys depend on nothing else and hold for
+every question. Of them only the *head keys* are kept, those that the retrieval heads look at. A question is then read
+alone behind the same prefix, and its attention over all passages is one product with their head keys, under one softmax
+over prefix, passages and question.
+
+All passages begin at the same position, behind the prefix; the question stands behind the longest of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..models.cache import CompressedCache
+from ..models.forward import forward, forward_varlen, on_device
+from ..models.inspection import input_embedding
+from ..models.varlen import Extend, VarlenSequence
+from .planning import RetrievalHeads
+from .scoring import StopAt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a question looks for.
+
+    Attributes:
+        queries: Rotated queries of the question's own tokens, for each (layer, KV head) the heads that share it; a row
+            for each head and token, zeros where a KV head has fewer heads. Shape [groups, rows, head_dim].
+        present: Which rows are queries, shape [groups, rows].
+        elsewhere: Log of what a row's attention outside of all passages sums to, before it is normalised, shape
+            [groups, rows], float32.
+        scaling: Factor on the products.
+    """
+
+    queries: torch.Tensor
+    present: torch.Tensor
+    elsewhere: torch.Tensor
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class KeyBlock:
+    """Head keys of some passages.
+
+    Attributes:
+        keys: Shape [groups, tokens, head_dim]; int8 where they are quantised.
+        scales: What int8 keys are multiplied by, shape [groups, tokens]; None for other dtypes.
+        lengths: Tokens of each passage, in their order, each at least 1.
+    """
+
+    keys: torch.Tensor
+    scales: torch.Tensor | None
+    lengths: Sequence[int]
+
+
+class AloneReader:
+    """Reads passages and questions alone, each behind the same prefix.
+
+    Args:
+        model: A model that runs Finch's attention.
+        prefix: Token ids.
+        heads: Retrieval heads by layer.
+
+    Attributes:
+        groups: The (layer, KV head) pairs whose keys are kept, in their order.
+    """
+
+    def __init__(self, model: PreTrainedModel, prefix: Sequence[int], heads: RetrievalHeads) -> None:
+        self.model, self.prefix, self.heads = model, list(prefix), heads
+        self.per_group = int(model.config.num_attention_heads) // _kv_heads(model)
+        by_group: dict[tuple[int, int], list[int]] = {}
+        for layer in sorted(heads):
+            for head in sorted(heads[layer]):
+                by_group.setdefault((layer, head // self.per_group), []).append(head)
+        self._heads_of = by_group
+        self.groups = tuple(by_group)
+        self._last = max(heads)
+        self.device = input_embedding(model).device
+        config = model.config
+        self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    @cached_property
+    def _prefix_states(self) -> CompressedCache:
+        """Keys and values of the prefix, up to the last layer that is needed."""
+        cache = CompressedCache(self._last + 1, len(self.prefix))
+        with torch.inference_mode():
+            forward(self.model, on_device(self.prefix, self.device), cache, StopAt(self._last))
+        return cache
+
+    def _behind_prefix(self) -> Extend:
+        layers = self._prefix_states.layers if self.prefix else None
+
+        def extend(layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if layers is None:
+                return key, value
+            keys, values = layers[layer].in_use()
+            return torch.cat((keys, key), dim=2), torch.cat((values, value), dim=2)
+
+        return extend
+
+    @torch.inference_mode()
+    def encode(self, passages: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Head keys of passages, by one forward pass up to the last retrieval head.
+
+        Args:
+            passages: Token ids of each, at least one token.
+
+        Returns:
+            One tensor a passage, shape [groups, tokens, head_dim].
+
+        Raises:
+            DeviceMemoryError: If the device has no memory for all of them.
+        """
+        keys: list[dict[tuple[int, int], torch.Tensor]] = [{} for _ in passages]
+        behind = self._behind_prefix()
+        wanted: dict[int, list[int]] = {}
+        for layer, kv_head in self.groups:
+            wanted.setdefault(layer, []).append(kv_head)
+
+        def sequence(number: int, tokens: Sequence[int]) -> VarlenSequence:
+            def extend(layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                for kv_head in wanted.get(layer, ()):
+                    keys[number][layer, kv_head] = key[0, kv_head].to(self.device, copy=True)
+                return behind(layer, key, value)
+
+            start = len(self.prefix)
+            positions = torch.arange(start, start + len(tokens), device=self.device)
+            return VarlenSequence(on_device(tokens, self.device), positions, extend, StopAt(self._last))
+
+        forward_varlen(self.model, [sequence(number, tokens) for number, tokens in enumerate(passages)])
+        return [torch.stack([found[group] for group in self.groups]) for found in keys]
+
+    @torch.inference_mode()
+    def look(self, question: Sequence[int], own_tokens: slice, longest_passage: int) -> Look:
+        """What a question looks for, by one forward pass up to the last retrieval head.
+
+        Args:
+            question: Token ids.
+            own_tokens: Which of them look; see `finch_rag.prompts.builder.Prompt`.
+            longest_passage: Tokens of the longest passage that it is to look at.
+        """
+        start = len(self.prefix) + longest_passage
+        positions = torch.arange(start, start + len(question), device=self.device)
+        observer = _LookObserver(self._heads_of, self.per_group, len(question), own_tokens, self._last)
+        sequence = VarlenSequence(on_device(question, self.device), positions, self._behind_prefix(), observer)
+        forward_varlen(self.model, [sequence])
+        return observer.result(self.device)
+
+
+class _LookObserver(StopAt):
+    """Takes the queries of the question's own tokens, and what they pay to prefix and question."""
+
+    def __init__(
+        self,
+        heads_of: dict[tuple[int, int], list[int]],
+        per_group: int,
+        question_tokens: int,
+        own_tokens: slice,
+        last: int,
+    ) -> None:
+        super().__init__(last)
+        self._heads_of, self._per_group = heads_of, per_group
+        self._own = range(*own_tokens.indices(question_tokens))
+        self._question_tokens = question_tokens
+        self._queries: dict[tuple[int, int], torch.Tensor] = {}
+        self._elsewhere: dict[tuple[int, int], torch.Tensor] = {}
+        self._scaling = 1.0
+
+    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        """See `finch_rag.models.attention.Observer`."""
+        self._scaling = scaling
+        own = slice(self._own.start, self._own.stop)
+        before = key.shape[2] - self._question_tokens
+        for group, heads in self._heads_of.items():
+            if group[0] != layer:
+                continue
+            queries = torch.stack([query[0, head, own] for head in heads])  # [heads, own, head_dim]
+            products = (queries @ key[0, group[1]].transpose(0, 1)).float() * scaling  # [heads, own, keys]
+            future = torch.ones(products.shape[1:], dtype=torch.bool, device=products.device)
+            future = future.triu_(before + self._own.start + 1)
+            self._elsewhere[group] = products.masked_fill(future, float("-inf")).logsumexp(-1).flatten()
+            self._queries[group] = queries.flatten(0, 1)
+        super().__call__(layer, query, key, scaling)
+
+    def result(self, device: torch.device) -> Look:
+        """What was taken, on a device."""
+        queries = [self._queries[group].to(device) for group in self._heads_of]
+        rows = max(len(each) for each in queries)
+        padded = torch.stack([torch.nn.functional.pad(each, (0, 0, 0, rows - len(each))) for each in queries])
+        elsewhere = torch.stack(
+            [
+                torch.nn.functional.pad(self._elsewhere[group].to(device), (0, rows - len(each)))
+                for group, each in zip(self._heads_of, queries, strict=True)
+            ]
+        )
+        counts = on_device([len(each) for each in queries], device)
+        present = torch.arange(rows, device=device)[None] < counts[:, None]
+        return Look(padded, present, elsewhere, self._scaling)
+
+
+@torch.inference_mode()
+def attention_on(look: Look, blocks: Iterable[KeyBlock]) -> torch.Tensor:
+    """What a question pays to each passage, summed over heads and its own tokens; exact, block by block.
+
+    Each block's products are normalised by their own greatest one; a running log-sum-exp joins the blocks. Of a block
+    only the sums of its passages stay, so memory is that of one block, and a number a row and passage.
+
+    Args:
+        look: What the question looks for.
+        blocks: Head keys, in the order of the passages.
+
+    Returns:
+        On the CPU, float32, shape [passages]; sums to less than the number of rows, as some attention goes elsewhere.
+    """
+    by_group = list(_rows_by_block(look, blocks))
+    if not by_group:
+        return torch.zeros(0)
+    total = look.elsewhere
+    for greatest, sums in by_group:
+        total = torch.logaddexp(total, greatest + sums.sum(-1).log())
+    found = [
+        torch.where(look.present, (greatest - total).exp(), 0)[..., None].mul(sums).sum((0, 1))
+        for greatest, sums in by_group
+    ]
+    return torch.cat(found).float().cpu()
+
+
+@torch.inference_mode()
+def attention_by_head(look: Look, blocks: Iterable[KeyBlock], own_tokens: int) -> torch.Tensor:
+    """Like `attention_on`, but for each head by itself, averaged over the question's own tokens.
+
+    Args:
+        look: What the question looks for.
+        blocks: See `attention_on`.
+        own_tokens: How many of the question's tokens look.
+
+    Returns:
+        On the CPU, float32, shape [groups, heads of a group, passages]; zeros for heads that are not there.
+    """
+    by_group = list(_rows_by_block(look, blocks))
+    total = look.elsewhere
+    for greatest, sums in by_group:
+        total = torch.logaddexp(total, greatest + sums.sum(-1).log())
+    rows = torch.cat(
+        [torch.where(look.present, (greatest - total).exp(), 0)[..., None].mul(sums) for greatest, sums in by_group],
+        dim=-1,
+    )
+    return rows.unflatten(1, (-1, own_tokens)).mean(2).float().cpu()
+
+
+def _rows_by_block(look: Look, blocks: Iterable[KeyBlock]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each block the greatest product of each row, and the sums of each passage relative to it."""
+    device = look.queries.device
+    for block in blocks:
+        keys = block.keys.to(device, non_blocking=True)
+        exact = device.type == "cpu" or not keys.is_floating_point()
+        queries = look.queries.float() if exact and device.type == "cpu" else look.queries
+        keys = keys.to(queries.dtype)
+        products = torch.bmm(queries, keys.transpose(1, 2)).float().mul_(look.scaling)  # [groups, rows, tokens]
+        if block.scales is not None:
+            products.mul_(block.scales.to(device).float()[:, None])
+        greatest = products.amax(-1)
+        products.sub_(greatest[..., None]).exp_()
+        yield greatest, _sums(products, block.lengths)
+
+
+def _sums(weights: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Sums over the tokens of each passage, shape [groups, rows, passages]."""
+    if weights.device.type == "cpu":
+        import numpy as np
+
+        starts = np.cumsum([0, *lengths[:-1]])
+        return torch.from_numpy(np.add.reduceat(weights.numpy(), starts, axis=-1))
+    numbers = torch.arange(len(lengths), device=weights.device)
+    passage_of = torch.repeat_interleave(numbers, on_device(lengths, weights.device), output_size=weights.shape[-1])
+    return weights.new_zeros(*weights.shape[:-1], len(lengths)).index_add_(-1, passage_of, weights)
+
+
+def quantised(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Head keys as int8, with a scale for each token.
+
+    Args:
+        keys: Shape [groups, tokens, head_dim].
+
+    Returns:
+        Int8 of the same shape, and float32 scales of shape [groups, tokens].
+    """
+    scales = keys.float().abs().amax(-1).clamp_min(1e-12) / 127
+    return (keys.float() / scales[..., None]).round().to(torch.int8), scales
+
+
+def _kv_heads(model: PreTrainedModel) -> int:
+    config = model.config
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)

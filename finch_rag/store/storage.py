@@ -1,0 +1,270 @@
+"""Where a store keeps what it has read: head keys in segments, and the index of them, changed together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from ..errors import StoreError
+from ..prefill.alone import KeyBlock
+from .index import Reading, Segment, StoreIndex
+from .segments import FileSegments, Keys, MemorySegments, Segments, joined
+
+SMALL_SEGMENT = 4096  # tokens: a smaller one is joined to the next that is written
+
+_DEVICE_SHARE = 0.25  # of a device's free memory that head keys of files may take there
+
+Blocks = Mapping[int, tuple[list[Reading], KeyBlock]]  # a segment's number -> what it has
+
+
+class Storage:
+    """Segments and index, in a folder or in memory. One process writes a folder, any number reads it.
+
+    A segment is written before the index names it, and dropped after the index has forgotten it. So a process that dies
+    leaves at most a file that nobody knows, which the next writer drops.
+
+    Args:
+        folder: Made if it is missing; None keeps all in memory.
+        about: What all head keys depend on, see `StoreIndex`.
+        writes: Whether it may be changed.
+
+    Attributes:
+        index: What is known.
+
+    Raises:
+        StoreError: If the folder cannot be opened, has another writer, or holds another kind of keys.
+    """
+
+    def __init__(self, folder: Path | None, about: Mapping[str, str], *, writes: bool) -> None:
+        self._folder, self.writes = folder, writes
+        self._writer: FileLock | None = None
+        self._blocks: Blocks | None = None
+        self._version = -1
+        self._used: set[str] = set()
+        self._segments: Segments
+        if folder is None:
+            self._segments = MemorySegments()
+            self.index = StoreIndex(None, about, writes=True)
+            return
+        self.index = self._open_folder(folder, about)
+        self._segments = FileSegments(folder)
+        if writes:
+            self._segments.keep_only(segment.number for segment in self.index.segments())
+
+    def _open_folder(self, folder: Path, about: Mapping[str, str]) -> StoreIndex:
+        file = folder / "index.sqlite3"
+        if not self.writes:
+            if not file.is_file():
+                raise StoreError(f"there is no store in {folder}: open it once without read_only")
+            return StoreIndex(file, about, writes=False)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = FileLock(folder / "writer.lock")
+            self._writer.acquire(timeout=0)
+        except Timeout as error:
+            raise StoreError(
+                f"another process or engine writes to the store in {folder}: close it there, or open it here with "
+                "read_only=True"
+            ) from error
+        except OSError as error:
+            raise StoreError(
+                f"the store in {folder} cannot be written: {error}; open it with read_only=True"
+            ) from error
+        try:
+            return StoreIndex(file, about, writes=True)
+        except BaseException:
+            self._writer.release()
+            raise
+
+    def write(self, hashes: Sequence[str], lengths: Sequence[int], keys: Keys) -> None:
+        """Keeps head keys as a segment, together with those of a small one before it.
+
+        Args:
+            hashes: Of the passages.
+            lengths: Tokens of each.
+            keys: Of all of them.
+
+        Raises:
+            StoreError: If they cannot be written; then nothing has changed.
+        """
+        segments = self.index.segments()
+        before = [segments[-1].number] if segments and segments[-1].tokens < SMALL_SEGMENT else []
+        moved = [reading for reading in self.index.readings() if reading.segment in before]
+        if moved:
+            old = self._segments.read(before[0])
+            parts = [old.part(reading.start, reading.start + reading.tokens) for reading in moved]
+            keys = joined([*(_on(part, keys.keys.device) for part in parts), keys])
+        self._keep([*(r.hash for r in moved), *hashes], [*(r.tokens for r in moved), *lengths], keys, before)
+
+    def _keep(self, hashes: Sequence[str], lengths: Sequence[int], keys: Keys, replaced: Sequence[int]) -> None:
+        number = self.index.next_segment()
+        checksum = self._segments.write(number, keys)
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        readings = [
+            Reading(key, number, start, length) for key, start, length in zip(hashes, starts, lengths, strict=False)
+        ]
+        self.index.add_segment(Segment(number, starts[-1], keys.nbytes, checksum), readings)
+        self._forget(replaced)
+        self._blocks = None
+
+    def _forget(self, numbers: Sequence[int]) -> None:
+        if numbers:
+            self.index.remove_segments(numbers)
+            for number in numbers:
+                self._segments.delete(number)
+
+    def evict(self, most_tokens: int, keep: set[str]) -> None:
+        """Removes the least recently used passages until the rest fits.
+
+        Args:
+            most_tokens: Tokens of all passages together.
+            keep: Hashes of passages that stay in any case.
+        """
+        self.touch()
+        over = sum(reading.tokens for reading in self.index.readings()) - most_tokens
+        gone: list[str] = []
+        for key, tokens in self.index.least_recently_used():
+            if over <= 0:
+                break
+            if key not in keep:
+                gone.append(key)
+                over -= tokens
+        if gone:
+            self.index.remove_readings(gone)
+            self.compact()
+
+    def compact(self) -> None:
+        """Writes segments anew of which less than half is left; drops those of which nothing is."""
+        left: dict[int, list[Reading]] = {}
+        for reading in self.index.readings():
+            left.setdefault(reading.segment, []).append(reading)
+        for segment in self.index.segments():
+            readings = left.get(segment.number, [])
+            tokens = sum(reading.tokens for reading in readings)
+            if not readings:
+                self._forget([segment.number])
+            elif 2 * tokens < segment.tokens:
+                old = self._segments.read(segment.number)
+                keys = joined([old.part(r.start, r.start + r.tokens) for r in readings])
+                keys = Keys(keys.keys.clone(), None if keys.scales is None else keys.scales.clone())
+                self._keep([r.hash for r in readings], [r.tokens for r in readings], keys, [segment.number])
+        self._blocks = None
+
+    def use(self, hashes: Iterable[str]) -> None:
+        """Takes note that readings are used; written down by `touch`.
+
+        Args:
+            hashes: Of the readings.
+        """
+        self._used.update(hashes)
+
+    def touch(self) -> None:
+        """Writes down what was used."""
+        if self._used and self.writes:
+            self.index.touch(self._used)
+            self._used = set()
+
+    def blocks(self, device: torch.device) -> Blocks:
+        """All head keys, segment by segment, as they are now; another process may have written.
+
+        Args:
+            device: Where they are looked at; as many as fit well are kept there.
+
+        Raises:
+            StoreError: If they cannot be read.
+        """
+        version = self.index.version()
+        if self._blocks is None or version != self._version:
+            for attempt in range(3):
+                try:
+                    self._blocks = self._read_blocks(device)
+                    break
+                except StoreError:  # a segment that the writer has replaced since
+                    if attempt == 2 or self.writes:
+                        raise
+            self._version = version
+        return self._blocks or {}
+
+    def _read_blocks(self, device: torch.device) -> Blocks:
+        by_segment: dict[int, list[Reading]] = {}
+        for reading in self.index.readings():
+            by_segment.setdefault(reading.segment, []).append(reading)
+        room = _room_on(device)
+        found = {}
+        for number, readings in by_segment.items():
+            keys = part_of(self._segments.read(number), readings)
+            if keys.keys.device != device and keys.nbytes <= room:
+                room -= keys.nbytes
+                keys = _on(keys, device)
+            found[number] = readings, KeyBlock(keys.keys, keys.scales, [reading.tokens for reading in readings])
+        return found
+
+    def verify(self, repair: bool = False) -> list[str]:
+        """Reads all head keys and compares them with their checksums.
+
+        Args:
+            repair: Remove passages whose keys are damaged, so that they are read again when they are added again.
+
+        Returns:
+            The ids of passages whose keys are damaged or missing; empty where all is well.
+        """
+        bad: set[int] = set()
+        for segment in self.index.segments():
+            try:
+                if self._segments.checksum(segment.number) != segment.checksum:
+                    bad.add(segment.number)
+            except StoreError:
+                bad.add(segment.number)
+        damaged = {reading.hash for reading in self.index.readings() if reading.segment in bad}
+        ids = [own for own, key in self.index.ids().items() if key in damaged]
+        if repair and bad:
+            self.check_writes()
+            self.index.remove_readings(damaged)
+            self._forget(sorted(bad))
+            self._blocks = None
+        return ids
+
+    def check_writes(self) -> None:
+        """Raises a StoreError if it is open to be read only."""
+        if not self.writes:
+            raise StoreError(f"the store in {self._folder} is open read-only: open it without read_only to change it")
+
+    def close(self) -> None:
+        """Writes down what was used, and lets go of the folder."""
+        with suppress(StoreError):
+            self.touch()
+        self._blocks = None
+        self.index.close()
+        if self._writer is not None:
+            self._writer.release()
+
+
+def part_of(keys: Keys, readings: Sequence[Reading]) -> Keys:
+    """Head keys of readings of one segment, without copying where they stand side by side.
+
+    Args:
+        keys: Of the segment.
+        readings: With their places there, ascending.
+    """
+    runs: list[list[int]] = []
+    for reading in readings:
+        if runs and runs[-1][1] == reading.start:
+            runs[-1][1] += reading.tokens
+        else:
+            runs.append([reading.start, reading.start + reading.tokens])
+    return joined(keys.part(start, stop) for start, stop in runs)
+
+
+def _on(keys: Keys, device: torch.device) -> Keys:
+    return Keys(keys.keys.to(device), None if keys.scales is None else keys.scales.to(device))
+
+
+def _room_on(device: torch.device) -> float:
+    """Bytes of head keys that may be kept on a device."""
+    return _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0.0

@@ -1,0 +1,453 @@
+"""`PassageStore`: each passage is read once; the model's own retrieval heads search all of them for every question."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from ..answer import Citation
+from ..errors import DeviceMemoryError, InputError, StoreError
+from ..prefill.alone import AloneReader, KeyBlock, Look, attention_on, quantised
+from ..prompts.builder import PromptBuilder
+from ..prompts.passages import Passage, as_passages
+from .fusion import fused
+from .index import Reading
+from .segments import Keys, joined
+from .storage import Blocks, Storage, part_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Precision = Literal["bfloat16", "int8"]
+StoreProgress = Callable[[int, int], None]  # tokens read, and in all
+
+_TOKENS_PER_PASS = {"cuda": 16384, "cpu": 1024}
+_SEGMENT_TOKENS = 16384  # what one commit of `add` holds, about; what a crash loses at most
+
+
+class Added(NamedTuple):
+    """What `PassageStore.add` did.
+
+    Attributes:
+        hashes: Of the passages' token ids, in their order; empty for passages without text.
+        known_tokens: Tokens of passages that had been read before.
+        read_tokens: Tokens of passages that were read now.
+    """
+
+    hashes: list[str]
+    known_tokens: int
+    read_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreInfo:
+    """What a store holds.
+
+    Attributes:
+        path: Its folder; None in memory.
+        passages: How many passages it has.
+        tokens: Tokens of all different passages.
+        nbytes: Bytes of their head keys.
+        bytes_per_token: Bytes of one token's head keys.
+        precision: "bfloat16" or "int8".
+        heads: The retrieval heads as (layer, head) pairs.
+        model: Fingerprint of the model.
+        max_bytes: The most bytes of head keys; None for no limit.
+    """
+
+    path: str | None
+    passages: int
+    tokens: int
+    nbytes: int
+    bytes_per_token: int
+    precision: str
+    heads: tuple[tuple[int, int], ...]
+    model: str
+    max_bytes: int | None
+
+
+class PassageStore:
+    """Passages that are read once and asked for ever. `Finch.open_store` makes one. Safe to share between threads.
+
+    Of each passage the keys of a few retrieval heads are kept, one or two KB a token. A question is read alone, and its
+    attention over all passages is one product with these keys. A passage's keys depend on its tokens alone: not on
+    instructions, system prompt, history or other passages.
+
+    Args:
+        reader: Reads passages and questions.
+        prompts: Makes token ids of them.
+        model: Fingerprint of the model.
+        window: Positions of the model.
+        path: A folder, made if it is missing; None keeps all in memory.
+        max_bytes: The most bytes of head keys: the least recently used passages go; None for no limit.
+        precision: Of the keys.
+        read_only: Open a folder beside its writer; nothing can be added.
+
+    Raises:
+        StoreError: If the folder cannot be opened, has another writer, or is of another model or precision.
+    """
+
+    def __init__(
+        self,
+        reader: AloneReader,
+        prompts: PromptBuilder,
+        *,
+        model: str,
+        window: int,
+        path: str | Path | None = None,
+        max_bytes: int | None = None,
+        precision: Precision = "bfloat16",
+        read_only: bool = False,
+    ) -> None:
+        self._reader, self._prompts, self._model, self._window = reader, prompts, model, window
+        self.path = None if path is None else Path(path).expanduser()
+        self.max_bytes, self.precision = max_bytes, precision
+        self._lock = threading.RLock()
+        prefix = hashlib.sha256(array("q", reader.prefix).tobytes()).hexdigest()[:16]
+        heads = " ".join(f"{layer}.{head}" for layer, head in self.heads)
+        about = {"model": model, "heads": heads, "prefix": prefix, "precision": precision}
+        self._storage = Storage(self.path, about, writes=not read_only)
+        self._index = self._storage.index
+
+    # What is in it
+
+    @property
+    def heads(self) -> tuple[tuple[int, int], ...]:
+        """The retrieval heads as (layer, head) pairs."""
+        return tuple((layer, head) for layer, heads in sorted(self._reader.heads.items()) for head in sorted(heads))
+
+    def __len__(self) -> int:
+        return self._index.count()
+
+    def __contains__(self, passage_id: object) -> bool:
+        return isinstance(passage_id, str) and passage_id in self._index.ids()
+
+    def info(self) -> StoreInfo:
+        """What it holds."""
+        tokens = sum(reading.tokens for reading in self._index.readings())
+        return StoreInfo(
+            path=None if self.path is None else str(self.path),
+            passages=len(self),
+            tokens=tokens,
+            nbytes=tokens * self.bytes_per_token,
+            bytes_per_token=self.bytes_per_token,
+            precision=self.precision,
+            heads=self.heads,
+            model=self._model,
+            max_bytes=self.max_bytes,
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's head keys."""
+        groups, head_dim = len(self._reader.groups), self._reader.head_dim
+        return groups * (head_dim + 4) if self.precision == "int8" else groups * head_dim * 2
+
+    # Adding and removing
+
+    def add(
+        self,
+        passages: Iterable[str | Passage],
+        on_progress: StoreProgress = lambda done, total: None,
+    ) -> Added:
+        """Reads passages that are not known yet; what was read before a crash or an error stays.
+
+        Args:
+            passages: Texts or `Passage` objects. One without text is skipped. An id that is known gets the new text;
+                one without id is known by its text.
+            on_progress: Called with the tokens read and in all, of those that are not known; may raise to stop.
+
+        Raises:
+            InputError: If a passage is no text, or longer than the model's window.
+            StoreError: If the store cannot be written.
+            DeviceMemoryError: If the device has no memory for a single passage.
+        """
+        checked = as_passages(passages)
+        encoded = self._encoded(checked)
+        return self.add_encoded(checked, encoded, on_progress)
+
+    def _encoded(self, passages: Sequence[Passage]) -> list[list[int]]:
+        texts = [f"{passage.titled_text}\n\n" if passage.text.strip() else "" for passage in passages]
+        return self._prompts.encode(texts)
+
+    def add_encoded(
+        self,
+        passages: Sequence[Passage],
+        encoded: Sequence[Sequence[int]],
+        on_progress: StoreProgress = lambda done, total: None,
+    ) -> Added:
+        """Like `add`, for passages whose token ids are known.
+
+        Args:
+            passages: Checked passages.
+            encoded: Token ids of each, as a prompt has them; none for one without text.
+            on_progress: See `add`.
+        """
+        self._check_lengths(passages, encoded)
+        hashes = [_hash(tokens) if tokens else "" for tokens in encoded]
+        with self._lock:
+            known = {reading.hash: reading for reading in self._index.readings()}
+            new = {key: tokens for key, tokens in zip(hashes, encoded, strict=True) if tokens and key not in known}
+            tokens = {key: len(ids) for key, ids in zip(hashes, encoded, strict=True) if ids}
+            if self.max_bytes is not None and sum(tokens.values()) * self.bytes_per_token > self.max_bytes:
+                raise InputError(
+                    f"the passages need {sum(tokens.values()) * self.bytes_per_token:,} bytes of head keys, more than "
+                    f"max_bytes={self.max_bytes:,}: raise it, or pass fewer passages"
+                )
+            named = [(passage, key) for passage, key in zip(passages, hashes, strict=True) if key]
+            if self._storage.writes:
+                self._read(new, named, on_progress)
+            elif new:
+                raise StoreError(
+                    f"the store in {self.path} is open read-only, and {len(new)} passages are not known to it"
+                )
+            self._storage.use(tokens)
+        total, read = sum(tokens.values()), sum(map(len, new.values()))
+        return Added(hashes, total - read, read)
+
+    def _check_lengths(self, passages: Sequence[Passage], encoded: Sequence[Sequence[int]]) -> None:
+        room = self._window - 2 * len(self._reader.prefix)
+        for number, (passage, tokens) in enumerate(zip(passages, encoded, strict=True)):
+            if len(tokens) > room:
+                raise InputError(
+                    f"passage {passage.id or number} has {len(tokens)} tokens, and the model's window has room for "
+                    f"{room}: split it"
+                )
+
+    def _read(
+        self, new: Mapping[str, Sequence[int]], named: Sequence[tuple[Passage, str]], on_progress: StoreProgress
+    ) -> None:
+        """Reads new passages, segment by segment; each is named when its keys are there."""
+        done, total = 0, sum(map(len, new.values()))
+        for batch in _batches_of(list(new), new, _SEGMENT_TOKENS):
+            parts: list[Keys] = []
+            for part in _batches_of(batch, new, _TOKENS_PER_PASS.get(self._reader.device.type, 4096)):
+                parts += self._keys_of([new[key] for key in part])
+                done += sum(len(new[key]) for key in part)
+                on_progress(done, total)
+            self._storage.write(batch, [len(new[key]) for key in batch], joined(parts))
+            present = set(batch)
+            self._index.add_passages([(passage, key) for passage, key in named if key in present])
+        self._index.add_passages([(passage, key) for passage, key in named if key not in new])
+        self._index.drop_unnamed()
+        if self.max_bytes is not None:
+            self._storage.evict(self.max_bytes // self.bytes_per_token, {key for _, key in named})
+
+    def _keys_of(self, passages: Sequence[Sequence[int]]) -> list[Keys]:
+        """Head keys of passages, in halves from where the device's memory runs out."""
+        try:
+            read = self._reader.encode(passages)
+        except DeviceMemoryError:
+            if len(passages) == 1:
+                raise
+            middle = len(passages) // 2
+            return [*self._keys_of(passages[:middle]), *self._keys_of(passages[middle:])]
+        keys = torch.cat(read, 1)
+        if self.precision == "int8":
+            return [Keys(*quantised(keys))]
+        return [Keys(keys.to(torch.bfloat16), None)]
+
+    def remove(self, ids: Iterable[str]) -> None:
+        """Removes passages.
+
+        Args:
+            ids: Of the passages.
+
+        Raises:
+            InputError: If one of them is not there; then none is removed.
+            StoreError: If the store cannot be written.
+        """
+        wanted = [ids] if isinstance(ids, str) else list(ids)
+        with self._lock:
+            self._storage.check_writes()
+            known = self._index.ids()
+            if unknown := [own for own in wanted if own not in known]:
+                shown = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
+                raise InputError(
+                    f"{len(unknown)} of {len(wanted)} ids are not in the store: {shown}; nothing was removed"
+                )
+            self._index.remove_passages(wanted)
+            self._storage.compact()
+
+    def clear(self) -> None:
+        """Removes all passages."""
+        with self._lock:
+            self._storage.check_writes()
+            self._index.remove_passages(self._index.ids())
+            self._storage.compact()
+
+    # Searching
+
+    def search(
+        self, question: str, top_k: int = 10, fuse: Sequence[Sequence[str]] = (), fuse_k: int = 20
+    ) -> list[Citation]:
+        """The passages that the question pays most attention to, over the whole store.
+
+        Args:
+            question: The question.
+            top_k: The most passages to return.
+            fuse: Rankings by other retrievers, each the ids of its passages, the best first: reciprocal rank fusion
+                (Cormack et al., SIGIR 2009) with the store's own. Shares stay those of the attention.
+            fuse_k: The constant of the fusion.
+
+        Returns:
+            By falling share, or by the fused rank; ``index`` is the passage's place in the store.
+
+        Raises:
+            InputError: If the question is empty, or ``top_k`` is below 1.
+        """
+        if top_k < 1:
+            raise InputError(f"top_k is {top_k}: the least is 1")
+        readings, attention = self._look_at_all(question)
+        order = attention.argsort(descending=True, stable=True).tolist()
+        if fuse:
+            ids = self._index.ids()
+            places = {reading.hash: place for place, reading in enumerate(readings)}
+            rankings = [[places[ids[own]] for own in ranking if own in ids] for ranking in fuse]
+            order = fused([order, *rankings], fuse_k)
+        return self._citations(readings, attention, order[:top_k])
+
+    def shortlist(self, question: str, tokens: int) -> tuple[list[Passage], int]:
+        """The best passages that fit into so many tokens, at least one, the best first; and the tokens of all.
+
+        Args:
+            question: The question.
+            tokens: The most tokens.
+        """
+        readings, attention = self._look_at_all(question)
+        chosen: list[str] = []
+        filled = 0
+        for place in attention.argsort(descending=True, stable=True).tolist():
+            filled += readings[place].tokens
+            if filled > tokens and chosen:
+                break
+            chosen.append(readings[place].hash)
+        found = self._index.passages(chosen)
+        self._storage.use(chosen)
+        return [found[key][1] for key in chosen if key in found], sum(reading.tokens for reading in readings)
+
+    def attention_to(self, question: str, hashes: Sequence[str]) -> torch.Tensor:
+        """What a question pays to some passages, as if there were no others.
+
+        Args:
+            question: The question.
+            hashes: Of the passages, as `Added` has them; 0 for an empty one.
+
+        Returns:
+            On the CPU, float32, shape [hashes].
+
+        Raises:
+            StoreError: If one of them is not there any more.
+        """
+        wanted = {key for key in hashes if key}
+        by_hash: dict[str, float] = {}
+        with self._lock:
+            blocks = self._storage.blocks(self._reader.device)
+            chosen = list(_only(blocks, wanted))
+            readings = [reading for found, _ in chosen for reading in found]
+            if missing := wanted - {reading.hash for reading in readings}:
+                raise StoreError(f"{len(missing)} passages are not in the store any more: add them again")
+            attention = attention_on(self._look(question, readings), (block for _, block in chosen))
+            by_hash = dict(zip((reading.hash for reading in readings), attention.tolist(), strict=True))
+        return torch.tensor([by_hash[key] if key else 0.0 for key in hashes])
+
+    def _look_at_all(self, question: str) -> tuple[list[Reading], torch.Tensor]:
+        with self._lock:
+            blocks = self._storage.blocks(self._reader.device)
+            readings = [reading for found, _ in blocks.values() for reading in found]
+            if not readings:
+                return [], torch.zeros(0)
+            return readings, attention_on(self._look(question, readings), (block for _, block in blocks.values()))
+
+    def _look(self, question: str, readings: Sequence[Reading]) -> Look:
+        prompt = self._prompts.build(question, [Passage("x")])
+        longest = max(reading.tokens for reading in readings)
+        room = self._window - len(self._reader.prefix) - longest
+        if len(prompt.question) > room:
+            raise InputError(
+                f"the question has {len(prompt.question)} tokens, and behind the longest passage the model's window "
+                f"has room for {room}: shorten it, or split the passages"
+            )
+        return self._reader.look(prompt.question, prompt.own_tokens, longest)
+
+    def _citations(self, readings: Sequence[Reading], attention: torch.Tensor, places: Sequence[int]) -> list[Citation]:
+        found = self._index.passages(readings[place].hash for place in places)
+        numbers = {number: index for index, number in enumerate(sorted(self._index.numbers()))}
+        total = float(attention.sum()) or 1.0
+        cited = []
+        for place in places:
+            if (known := found.get(readings[place].hash)) is None:
+                continue
+            number, passage = known
+            share = float(attention[place]) / total
+            cited.append(Citation(passage.id, numbers[number], passage.title, share, 0, readings[place].tokens))
+        return cited
+
+    # Keeping it
+
+    def verify(self, repair: bool = False) -> list[str]:
+        """Reads all head keys and compares them with their checksums.
+
+        Args:
+            repair: Remove passages whose keys are damaged, so that they are read again when they are added again.
+
+        Returns:
+            The ids of passages whose keys are damaged or missing; empty where all is well.
+        """
+        with self._lock:
+            return self._storage.verify(repair)
+
+    def close(self) -> None:
+        """Writes down what was used, and lets go of the folder."""
+        with self._lock:
+            self._storage.close()
+
+    def __enter__(self) -> PassageStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _hash(tokens: Sequence[int]) -> str:
+    return hashlib.sha256(array("q", tokens).tobytes()).hexdigest()[:32]
+
+
+def _batches_of(keys: Sequence[str], tokens: Mapping[str, Sequence[int]], most: int) -> Iterator[list[str]]:
+    """Passages in groups of about so many tokens, at least one each."""
+    batch: list[str] = []
+    filled = 0
+    for key in keys:
+        if batch and filled + len(tokens[key]) > most:
+            yield batch
+            batch, filled = [], 0
+        batch.append(key)
+        filled += len(tokens[key])
+    if batch:
+        yield batch
+
+
+def _only(blocks: Blocks, wanted: set[str]) -> Iterator[tuple[list[Reading], KeyBlock]]:
+    """The parts of blocks that hold some readings."""
+    for readings, block in blocks.values():
+        chosen = [reading for reading in readings if reading.hash in wanted]
+        if len(chosen) == len(readings):
+            yield readings, block
+        elif chosen:
+            starts, start = {}, 0
+            for reading, length in zip(readings, block.lengths, strict=True):
+                starts[reading.hash] = start
+                start += length
+            here = [Reading(r.hash, r.segment, starts[r.hash], r.tokens) for r in chosen]
+            keys = part_of(Keys(block.keys, block.scales), here)
+            yield chosen, KeyBlock(keys.keys, keys.scales, [reading.tokens for reading in chosen])

@@ -1,0 +1,120 @@
+"""Passages read alone: their head keys, and what a question pays to them, against a plain forward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from finch_rag.models.attention import use_finch_attention
+from finch_rag.models.cache import CompressedCache
+from finch_rag.models.forward import forward
+from finch_rag.prefill.alone import AloneReader, KeyBlock, Look, attention_by_head, attention_on, quantised
+from finch_rag.prompts.builder import Prompt
+
+from .small import ARCHITECTURES, small_model, small_prompt, texts
+
+HEADS = {0: [1], 1: [0, 2, 3]}
+
+
+def ready(kind: str = "llama") -> tuple[Any, Prompt]:
+    model = small_model(kind, max_position_embeddings=4096)
+    use_finch_attention(model)
+    return model, small_prompt(texts(7), "who built the bridge?")
+
+
+def looked(model: Any, prompt: Prompt) -> tuple[AloneReader, list[torch.Tensor], Look]:
+    reader = AloneReader(model, prompt.prefix, HEADS)
+    keys = reader.encode(prompt.passages)
+    return reader, keys, reader.look(prompt.question, prompt.own_tokens, max(map(len, prompt.passages)))
+
+
+def by_hand(model: Any, prompt: Prompt) -> torch.Tensor:
+    """The same from keys and queries of plain passes: one softmax over prefix, all passages and the question."""
+    longest, seen = max(map(len, prompt.passages)), {}
+
+    def keys_of(tokens: list[int]) -> list[torch.Tensor]:
+        cache = CompressedCache(2, len(prompt.prefix) + len(tokens))
+        forward(model, torch.tensor([*prompt.prefix, *tokens]), cache)
+        return [layer.in_use()[0][0] for layer in cache.layers]
+
+    # The question behind the prefix and a gap: positions are given to the model itself.
+    start = len(prompt.prefix) + longest
+    ids = torch.tensor([[*prompt.prefix, *prompt.question]])
+    positions = torch.tensor([[*range(len(prompt.prefix)), *range(start, start + len(prompt.question))]])
+    model.base_model(
+        input_ids=ids,
+        position_ids=positions,
+        past_key_values=CompressedCache(2, ids.shape[1]),
+        use_cache=True,
+        finch_observer=lambda layer, query, key, scaling: seen.update({layer: (query[0], key[0], scaling)}),
+    )
+    alone = [keys_of(list(passage)) for passage in prompt.passages]
+    total = torch.zeros(len(prompt.passages))
+    own = range(*prompt.own_tokens.indices(len(prompt.question)))
+    for layer, heads in HEADS.items():
+        query, key, scaling = seen[layer]
+        for head in heads:
+            group = head // (query.shape[0] // key.shape[0])
+            for token in own:
+                at = len(prompt.prefix) + token
+                passages = [keys[layer][group, len(prompt.prefix) :] for keys in alone]
+                everything = torch.cat([*passages, key[group, : at + 1]])
+                weights = ((everything @ query[head, at]) * scaling).softmax(0)
+                for number, part in enumerate(weights.split([*(len(p) for p in passages), at + 1])[:-1]):
+                    total[number] += part.sum()
+    return total
+
+
+def blocks(keys: list[torch.Tensor], sizes: list[int]) -> list[KeyBlock]:
+    found, start = [], 0
+    for size in sizes:
+        part = keys[start : start + size]
+        found.append(KeyBlock(torch.cat(part, 1), None, [each.shape[1] for each in part]))
+        start += size
+    return found
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@torch.inference_mode()
+def test_a_question_pays_what_one_softmax_over_all_passages_says(kind: str) -> None:
+    model, prompt = ready(kind)
+    _, keys, look = looked(model, prompt)
+    expected = by_hand(model, prompt)
+    for sizes in ([7], [3, 1, 3], [1] * 7):
+        torch.testing.assert_close(attention_on(look, blocks(keys, sizes)), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_keys_depend_on_a_passage_alone() -> None:
+    model, prompt = ready()
+    reader, keys, _ = looked(model, prompt)
+    for passage, key in zip(prompt.passages, keys, strict=True):
+        torch.testing.assert_close(reader.encode([passage])[0], key, atol=1e-5, rtol=1e-4)
+    assert [key.shape for key in keys] == [(len(reader.groups), len(p), reader.head_dim) for p in prompt.passages]
+    assert reader.groups == ((0, 0), (1, 0), (1, 1))
+
+
+def test_heads_by_themselves_sum_to_the_whole() -> None:
+    model, prompt = ready()
+    _, keys, look = looked(model, prompt)
+    own = len(range(*prompt.own_tokens.indices(len(prompt.question))))
+    by_head = attention_by_head(look, blocks(keys, [2, 5]), own)
+    assert by_head.shape == (3, 2, 7)
+    torch.testing.assert_close(by_head.sum((0, 1)) * own, attention_on(look, blocks(keys, [7])))
+    assert not by_head[0, 1].any()  # the first group has one head
+
+
+def test_eight_bits_rank_alike_and_are_close() -> None:
+    model, prompt = ready()
+    _, keys, look = looked(model, prompt)
+    exact = attention_on(look, blocks(keys, [7]))
+    eighths = [KeyBlock(*quantised(block.keys), block.lengths) for block in blocks(keys, [4, 3])]
+    assert all(block.keys.dtype == torch.int8 for block in eighths)
+    torch.testing.assert_close(attention_on(look, eighths), exact, atol=0.01, rtol=0.05)
+
+
+def test_without_passages_there_is_no_attention() -> None:
+    model, prompt = ready()
+    _, _, look = looked(model, prompt)
+    assert attention_on(look, []).shape == (0,)
