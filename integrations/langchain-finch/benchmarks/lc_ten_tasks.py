@@ -95,6 +95,7 @@ class Task:
         asked: What must reach the model.
         texts: Texts that must be read, too.
         is_useful: Whether a result of that class holds what it is for.
+        lacking: What is said where it does not.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Task:
     asked: Sequence[str]
     texts: Sequence[str] = ()
     is_useful: Callable[[Any], bool] = bool
+    lacking: str = "an empty answer"
 
 
 def retrieved(llm: Any) -> Any:
@@ -171,6 +173,7 @@ def tasks() -> list[Task]:
             [QUESTION, STATEMENT, "CORRECT or INCORRECT"],
             TEXTS[:20],
             lambda result: result["score"] is not None,
+            "no verdict could be parsed",
         ),
         Task(
             "rerank: `LLMListwiseRerank`, 10 documents",
@@ -224,17 +227,19 @@ def outcome(task: Task, llm: Any, read: Read) -> dict[str, Any]:
     try:
         result = task.run(llm)
     except Exception as raised:  # whatever it is, it goes into the table
-        error = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
+        error = f"{type(raised).__name__}: {' '.join(str(raised).split()) or 'no message'}"[:SAID]
     return {
-        "verdict": f"error: {error[:SAID]} ..." if error else verdict(task, read, result),
+        "verdict": verdict(task, read, result, error),
         "cost": f"{calls.made} {'call' if calls.made == 1 else 'calls'}, {read.tokens():,} tokens",
         "processor seconds": round(time.process_time() - started, 1),
         "result": str(result)[-300:],
     }
 
 
-def verdict(task: Task, read: Read, result: Any) -> str:
-    """Works, or the caveats."""
+def verdict(task: Task, read: Read, result: Any, error: str) -> str:
+    """Works, or the caveats, or the error."""
+    if error and not read.passes:
+        return f"error before any call: {error}"
     text = read.text()
     unread = [passage for passage in task.texts if passage.strip()[:SHOWN] not in text]
     caveats = []
@@ -244,10 +249,12 @@ def verdict(task: Task, read: Read, result: Any) -> str:
         caveats.append(f"{len(unread)} of {len(task.texts)} texts never read")
     if lost := [words for words in task.asked if words not in text]:
         caveats.append(f"not read: {'; '.join(lost)}")
+    if error:
+        return f"{'; '.join(caveats) or 'all is read'}; then error: {error}"
     if not isinstance(result, task.promised):
         caveats.append(f"a {type(result).__name__} comes back")
     elif not task.is_useful(result):
-        caveats.append(f"an empty {type(result).__name__} comes back")
+        caveats.append(task.lacking)
     return f"works, but {'; '.join(caveats)}" if caveats else "works"
 
 

@@ -256,19 +256,21 @@ def outcome(task: Task, llm: LLM, read: Read) -> dict[str, Any]:
     try:
         result = task.run(llm)
     except Exception as raised:  # whatever it is, it goes into the table
-        error = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
+        error = f"{type(raised).__name__}: {' '.join(str(raised).split()) or 'no message'}"[:SAID]
     finally:
         dispatcher.event_handlers.remove(calls)
     return {
-        "verdict": f"error: {error[:SAID]} ..." if error else verdict(task, read, result),
+        "verdict": verdict(task, read, result, error),
         "cost": f"{calls.made} {'call' if calls.made == 1 else 'calls'}, {read.tokens():,} tokens",
         "processor seconds": round(time.process_time() - started, 1),
         "result": str(result)[:300],
     }
 
 
-def verdict(task: Task, read: Read, result: Any) -> str:
-    """Works, or the caveats."""
+def verdict(task: Task, read: Read, result: Any, error: str) -> str:
+    """Works, or the caveats, or the error."""
+    if error and not read.passes:
+        return f"error before any call: {error}"
     text = read.text()
     unread = [passage for passage in task.texts if passage.strip()[:SHOWN] not in text]
     caveats = []
@@ -278,6 +280,8 @@ def verdict(task: Task, read: Read, result: Any) -> str:
         caveats.append(f"{len(unread)} of {len(task.texts)} texts never read")
     if lost := [words for words in task.asked if words not in text]:
         caveats.append(f"not read: {'; '.join(lost)}")
+    if error:
+        return f"{'; '.join(caveats) or 'all is read'}; then error: {error}"
     if not isinstance(result, task.promised):
         caveats.append(f"{type(result).__name__}, not {task.promised.__name__}")
     elif not result or not str(result).strip():
