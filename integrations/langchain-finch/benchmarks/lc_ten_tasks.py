@@ -84,6 +84,19 @@ class Read:
         return "".join(self._tokenizer.batch_decode(self.passes))
 
 
+class CallsAndKept(Calls):
+    """Counts the calls of a model, and what Finch keeps."""
+
+    kept = context = 0
+
+    def on_llm_end(self, response: Any, **kwargs: Any) -> None:
+        """Of both kinds of models."""
+        metadata = getattr(getattr(response.generations[0][0], "message", None), "response_metadata", {})
+        if report := metadata.get("report"):
+            self.kept += report["kept_tokens"]
+            self.context += report["context_tokens"]
+
+
 @dataclass(frozen=True)
 class Task:
     """Something that a user does with an LLM.
@@ -96,6 +109,7 @@ class Task:
         texts: Texts that must be read, too.
         is_useful: Whether a result of that class holds what it is for.
         lacking: What is said where it does not.
+        needs_all: The answer needs all texts, so that leaving some out is a caveat.
     """
 
     name: str
@@ -105,6 +119,7 @@ class Task:
     texts: Sequence[str] = ()
     is_useful: Callable[[Any], bool] = bool
     lacking: str = "an empty answer"
+    needs_all: bool = False
 
 
 def retrieved(llm: Any) -> Any:
@@ -158,6 +173,7 @@ def tasks() -> list[Task]:
             ["Write a concise summary of the following"],
             TEXTS[:OVER_THE_WINDOW],
             lambda result: bool(result["output_text"].strip()),
+            needs_all=True,
         ),
         Task(
             "extract: `LLMChainExtractor`, 3 documents",
@@ -221,22 +237,23 @@ def tasks() -> list[Task]:
 def outcome(task: Task, llm: Any, read: Read) -> dict[str, Any]:
     """What came of a task."""
     read.passes.clear()
-    calls = Calls()
+    calls = CallsAndKept()
     llm.callbacks = [calls]
     started, error, result = time.process_time(), "", None
     try:
         result = task.run(llm)
     except Exception as raised:  # whatever it is, it goes into the table
         error = f"{type(raised).__name__}: {' '.join(str(raised).split()) or 'no message'}"[:SAID]
+    kept = f", {calls.kept:,} of {calls.context:,} kept" if calls.kept < calls.context else ""
     return {
-        "verdict": verdict(task, read, result, error),
-        "cost": f"{calls.made} {'call' if calls.made == 1 else 'calls'}, {read.tokens():,} tokens",
+        "verdict": verdict(task, read, calls, result, error),
+        "cost": f"{calls.made} {'call' if calls.made == 1 else 'calls'}, {read.tokens():,} tokens{kept}",
         "processor seconds": round(time.process_time() - started, 1),
         "result": str(result)[-300:],
     }
 
 
-def verdict(task: Task, read: Read, result: Any, error: str) -> str:
+def verdict(task: Task, read: Read, calls: CallsAndKept, result: Any, error: str) -> str:
     """Works, or the caveats, or the error."""
     if error and not read.passes:
         return f"error before any call: {error}"
@@ -249,6 +266,8 @@ def verdict(task: Task, read: Read, result: Any, error: str) -> str:
         caveats.append(f"{len(unread)} of {len(task.texts)} texts never read")
     if lost := [words for words in task.asked if words not in text]:
         caveats.append(f"not read: {'; '.join(lost)}")
+    if task.needs_all and calls.kept < calls.context:
+        caveats.append("answered from what was kept")
     if error:
         return f"{'; '.join(caveats) or 'all is read'}; then error: {error}"
     if not isinstance(result, task.promised):
@@ -262,7 +281,8 @@ def main() -> None:
     """Prints a line of JSON for each task and model, then the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="tasks whose name has this in it")
-    only = parser.parse_args().only
+    parser.add_argument("--model", default="", help="classes of models whose name has this in it")
+    only, kind = (chosen := parser.parse_args()).only, chosen.model
     tokenizer = AutoTokenizer.from_pretrained(str(embedded_folder()))
     flat = pipeline(return_full_text=False, max_new_tokens=NEW_TOKENS)
     finch = ChatFinch(model="embedded", dtype="float32", max_tokens=NEW_TOKENS)
@@ -270,7 +290,8 @@ def main() -> None:
     # Its own pipeline object on the same weights, so that a call is counted once.
     chat = ChatHuggingFace(llm=flat.model_copy(), tokenizer=tokenizer)
     read = Read(flat.pipeline.model, tokenizer)
-    llms: list[tuple[Any, Read]] = [(finch, Read(finch.engine.model, tokenizer)), (chat, read), (flat, read)]
+    every: list[tuple[Any, Read]] = [(finch, Read(finch.engine.model, tokenizer)), (chat, read), (flat, read)]
+    llms = [(llm, counter) for llm, counter in every if kind in type(llm).__name__]
     names = " | ".join(f"`{type(llm).__name__}`" for llm, _ in llms)
     table = [f"| | {names} |", f"|{'---|' * (len(llms) + 1)}"]
     for task in tasks():

@@ -56,7 +56,7 @@ WINDOW = 8192
 NEW_TOKENS = 64
 OVER_THE_WINDOW = 60  # passages of the corpus; about 10,000 tokens
 SHOWN = 28  # characters of a passage by which it is found in what a model read
-SAID = 150  # characters of an error in the table
+SAID = 110  # characters of an error in the table
 PASSAGES = read_corpus(example_corpus()).passages
 QUESTION = load_questions(example_corpus() / "questions.jsonl")[0].question
 STATEMENT = "Morag Tulloch was the first keeper of the Skerry Holm light."
@@ -96,17 +96,24 @@ class Read:
 
 
 class Calls(BaseEventHandler):
-    """Counts the calls of a model that LlamaIndex makes; a chat that makes a completion is one."""
+    """Counts the calls that LlamaIndex makes, and what Finch keeps; a chat that makes a completion is one call."""
 
     made: int = 0
     under_way: int = 0
+    kept: int = 0
+    context: int = 0
 
     def handle(self, event: Any, **_: Any) -> None:
         """Of chat and completion models."""
         if isinstance(event, LLMChatStartEvent | LLMCompletionStartEvent):
             self.made += self.under_way == 0
             self.under_way += 1
-        self.under_way -= isinstance(event, LLMChatEndEvent | LLMCompletionEndEvent)
+        if isinstance(event, LLMChatEndEvent | LLMCompletionEndEvent):
+            self.under_way -= 1
+            report = (getattr(event.response, "raw", None) or {}).get("report")
+            if report:
+                self.kept += report["kept_tokens"]
+                self.context += report["context_tokens"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,7 @@ class Task:
         promised: Class of what the framework hands back.
         asked: What must reach the model.
         texts: Texts that must be read, too.
+        needs_all: The answer needs all texts, so that leaving some out is a caveat.
     """
 
     name: str
@@ -126,6 +134,7 @@ class Task:
     promised: type
     asked: Sequence[str]
     texts: Sequence[str] = ()
+    needs_all: bool = False
 
 
 def index() -> VectorStoreIndex:
@@ -210,6 +219,7 @@ def tasks() -> list[Task]:
             Response,
             [summary],
             long,
+            needs_all=True,
         ),
         Task(
             "extract: title, keywords, summary and questions of a chunk of 1,024 tokens",
@@ -259,15 +269,16 @@ def outcome(task: Task, llm: LLM, read: Read) -> dict[str, Any]:
         error = f"{type(raised).__name__}: {' '.join(str(raised).split()) or 'no message'}"[:SAID]
     finally:
         dispatcher.event_handlers.remove(calls)
+    kept = f", {calls.kept:,} of {calls.context:,} kept" if calls.kept < calls.context else ""
     return {
-        "verdict": verdict(task, read, result, error),
-        "cost": f"{calls.made} {'call' if calls.made == 1 else 'calls'}, {read.tokens():,} tokens",
+        "verdict": verdict(task, read, calls, result, error),
+        "cost": f"{calls.made} {'call' if calls.made == 1 else 'calls'}, {read.tokens():,} tokens{kept}",
         "processor seconds": round(time.process_time() - started, 1),
         "result": str(result)[:300],
     }
 
 
-def verdict(task: Task, read: Read, result: Any, error: str) -> str:
+def verdict(task: Task, read: Read, calls: Calls, result: Any, error: str) -> str:
     """Works, or the caveats, or the error."""
     if error and not read.passes:
         return f"error before any call: {error}"
@@ -280,6 +291,8 @@ def verdict(task: Task, read: Read, result: Any, error: str) -> str:
         caveats.append(f"{len(unread)} of {len(task.texts)} texts never read")
     if lost := [words for words in task.asked if words not in text]:
         caveats.append(f"not read: {'; '.join(lost)}")
+    if task.needs_all and calls.kept < calls.context:
+        caveats.append("answered from what was kept")
     if error:
         return f"{'; '.join(caveats) or 'all is read'}; then error: {error}"
     if not isinstance(result, task.promised):
@@ -293,7 +306,8 @@ def main() -> None:
     """Prints a line of JSON for each task and model, then the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="tasks whose name has this in it")
-    only = parser.parse_args().only
+    parser.add_argument("--model", default="", help="classes of LLMs whose name has this in it")
+    only, kind = (chosen := parser.parse_args()).only, chosen.model
     folder = str(embedded_folder())
     tokenizer = AutoTokenizer.from_pretrained(folder)
     Settings.tokenizer = tokenizer.encode
@@ -308,8 +322,10 @@ def main() -> None:
     )
     finch = FinchLLM("embedded", max_new_tokens=NEW_TOKENS, model_kwargs={"dtype": "float32"})
     finch.engine.retrieval_heads()  # found once a model, and then stored
-    llms: list[tuple[LLM, Read]] = [(finch, Read(finch.engine.model, tokenizer)), (peer, Read(model, tokenizer))]
-    table = ["| | `FinchLLM` | `HuggingFaceLLM` |", "|---|---|---|"]
+    both: list[tuple[LLM, Read]] = [(finch, Read(finch.engine.model, tokenizer)), (peer, Read(model, tokenizer))]
+    llms = [(llm, read) for llm, read in both if kind in type(llm).__name__]
+    names = " | ".join(f"`{type(llm).__name__}`" for llm, _ in llms)
+    table = [f"| | {names} |", f"|{'---|' * (len(llms) + 1)}"]
     for task in tasks():
         if only not in task.name:
             continue
