@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from li_fixtures import prompts, requests
+from li_fixtures import prompts, read, requests, says
 
 from tests.conftest import caches, embedded, private_cache
 
-__all__ = ["caches", "embedded", "private_cache", "prompts", "requests"]
+__all__ = ["caches", "embedded", "private_cache", "prompts", "read", "requests", "says"]
