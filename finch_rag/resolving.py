@@ -10,7 +10,7 @@ from .decode.sampling import Sampling
 from .errors import InputError, WindowError
 from .fitting import build_fitting, fixed_tokens, own_settings
 from .models.cache import CompressedCache
-from .prefill.planning import FixedTokens, PrefillPlan, check_fixed, default_budget, fit
+from .prefill.planning import CUTOFF, FixedTokens, PrefillPlan, check_fixed, default_budget, fit
 from .prefill.shortlists import shortlist_tokens
 from .prompts.builder import Prompt
 from .prompts.parsing import APART, ParsedPrompt
@@ -104,6 +104,8 @@ def resolve_parsed(runtime: Runtime, parsed: ParsedPrompt, settings: Settings) -
     reading = settings.reading
     if parsed.keeps_all:
         reading = replace(reading, budget=sum(map(len, runtime.prompts.build("?", parsed.passages).passages)))
+    elif parsed.in_own_words and parsed.passages:  # a task over a text, not a question to one passage of it
+        reading = replace(reading, whole_text=True)
     notes = (*settings.notes, *parsed.notes)
     settings = replace(settings, reading=reading, prompt=own_settings(settings, parsed), notes=notes)
     return resolve(runtime, parsed.question, parsed.passages, settings, parse_mode=parsed.parse_mode)
@@ -151,10 +153,14 @@ def resolve_prompt(
     if not any(lengths):  # nothing is compressed, so that nothing has to stay free
         check_fixed(fixed, runtime.window, passages=0)
         fixed = FixedTokens(0, 0, 0, 0)
+    wanted = reading.budget
+    if wanted is None and reading.whole_text:
+        room = runtime.window - fixed.total
+        wanted = max(1, room - min(runtime.usual_chunk_size, room // 4))
     budget, chunk_size = fit(
         fixed,
         window=runtime.window,
-        budget=reading.budget,
+        budget=wanted,
         chunk_size=reading.chunk_tokens,
         usual_chunk_size=runtime.usual_chunk_size,
         longest_passage=max(lengths, default=0) if whole else 0,
@@ -167,6 +173,8 @@ def resolve_prompt(
         selection=reading.selection,
         reread=reread,
         ranks_only=ranks_only,
+        cutoff=0.0 if reading.whole_text else CUTOFF,
+        in_order=reading.whole_text,
     )
     return Request(
         question=question,

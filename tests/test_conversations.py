@@ -11,10 +11,8 @@ from finch_rag.prompts.chat_template import Message
 from finch_rag.prompts.parsing import parse_prompt
 from finch_rag.prompts.passages import Passage
 
-from .small import chat_tokenizer, small_model
+from .small import chat_tokenizer, small_model, texts
 from .test_parsing import BRIDGE, Words, system, user
-
-LONG = "who built it?"
 
 
 def said(text: str) -> Message:
@@ -93,3 +91,16 @@ def test_any_conversation_is_answered_as_the_model_itself_would(finch: Finch, me
     answer = finch.chat(messages)
     assert answer.text == expected.strip()
     assert answer.report.parse_mode == "whole"
+
+
+def test_a_task_over_a_text_that_does_not_fit_reads_as_much_of_it_as_fits_in_its_order() -> None:
+    finch = Finch(small_model(max_position_embeddings=2048), chat_tokenizer(), heads=[(0, 1)], max_new_tokens=4)
+    text = "\n\n".join(texts(120))
+    task = f'Write a concise summary of the following:\n\n\n"{text}"\n\n\nCONCISE SUMMARY:'
+    answer = finch.chat(task)
+    assert answer.report.context_tokens > 2048 > answer.report.kept_tokens > 1000
+    assert answer.report.passages_kept > 20
+    cache = finch.compress("who?", texts(120))
+    assert cache.kept_tokens <= 256  # a question is answered from few passages, as before
+    small = finch.chat(task, budget=100)
+    assert small.report.kept_tokens <= 100

@@ -19,18 +19,20 @@ from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage
 from .examples import HeadExample, make_examples
 from .pairs import layers_to_search
-from .search import EXAMPLES, HEADS, PASSAGES, HeadScore
+from .search import EXAMPLES, PASSAGES, HeadScore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# More than for the loop: with twelve, recall among 2,600 passages is .025 higher at 4 and 8 than with eight.
+ALONE_HEADS = 12
 _TOKENS_PER_PASS = 4096
 
 
 def find_alone_heads(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    n: int = HEADS,
+    n: int = ALONE_HEADS,
     examples: int | Sequence[HeadExample] = EXAMPLES,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[HeadScore]:

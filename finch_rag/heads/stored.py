@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..models.fingerprint import fingerprint
 from ..paths import cache_folder, write_atomically
 from ..prefill.planning import RetrievalHeads
-from .alone import find_alone_heads
+from .alone import ALONE_HEADS, find_alone_heads
 from .pairs import Heads, check_heads, heads_by_layer, layers_to_search
 from .search import EXAMPLES, HEADS, HeadScore, find_heads
 
@@ -93,8 +93,8 @@ def _known_or_found(
             _user_file(fingerprint(model)),
         )
         to_search = layers_to_search(model.config) * model.config.num_attention_heads
-        find = find_heads if use == "loop" else find_alone_heads
-        found = find(model, tokenizer, min(HEADS, to_search), on_progress=on_progress)
+        find, wanted = (find_heads, HEADS) if use == "loop" else (find_alone_heads, ALONE_HEADS)
+        found = find(model, tokenizer, min(wanted, to_search), on_progress=on_progress)
         try:
             save_heads(model, name, found, use)
         except OSError as error:

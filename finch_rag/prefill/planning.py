@@ -38,6 +38,8 @@ class ReadingSettings:
         selection: What is kept: whole passages, or tokens layer by layer.
         reread: Whether the best passages are prefilled again at the end, and answered from alone.
         max_context_tokens: Refuse passages that have more tokens than this; None for no limit.
+        whole_text: The passages are one text that matters as a whole, as for a summary: keep as much of it as fits into
+            the window, also what is far below the best passage, in its order.
     """
 
     budget: int | None = None
@@ -45,6 +47,7 @@ class ReadingSettings:
     selection: Selection = "passage"
     reread: bool = True
     max_context_tokens: int | None = None
+    whole_text: bool = False
 
     @property
     def chunk_tokens(self) -> int | None:
@@ -65,6 +68,7 @@ class PrefillPlan:
             that keep the same.
         ranks_only: Nothing is answered from the cache, so nothing is prefilled again.
         cutoff: Leave out of the re-prefill what got less than this part of the best passage's attention.
+        in_order: Passages of the re-prefill stay in their order; else the best one comes last.
     """
 
     budget: int
@@ -74,6 +78,7 @@ class PrefillPlan:
     reread: bool = False
     ranks_only: bool = False
     cutoff: float = CUTOFF
+    in_order: bool = False
 
     def chooses_only(self, passage_tokens: Sequence[int]) -> bool:
         """Whether the scan only chooses passages, so that nothing of its cache is answered from.

@@ -128,6 +128,7 @@ class Scan:
             return None
         kept, passage_of = self.cache.kept[0].cpu(), self.passage_of.cpu()
         chosen = select_to_re_prefill(kept, passage_of, self.attention, self.plan.budget, self.plan.cutoff)
+        chosen = chosen.sort().values if self.plan.in_order else chosen
         if not len(chosen):  # fragments make sense only with the keys and values of the scan
             return None
         tokens = torch.cat((self.prefix, self.document[chosen.to(self.device)]))

@@ -15,6 +15,14 @@ TASKS = tuple(
     Template(name, pattern, keeps_words=True)
     for name, pattern in (
         ("llama-index/title", "Context: {context}. Give a title that summarizes {words} Title:"),
+        (
+            "llama-index/title-of-titles",
+            "{context}. Based on the above candidate titles and content, {words} Title:",
+        ),
+        (
+            "llama-index/keywords-of-node",
+            "{context}. Give {words} unique keywords for this document. Format as comma separated. Keywords:",
+        ),
         ("llama-index/questions", "Here is the context:\n{context}\n\nGiven the contextual information, {words}"),
         ("llama-index/section-summary", "Here is the content of the section:\n{context}\n\nSummarize the key {words}"),
         (

@@ -172,10 +172,9 @@ def test_the_keyword_extractor_keeps_its_words_where_a_text_does_not_fit(
     says: Says, requests: list[ParsedPrompt], read: list[Prompt]
 ) -> None:
     says("bridges, lamps")
-    with pytest.warns(UserWarning, match="no known template"):
-        (extracted,) = KeywordExtractor(llm=finch_llm(max_new_tokens=32)).extract([TextNode(text=" ".join(TOO_LONG))])
+    (extracted,) = KeywordExtractor(llm=finch_llm(max_new_tokens=32)).extract([TextNode(text=" ".join(TOO_LONG))])
     assert extracted == {"excerpt_keywords": "bridges, lamps"}
-    assert requests[0].parse_mode == "kept ends"  # its template begins with the text
+    assert requests[0].parse_mode == "llama-index/keywords-of-node"
     words = "Give 5 unique keywords for this document. Format as comma separated. Keywords:"
     assert words in requests[0].question
     assert words in str(chat_tokenizer().decode(read[0].question))

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _MARK = "FinchCompletionGoesHere"
+_TEMPLATE_TOKENS = 128  # room for what a chat template adds
 
 
 class FinchLLM(PromptedLLM):
@@ -235,6 +236,15 @@ class FinchLLM(PromptedLLM):
         if self.instructions is not None or not self._is_given:
             return self.instructions
         return self.engine.instructions
+
+    def fits(self, prompt: str) -> bool:
+        """Whether a prompt fits into the model's window, with the system prompt and the answer.
+
+        Args:
+            prompt: As one text.
+        """
+        taken = self.engine.count_tokens(f"{self.system_prompt or ''}\n{prompt}") + self.metadata.num_output
+        return taken + _TEMPLATE_TOKENS <= self.engine.window
 
     @property
     def metadata(self) -> LLMMetadata:

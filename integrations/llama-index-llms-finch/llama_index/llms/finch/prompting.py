@@ -30,6 +30,14 @@ class PromptedLLM(CustomLLM):
     def own_instructions(self) -> str | None:
         """The instructions that the user gave; None for Finch's own."""
 
+    @abstractmethod
+    def fits(self, prompt: str) -> bool:
+        """Whether a prompt can be read whole.
+
+        Args:
+            prompt: As one text.
+        """
+
     def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
         messages = passages_messages(prompt, self, prompt_args, self.output_parser)
         return super()._get_messages(prompt, **prompt_args) if messages is None else self._extend_messages(messages)
@@ -191,6 +199,8 @@ def passages_messages(
     kind = kind_of(turns)
     if (kind == "task" and nodes is None) or (kind == "known" and not parsers):
         return None
+    if nodes is None and not isinstance(question, str) and llm.fits(prompt.format(llm=llm, **fields)):
+        return None  # a task over a text, which is best read as it is
     parsed = parse_marked(turns, question, llm.own_instructions, "" if nodes is not None else _joined(values[name]))
     if parsed is None:
         return None
