@@ -19,6 +19,7 @@ from ..errors import StoreError
 from ..prompts.passages import Passage
 
 _FORMAT = "finch-store-1"
+_MOST_VALUES = 500  # in a query; SQLite has a limit
 _WAITS = 30.0  # seconds for another process's transaction
 
 _TABLES = """
@@ -156,6 +157,20 @@ class StoreIndex:
         rows = self._rows("SELECT hash, segment, start, tokens FROM readings ORDER BY segment, start")
         return [Reading(*row) for row in rows]  # type: ignore[arg-type]  # as the tables say
 
+    def known(self, hashes: Iterable[str]) -> set[str]:
+        """Which of some readings are there.
+
+        Args:
+            hashes: Of the readings.
+        """
+        found: set[str] = set()
+        for some in _parts(list(dict.fromkeys(hashes)), _MOST_VALUES):
+            marks = ",".join("?" * len(some))
+            found.update(
+                str(known) for (known,) in self._rows(f"SELECT hash FROM readings WHERE hash IN ({marks})", some)
+            )
+        return found
+
     def segments(self) -> list[Segment]:
         """All segments, by number."""
         rows = self._rows("SELECT number, tokens, bytes, checksum FROM segments ORDER BY number")
@@ -168,7 +183,7 @@ class StoreIndex:
             hashes: Of the readings.
         """
         found: dict[str, tuple[int, Passage]] = {}
-        for some in _parts(list(dict.fromkeys(hashes)), 500):  # SQLite's limit on values in a query
+        for some in _parts(list(dict.fromkeys(hashes)), _MOST_VALUES):
             marks = ",".join("?" * len(some))
             rows = self._rows(
                 "SELECT hash, MIN(number), id, own_id, title, text, metadata FROM passages "
@@ -191,6 +206,20 @@ class StoreIndex:
     def count(self) -> int:
         """How many passages there are."""
         return int(str(self._rows("SELECT COUNT(*) FROM passages")[0][0]))
+
+    def has_passages(self, passages: Iterable[tuple[Passage, str]]) -> bool:
+        """Whether all passages are there as they are, so that nothing is to be written.
+
+        Args:
+            passages: With their hashes.
+        """
+        wanted = {p.id or known: (known, p.title, p.text, _as_json(p)) for p, known in passages}
+        for some in _parts(list(wanted), _MOST_VALUES):
+            marks = ",".join("?" * len(some))
+            rows = self._rows(f"SELECT id, hash, title, text, metadata FROM passages WHERE id IN ({marks})", some)
+            if len(rows) < len(some) or any(wanted[str(own)] != tuple(rest) for own, *rest in rows):
+                return False
+        return True
 
     def add_passages(self, passages: Iterable[tuple[Passage, str]]) -> None:
         """Names passages whose readings are there; one whose id is known takes its place.
@@ -262,15 +291,16 @@ class StoreIndex:
     def _drop_unnamed(self, connection: sqlite3.Connection) -> None:
         connection.execute("DELETE FROM readings WHERE hash NOT IN (SELECT hash FROM passages)")
 
-    def touch(self, hashes: Iterable[str]) -> None:
-        """Takes note that readings were used now.
+    def touch(self, used: Mapping[str, float]) -> None:
+        """Takes note of when readings were used.
 
         Args:
-            hashes: Of the readings.
+            used: Seconds since the epoch, by the readings' hashes.
         """
-        now = time.time()
         with self.transaction() as connection:
-            connection.executemany("UPDATE readings SET used = ? WHERE hash = ?", [(now, known) for known in hashes])
+            connection.executemany(
+                "UPDATE readings SET used = ? WHERE hash = ?", [(when, known) for known, when in used.items()]
+            )
 
     def least_recently_used(self) -> Iterator[tuple[str, int]]:
         """Hashes and tokens of all readings, the one that was not used for longest first."""

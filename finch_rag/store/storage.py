@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -44,7 +45,7 @@ class Storage:
         self._writer: FileLock | None = None
         self._blocks: Blocks | None = None
         self._version = -1
-        self._used: set[str] = set()
+        self._used: dict[str, float] = {}  # when
         self._segments: Segments
         if folder is None:
             self._segments = MemorySegments()
@@ -162,13 +163,13 @@ class Storage:
         Args:
             hashes: Of the readings.
         """
-        self._used.update(hashes)
+        self._used.update(dict.fromkeys(hashes, time.time()))
 
     def touch(self) -> None:
         """Writes down what was used."""
         if self._used and self.writes:
             self.index.touch(self._used)
-            self._used = set()
+            self._used = {}
 
     def blocks(self, device: torch.device) -> Blocks:
         """All head keys, segment by segment, as they are now; another process may have written.

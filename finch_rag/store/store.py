@@ -194,7 +194,7 @@ class PassageStore:
         self._check_lengths(passages, encoded)
         hashes = [_hash(tokens) if tokens else "" for tokens in encoded]
         with self._lock:
-            known = {reading.hash: reading for reading in self._index.readings()}
+            known = self._index.known(key for key in hashes if key)
             new = {key: tokens for key, tokens in zip(hashes, encoded, strict=True) if tokens and key not in known}
             tokens = {key: len(ids) for key, ids in zip(hashes, encoded, strict=True) if ids}
             if self.max_bytes is not None and sum(tokens.values()) * self.bytes_per_token > self.max_bytes:
@@ -204,7 +204,8 @@ class PassageStore:
                 )
             named = [(passage, key) for passage, key in zip(passages, hashes, strict=True) if key]
             if self._storage.writes:
-                self._read(new, named, on_progress)
+                if new or not self._index.has_passages(named):
+                    self._read(new, named, on_progress)
             elif new:
                 raise StoreError(
                     f"the store in {self.path} is open read-only, and {len(new)} passages are not known to it"
