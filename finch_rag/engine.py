@@ -65,7 +65,7 @@ class Finch(EngineAttributes):
         store: Asked in place of a scan, see `open_store`: passages of a call are read once for all calls; a call
             without passages asks all that the store has. None scans the passages of each call.
         shortlist_tokens: With a store, the most tokens of the passages that it ranks best, which the loop then scans;
-            None for about 4,096, 0 reads the best ones at once.
+            0 reads the best ones at once; None scans about 4,096, and none on a CPU.
         on_progress: Called with a stage ("heads", "store", "prefill") and the steps done and in all.
 
     Attributes:

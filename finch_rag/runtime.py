@@ -205,7 +205,10 @@ class Runtime:
         steps = Steps(0, plan.chunk_size, 0)
         if plan.ranks_only:
             return Prefilled(CompressedCache(0, 0), attention, steps), plan
-        shortlist = shortlist_tokens(plan.budget) if request.shortlist_tokens is None else request.shortlist_tokens
+        shortlist = request.shortlist_tokens
+        if shortlist is None:  # on a CPU the loop would take most of the time, see docs/benchmarks.md
+            on_cpu = input_embedding(self.model).device.type == "cpu"
+            shortlist = 0 if on_cpu else shortlist_tokens(plan.budget)
         if shortlist <= plan.budget:
             return prefill_best(self.model, request.prompt, attention, plan, steps), plan
         plan = self.plan(request)
