@@ -73,8 +73,8 @@ class Request:
         notes: What else the report says.
         older_turns: How many of the passages, the last, are older turns of the conversation.
         store: Has read the passages, or reads them now, and ranks them; None scans them.
-        shortlist_tokens: The most tokens of the best passages that are then scanned; 0 for none; None for about 4,096, and for
-            none on a CPU.
+        shortlist_tokens: The most tokens of the best passages that are then scanned; 0 for none; None for about 4,096,
+            and for none on a CPU.
         searched: The search of the whole store that found the passages, if there was one.
     """
 
