@@ -12,6 +12,7 @@ from finch_rag.errors import (
     ModelError,
     NumericsError,
     SettingsError,
+    StoreError,
     WindowError,
 )
 
@@ -23,6 +24,7 @@ ALL = (
     ModelError,
     NumericsError,
     SettingsError,
+    StoreError,
     WindowError,
 )
 

@@ -18,8 +18,7 @@ from ..prefill.alone import AloneReader, KeyBlock, attention_by_head
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage
 from .examples import HeadExample, make_examples
-from .pairs import layers_to_search
-from .search import EXAMPLES, PASSAGES, HeadScore
+from .search import EXAMPLES, PASSAGES, HeadScore, searched_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,12 +53,7 @@ def find_alone_heads(
     Raises:
         InputError: If ``n`` is not between 1 and the number of heads in those layers, or there is no example.
     """
-    layers, per_layer = layers_to_search(model.config), int(model.config.num_attention_heads)
-    if not 1 <= n <= layers * per_layer:
-        raise InputError(
-            f"n is {n}: the model has {layers * per_layer} heads in the lower two thirds of its layers, ask for 1 to "
-            f"{layers * per_layer}"
-        )
+    layers, per_layer = searched_heads(n, model.config)
     use_finch_attention(model)
     builder = PromptBuilder(tokenizer)
     chosen = make_examples(examples, PASSAGES) if isinstance(examples, int) else list(examples)

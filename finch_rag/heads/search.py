@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -76,12 +76,7 @@ def find_heads(
         WindowError: If the model's window has no room for one of one's own examples.
         ModelError: If it has none for an example that is made.
     """
-    layers, per_layer = layers_to_search(model.config), model.config.num_attention_heads
-    if not 1 <= n <= layers * per_layer:
-        raise InputError(
-            f"n is {n}: the model has {layers * per_layer} heads in the lower two thirds of its layers, ask for 1 to "
-            f"{layers * per_layer}"
-        )
+    layers, per_layer = searched_heads(n, model.config)
     use_finch_attention(model)
     builder = PromptBuilder(tokenizer)
     window = window_of(model.config)
@@ -99,6 +94,25 @@ def find_heads(
         HeadScore(index // per_layer, index % per_layer, value)
         for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
+
+
+def searched_heads(n: int, config: Any) -> tuple[int, int]:
+    """Layers that heads are looked for in, and heads of each.
+
+    Args:
+        n: Heads that are wanted.
+        config: The model's configuration.
+
+    Raises:
+        InputError: If there are not so many.
+    """
+    layers, per_layer = layers_to_search(config), int(config.num_attention_heads)
+    if not 1 <= n <= layers * per_layer:
+        raise InputError(
+            f"n is {n}: the model has {layers * per_layer} heads in the lower two thirds of its layers, ask for 1 to "
+            f"{layers * per_layer}"
+        )
+    return layers, per_layer
 
 
 def _examples_that_fit(builder: PromptBuilder, count: int, window: int) -> list[HeadExample]:
