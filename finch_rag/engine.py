@@ -185,6 +185,8 @@ class Finch(EngineAttributes):
             raise SettingsError(f"precision is {precision!r}: use {' or '.join(map(repr, get_args(Precision)))}")
         if max_bytes is not None and (not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 1):
             raise SettingsError(f"max_bytes is {max_bytes!r}: pass a number of bytes above 0, or None")
+        if path is not None and not isinstance(path, (str, Path)):
+            raise SettingsError(f"path is {type(path).__name__}: pass a folder, or None for a store in memory")
         if isinstance(heads, str):
             if heads != "auto":
                 raise SettingsError(f'heads is {heads!r}: a store needs "auto" or a list of (layer, head) pairs')

@@ -95,6 +95,17 @@ def test_passages_with_the_same_text_share_what_was_read(store: PassageStore) ->
     assert store.search(QUESTION)[0].passage_id is None
 
 
+def test_one_id_for_two_texts_is_refused_and_nothing_is_read(finch: Finch, store: PassageStore) -> None:
+    twice = [Passage("The bridge.", "a"), Passage("The museum.", "b"), Passage("The canal.", "a")]
+    for call in (lambda: store.add(twice), lambda: finch.ask(QUESTION, twice, store=store)):
+        with pytest.raises(InputError, match="passages 0 and 2 have the id 'a' and different texts") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert len(store) == 0
+    store.add([twice[0], twice[0]])
+    assert len(store) == 1
+
+
 def test_progress_is_told_and_may_stop_what_was_read_stays(
     store: PassageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +180,16 @@ def test_a_search_takes_rankings_by_ids(store: PassageStore) -> None:
     assert set(lifted) == set(plain)
 
 
-@pytest.mark.parametrize("call", [lambda s: s.search(" "), lambda s: s.search(QUESTION, 0)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda s: s.search(" "),
+        lambda s: s.search(QUESTION, 0),
+        lambda s: s.search(QUESTION, "x"),
+        lambda s: s.search(QUESTION, fuse=["p0", "p1"]),
+        lambda s: s.search(QUESTION, fuse=[["p0"]], fuse_k=0),
+    ],
+)
 def test_a_search_that_cannot_work_is_one_line(store: PassageStore, call: Any) -> None:
     store.add(named(2))
     with pytest.raises(InputError) as caught:
@@ -373,6 +393,7 @@ def test_another_models_store_is_refused(finch: Finch, tmp_path: Path) -> None:
     [
         ({"precision": "float8"}, "precision is 'float8'"),
         ({"max_bytes": 0}, "max_bytes is 0"),
+        ({"path": 5}, "path is int"),
         ({"max_bytes": "1G"}, "max_bytes is '1G'"),
         ({"heads": "all"}, "heads is 'all'"),
         ({"heads": [(9, 9)]}, "does not exist"),

@@ -193,6 +193,7 @@ class PassageStore:
         """
         self._check_lengths(passages, encoded)
         hashes = [_hash(tokens) if tokens else "" for tokens in encoded]
+        _check_ids(passages, hashes)
         with self._lock:
             known = self._index.known(key for key in hashes if key)
             new = {key: tokens for key, tokens in zip(hashes, encoded, strict=True) if tokens and key not in known}
@@ -305,8 +306,11 @@ class PassageStore:
         Raises:
             InputError: If the question is empty, or ``top_k`` is below 1.
         """
-        if top_k < 1:
-            raise InputError(f"top_k is {top_k}: the least is 1")
+        for name, value in (("top_k", top_k), ("fuse_k", fuse_k)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} is {value!r}: pass a whole number, the least is 1")
+        if isinstance(fuse, str) or any(isinstance(ranking, str) for ranking in fuse):
+            raise InputError("fuse holds ids: pass a list of rankings, each a list of ids, such as fuse=[ids]")
         readings, attention = self._look_at_all(question)
         order = attention.argsort(descending=True, stable=True).tolist()
         if fuse:
@@ -418,6 +422,20 @@ class PassageStore:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_ids(passages: Sequence[Passage], hashes: Sequence[str]) -> None:
+    """Raises an InputError where two passages of a call have one id: the second would take the place of the first."""
+    first: dict[str, int] = {}
+    for number, (passage, key) in enumerate(zip(passages, hashes, strict=True)):
+        if passage.id is None or not key:
+            continue
+        other = first.setdefault(passage.id, number)
+        if hashes[other] != key:
+            raise InputError(
+                f"passages {other} and {number} have the id {passage.id!r} and different texts, and a store knows a "
+                "passage by its id: give each its own, or none"
+            )
 
 
 def _hash(tokens: Sequence[int]) -> str:
