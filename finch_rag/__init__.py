@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from .heads.search import find_heads
     from .models.cache import CompressedCache
     from .prompts.passages import Passage
-    from .store.store import PassageStore, StoreInfo
+    from .store.figures import StoreInfo
+    from .store.store import PassageStore
     from .streaming import AnswerStream
 
 __version__ = "0.1.0"

@@ -11,6 +11,7 @@ from .prompts.builder import PromptBuilder
 from .request import Progress
 from .runtime import Runtime
 from .settings import Settings
+from .store.store import PassageStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,11 @@ class EngineAttributes:
     def retrieval_heads(self) -> RetrievalHeads | None:
         """The heads that rank passages, by layer; None when all are summed. Found on the first call if need be."""
         return self.runtime.retrieval_heads(self.settings.on_progress)
+
+    @property
+    def store(self) -> PassageStore | None:
+        """The engine's own store, opened if need be; None where it scans."""
+        return self.runtime.stores.at(self.settings.store)
 
     @property
     def heads(self) -> Heads:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import Unpack
 
@@ -14,10 +14,9 @@ from .attributes import EngineAttributes
 from .batch import answer_together, requests_of
 from .errors import SettingsError
 from .fitting import WindowRoom
-from .heads.pairs import Heads, check_heads, heads_by_layer
+from .heads.pairs import Heads, check_heads
 from .models.cache import CompressedCache
 from .models.loading import load_model
-from .prefill.alone import AloneReader
 from .prefill.planning import ChunkSize
 from .prefill.selection import Selection
 from .prompts.chat_template import Message
@@ -27,7 +26,9 @@ from .request import Cancellation, Progress
 from .resolving import resolve, resolve_cached, resolve_parsed, with_store
 from .runtime import Runtime
 from .settings import CallOptions, EngineSettings, ReadingOptions, SamplingOptions, Settings
-from .store.store import PassageStore, Precision
+from .store.opening import StorePlace
+from .store.reading import Precision
+from .store.store import PassageStore
 from .streaming import AnswerStream, AsyncAnswerStream, in_thread
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ class Finch(EngineAttributes):
             before the first answer, see docs/benchmarks.md. It changes ``model`` for good.
         strict: Raise an error where an unknown prompt does not fit into the window, and it would have to be guessed
             what in it may be left out, see `finch_rag.prompts.parsing`.
-        store: Asked in place of a scan, see `open_store`: passages of a call are read once for all calls; a call
-            without passages asks all that the store has. None scans the passages of each call.
+        store: Asked in place of a scan: passages of a call are read once for all calls; a call without passages asks
+            all that the store has. A folder, opened at the first use; True keeps it in memory; or what `open_store`
+            returns. None scans the passages of each call.
         shortlist_tokens: With a store, the most tokens of the passages that it ranks best, which the loop then scans;
             0 reads the best ones at once; None scans about 4,096, and none on a CPU.
         on_progress: Called with a stage ("heads", "store", "prefill") and the steps done and in all.
@@ -93,7 +95,7 @@ class Finch(EngineAttributes):
         system_prompt: str | None = None,
         compile_layers: bool = False,
         strict: bool = False,
-        store: PassageStore | None = None,
+        store: StorePlace = None,
         shortlist_tokens: int | None = None,
         on_progress: Progress | None = None,
     ) -> None:
@@ -181,29 +183,13 @@ class Finch(EngineAttributes):
             SettingsError: If a setting cannot work.
             StoreError: If the folder cannot be opened, has another writer, or is of another model or precision.
         """
-        if precision not in get_args(Precision):
-            raise SettingsError(f"precision is {precision!r}: use {' or '.join(map(repr, get_args(Precision)))}")
-        if max_bytes is not None and (not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 1):
-            raise SettingsError(f"max_bytes is {max_bytes!r}: pass a number of bytes above 0, or None")
-        if path is not None and not isinstance(path, (str, Path)):
-            raise SettingsError(f"path is {type(path).__name__}: pass a folder, or None for a store in memory")
-        if isinstance(heads, str):
-            if heads != "auto":
-                raise SettingsError(f'heads is {heads!r}: a store needs "auto" or a list of (layer, head) pairs')
-            chosen = self.runtime.alone_heads(self.settings.on_progress)
-        else:
-            check_heads(heads, self.model.config, SettingsError)
-            chosen = heads_by_layer(heads)
-        prefix = self.prompts.build("x", [Passage("x")]).prefix  # Finch's own, so that keys hold for every call
-        return PassageStore(
-            AloneReader(self.model, prefix, chosen),
-            self.prompts,
-            model=self.fingerprint,
-            window=self.window,
-            path=path,
+        return self.runtime.open_store(
+            path,
             max_bytes=max_bytes,
             precision=precision,
             read_only=read_only,
+            heads=heads,
+            on_progress=self.settings.on_progress,
         )
 
     def ask(self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]) -> Answer:

@@ -45,10 +45,12 @@ class Searched(NamedTuple):
     """The search of a whole store, which found a request's passages.
 
     Attributes:
+        attention: What the question pays to each passage that was found.
         tokens: Of all passages of the store.
         seconds: That it took.
     """
 
+    attention: tuple[float, ...] = ()
     tokens: int = 0
     seconds: float = 0.0
 

@@ -34,15 +34,17 @@ def with_store(
     Raises:
         InputError: If the store is asked and has no passages.
     """
-    if settings.store is None or passages:
+    store = None if passages else runtime.stores.at(settings.store)
+    if store is None:
         return passages, settings
     started = time.perf_counter()
     budget = settings.reading.budget or default_budget(runtime.window)
     most = max(settings.shortlist_tokens or 0, shortlist_tokens(budget))
-    found, searched = settings.store.shortlist(question, most)
-    if not found:
+    found = store.shortlist(question, most)
+    if not found.passages:
         raise InputError("the store has no passages: add some, or pass them")
-    return found, replace(settings, searched=Searched(searched, time.perf_counter() - started))
+    searched = Searched(found.attention, found.searched_tokens, time.perf_counter() - started)
+    return list(found.passages), replace(settings, searched=searched)
 
 
 def resolve(
@@ -146,7 +148,8 @@ def resolve_prompt(
     lengths = [len(passage) for passage in prompt.passages]
     _check_length(sum(lengths[: len(lengths) - older_turns]), reading.max_context_tokens)
     runtime.constraint(sampling)  # raises if an answer cannot be held to it
-    if settings.store is not None and reading.selection != "passage":
+    store = None if older_turns else runtime.stores.at(settings.store)
+    if store is not None and reading.selection != "passage":
         raise InputError('a store ranks whole passages: use selection="passage", or store=None for this call')
     whole = reading.selection == "passage"
     fixed = fixed_tokens(prompt, replace(settings, sampling=sampling))
@@ -187,7 +190,7 @@ def resolve_prompt(
         parse_mode=parse_mode,
         notes=settings.notes,
         older_turns=older_turns,
-        store=None if older_turns else settings.store,
+        store=store,
         shortlist_tokens=settings.shortlist_tokens,
         searched=settings.searched,
     )

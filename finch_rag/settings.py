@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from .checks import (
@@ -29,6 +30,7 @@ from .prefill.selection import SELECTIONS, Selection
 from .prompts.builder import PromptSettings
 from .prompts.chat_template import Render
 from .request import NOT_SEARCHED, Progress, Searched
+from .store.opening import StorePlace
 from .store.store import PassageStore
 
 Part = TypeVar("Part", PromptSettings, ReadingSettings, Sampling)
@@ -48,7 +50,7 @@ class EngineSettings(TypedDict, total=False):
     system_prompt: str | None
     compile_layers: bool
     strict: bool
-    store: PassageStore | None
+    store: StorePlace
     shortlist_tokens: int | None
     on_progress: Progress | None
 
@@ -99,7 +101,7 @@ class ReadingOptions(TypedDict, total=False):
     max_context_tokens: int | None
     strict: bool
     notes: Sequence[str]
-    store: PassageStore | None
+    store: StorePlace
     shortlist_tokens: int | None
     on_progress: Progress | None
 
@@ -150,10 +152,15 @@ def _json_schema(name: str, value: Any) -> str:
     return written
 
 
-def _store(name: str, value: Any) -> PassageStore:
-    if not isinstance(value, PassageStore):
-        raise Refused(f"{name} is {type(value).__name__}: pass what finch.open_store(...) returns, or None")
-    return value
+def _store(name: str, value: Any) -> StorePlace:
+    if not isinstance(value, (PassageStore, str, Path, bool)):
+        raise Refused(
+            f"{name} is {type(value).__name__}: pass a folder, True for a store in memory, what finch.open_store(...) "
+            "returns, or None"
+        )
+    if isinstance(value, str) and not value.strip():
+        raise Refused(f"{name} is an empty text: pass a folder, or True for a store in memory")
+    return None if value is False else value  # an empty store is false too
 
 
 def _history(name: str, value: Any) -> Any:
@@ -216,7 +223,7 @@ class Settings:
         on_progress: Told of a stage, and of its steps done and in all.
         strict: Raise where a prompt would have to be guessed at.
         notes: Said in the report.
-        store: See `finch_rag.request.Request`.
+        store: Asked in place of a scan, see `finch_rag.Finch`.
         shortlist_tokens: See `finch_rag.request.Request`.
         searched: See `finch_rag.request.Request`.
     """
@@ -227,7 +234,7 @@ class Settings:
     on_progress: Progress = lambda stage, done, total: None
     strict: bool = False
     notes: tuple[str, ...] = ()
-    store: PassageStore | None = None
+    store: StorePlace = None
     shortlist_tokens: int | None = None
     searched: Searched = NOT_SEARCHED
 

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import threading
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +98,37 @@ def test_passages_with_the_same_text_share_what_was_read(store: PassageStore) ->
 
 def test_one_id_for_two_texts_is_refused_and_nothing_is_read(finch: Finch, store: PassageStore) -> None:
     twice = [Passage("The bridge.", "a"), Passage("The museum.", "b"), Passage("The canal.", "a")]
-    for call in (lambda: store.add(twice), lambda: finch.ask(QUESTION, twice, store=store)):
-        with pytest.raises(InputError, match="passages 0 and 2 have the id 'a' and different texts") as caught:
-            call()
-        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="passages 0 and 2 have the id 'a' and different texts") as caught:
+        store.add(twice)
+    assert "\n" not in str(caught.value)
     assert len(store) == 0
     store.add([twice[0], twice[0]])
     assert len(store) == 1
+    store.clear()
+    answer = finch.ask(QUESTION, twice, store=store)  # what a retriever found has whatever ids it has
+    assert [cited.passage_id for cited in sorted(answer.citations, key=lambda cited: cited.index)] == ["a", "b", "a"]
+    assert (len(store), "a" in store, "b" in store) == (3, False, True)
+    assert finch.ask(QUESTION, twice, store=store).report.stored_tokens == 0
+
+
+def test_passages_are_handed_out_as_they_were_added(store: PassageStore) -> None:
+    when = {"when": date(2026, 11, 27), 3: "x", (1, 2): "y"}
+    added = [*named(5), Passage("The museum stands by the river.", metadata=when)]
+    store.add(added)
+    found = store.retrieve(QUESTION, 3)
+    assert [(each.passage.id, each.share, each.tokens) for each in found] == [
+        (cited.passage_id, cited.share, cited.passage_tokens) for cited in store.search(QUESTION, 3)
+    ]
+    by_place = {each.place: each.passage for each in store.retrieve(QUESTION)}
+    assert [by_place[place] for place in range(5)] == added[:5]
+    assert by_place[5].metadata == {"when": "2026-11-27", "3": "x"}  # as JSON keeps it
 
 
 def test_progress_is_told_and_may_stop_what_was_read_stays(
     store: PassageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finch_rag.store.store._SEGMENT_TOKENS", 60)
-    monkeypatch.setattr("finch_rag.store.store._TOKENS_PER_PASS", {"cpu": 40})
+    monkeypatch.setattr("finch_rag.store.reading._TOKENS_PER_PASS", {"cpu": 40})
     told: list[tuple[int, int]] = []
 
     def stop(done: int, total: int) -> None:
@@ -259,6 +277,30 @@ async def test_every_way_of_asking_takes_a_store(finch: Finch, store: PassageSto
     assert own.ask(QUESTION).text == answer.text
     assert own.ask(QUESTION, named(3), store=None).report.known_tokens == 0
     assert own.chat([{"role": "user", "content": QUESTION}], named(30)).report.known_tokens > 0
+
+
+def test_a_place_is_opened_once_and_again_after_it_was_closed(finch: Finch, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    for place in (True, folder, str(folder)):
+        own = Finch(finch.model, finch.tokenizer, heads=HEADS, budget=60, max_new_tokens=4, store=place)
+        own.runtime._found_alone_heads = {0: [1], 1: [2]}
+        assert own.store is own.store
+        assert own.ask(QUESTION, named(5)).report.known_tokens == 0
+        if place is True:
+            assert own.ask(QUESTION, store=False).report.context_tokens == 0
+        else:
+            assert own.ask(QUESTION, store=tmp_path / "x" / ".." / "store").report.searched_tokens > 0
+        first = own.store
+        assert first is not None
+        assert own.ask(QUESTION).report.searched_tokens == first.info().tokens
+        first.close()
+        with pytest.raises(StoreError):
+            own.ask(QUESTION, store=first)
+        assert (own.store is first, own.store is None) == (False, False)
+        first.close()
+        own.store.close()
+        folder = folder.with_name("other")
+    assert finch.store is None
 
 
 def test_keys_do_not_depend_on_instructions_or_system_prompt(finch: Finch, store: PassageStore) -> None:
@@ -464,9 +506,11 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     assert not list(tmp_path.glob(".keys-*"))
 
 
-def test_metadata_that_is_no_json_is_refused(store: PassageStore) -> None:
+def test_metadata_that_holds_itself_is_refused(store: PassageStore) -> None:
+    circle: dict[str, Any] = {}
+    circle["circle"] = circle
     with pytest.raises(StoreError, match="the metadata of 'a' cannot be stored"):
-        store.add([Passage("The bridge.", "a", metadata={"when": object()})])
+        store.add([Passage("The bridge.", "a", metadata=circle)])
 
 
 def _write_until_killed(folder: str, ready: Any) -> None:

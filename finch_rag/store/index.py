@@ -325,7 +325,7 @@ def _parts(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 def _as_json(passage: Passage) -> str:
     try:
-        return json.dumps(dict(passage.metadata), ensure_ascii=False)
-    except (TypeError, ValueError) as error:
+        return json.dumps(dict(passage.metadata), ensure_ascii=False, default=str, skipkeys=True)
+    except (TypeError, ValueError, RecursionError) as error:
         named = passage.id or passage.text[:40]
         raise StoreError(f"the metadata of {named!r} cannot be stored: {error}; use plain values") from error

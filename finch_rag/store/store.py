@@ -2,76 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..answer import Citation
-from ..errors import DeviceMemoryError, InputError, StoreError
-from ..prefill.alone import AloneReader, KeyBlock, Look, attention_on, quantised
+from ..errors import InputError, StoreError
+from ..prefill.alone import AloneReader, KeyBlock, Look, attention_on
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage, as_passages
+from .figures import Added, Retrieved, Shortlist, StoreInfo
 from .fusion import fused
 from .index import Reading
-from .segments import Keys, joined
+from .reading import Precision, batches_of, check_ids, hash_of, read_keys, with_unique_ids
+from .segments import Keys
 from .storage import Blocks, Storage, part_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Precision = Literal["bfloat16", "int8"]
 StoreProgress = Callable[[int, int], None]  # tokens read, and in all
 
-_TOKENS_PER_PASS = {"cuda": 16384, "cpu": 1024}
 _SEGMENT_TOKENS = 16384  # what one commit of `add` holds, about; what a crash loses at most
-
-
-class Added(NamedTuple):
-    """What `PassageStore.add` did.
-
-    Attributes:
-        hashes: Of the passages' token ids, in their order; empty for passages without text.
-        known_tokens: Tokens of passages that had been read before.
-        read_tokens: Tokens of passages that were read now.
-    """
-
-    hashes: list[str]
-    known_tokens: int
-    read_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoreInfo:
-    """What a store holds.
-
-    Attributes:
-        path: Its folder; None in memory.
-        passages: How many passages it has.
-        tokens: Tokens of all different passages.
-        nbytes: Bytes of their head keys.
-        bytes_per_token: Bytes of one token's head keys.
-        precision: "bfloat16" or "int8".
-        heads: The retrieval heads as (layer, head) pairs.
-        model: Fingerprint of the model.
-        max_bytes: The most bytes of head keys; None for no limit.
-    """
-
-    path: str | None
-    passages: int
-    tokens: int
-    nbytes: int
-    bytes_per_token: int
-    precision: str
-    heads: tuple[tuple[int, int], ...]
-    model: str
-    max_bytes: int | None
 
 
 class PassageStore:
@@ -90,6 +46,12 @@ class PassageStore:
         max_bytes: The most bytes of head keys: the least recently used passages go; None for no limit.
         precision: Of the keys.
         read_only: Open a folder beside its writer; nothing can be added.
+
+    Attributes:
+        path: Its folder; None in memory.
+        max_bytes: The most bytes of head keys; None for no limit.
+        precision: Of the keys.
+        closed: Whether it has let go of its folder.
 
     Raises:
         StoreError: If the folder cannot be opened, has another writer, or is of another model or precision.
@@ -111,11 +73,12 @@ class PassageStore:
         self.path = None if path is None else Path(path).expanduser()
         self.max_bytes, self.precision = max_bytes, precision
         self._lock = threading.RLock()
-        prefix = hashlib.sha256(array("q", reader.prefix).tobytes()).hexdigest()[:16]
+        prefix = hash_of(reader.prefix)[:16]
         heads = " ".join(f"{layer}.{head}" for layer, head in self.heads)
         about = {"model": model, "heads": heads, "prefix": prefix, "precision": precision}
         self._storage = Storage(self.path, about, writes=not read_only)
         self._index = self._storage.index
+        self.closed = False
 
     # What is in it
 
@@ -183,6 +146,8 @@ class PassageStore:
         passages: Sequence[Passage],
         encoded: Sequence[Sequence[int]],
         on_progress: StoreProgress = lambda done, total: None,
+        *,
+        unique_ids: bool = True,
     ) -> Added:
         """Like `add`, for passages whose token ids are known.
 
@@ -190,10 +155,14 @@ class PassageStore:
             passages: Checked passages.
             encoded: Token ids of each, as a prompt has them; none for one without text.
             on_progress: See `add`.
+            unique_ids: Whether one id of two different texts is an error; else such passages are kept without it.
         """
         self._check_lengths(passages, encoded)
-        hashes = [_hash(tokens) if tokens else "" for tokens in encoded]
-        _check_ids(passages, hashes)
+        hashes = [hash_of(tokens) for tokens in encoded]
+        if unique_ids:
+            check_ids(passages, hashes)
+        else:
+            passages = with_unique_ids(passages, hashes)
         with self._lock:
             known = self._index.known(key for key in hashes if key)
             new = {key: tokens for key, tokens in zip(hashes, encoded, strict=True) if tokens and key not in known}
@@ -228,34 +197,23 @@ class PassageStore:
         self, new: Mapping[str, Sequence[int]], named: Sequence[tuple[Passage, str]], on_progress: StoreProgress
     ) -> None:
         """Reads new passages, segment by segment; each is named when its keys are there."""
-        done, total = 0, sum(map(len, new.values()))
-        for batch in _batches_of(list(new), new, _SEGMENT_TOKENS):
-            parts: list[Keys] = []
-            for part in _batches_of(batch, new, _TOKENS_PER_PASS.get(self._reader.device.type, 4096)):
-                parts += self._keys_of([new[key] for key in part])
-                done += sum(len(new[key]) for key in part)
-                on_progress(done, total)
-            self._storage.write(batch, [len(new[key]) for key in batch], joined(parts))
+        lengths = {key: len(tokens) for key, tokens in new.items()}
+        done, total = 0, sum(lengths.values())
+
+        def tell(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            on_progress(done, total)
+
+        for batch in batches_of(lengths, _SEGMENT_TOKENS):
+            keys = read_keys(self._reader, [new[key] for key in batch], self.precision, tell)
+            self._storage.write(batch, [lengths[key] for key in batch], keys)
             present = set(batch)
             self._index.add_passages([(passage, key) for passage, key in named if key in present])
         self._index.add_passages([(passage, key) for passage, key in named if key not in new])
         self._index.drop_unnamed()
         if self.max_bytes is not None:
             self._storage.evict(self.max_bytes // self.bytes_per_token, {key for _, key in named})
-
-    def _keys_of(self, passages: Sequence[Sequence[int]]) -> list[Keys]:
-        """Head keys of passages, in halves from where the device's memory runs out."""
-        try:
-            read = self._reader.encode(passages)
-        except DeviceMemoryError:
-            if len(passages) == 1:
-                raise
-            middle = len(passages) // 2
-            return [*self._keys_of(passages[:middle]), *self._keys_of(passages[middle:])]
-        keys = torch.cat(read, 1)
-        if self.precision == "int8":
-            return [Keys(*quantised(keys))]
-        return [Keys(keys.to(torch.bfloat16), None)]
 
     def remove(self, ids: Iterable[str]) -> None:
         """Removes passages.
@@ -306,6 +264,22 @@ class PassageStore:
         Raises:
             InputError: If the question is empty, or ``top_k`` is below 1.
         """
+        return [
+            Citation(found.passage.id, found.place, found.passage.title, found.share, 0, found.tokens)
+            for found in self.retrieve(question, top_k, fuse, fuse_k)
+        ]
+
+    def retrieve(
+        self, question: str, top_k: int = 10, fuse: Sequence[Sequence[str]] = (), fuse_k: int = 20
+    ) -> list[Retrieved]:
+        """Like `search`, with the passages themselves.
+
+        Args:
+            question: See `search`.
+            top_k: See `search`.
+            fuse: See `search`.
+            fuse_k: See `search`.
+        """
         for name, value in (("top_k", top_k), ("fuse_k", fuse_k)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} is {value!r}: pass a whole number, the least is 1")
@@ -318,26 +292,30 @@ class PassageStore:
             places = {reading.hash: place for place, reading in enumerate(readings)}
             rankings = [[places[ids[own]] for own in ranking if own in ids] for ranking in fuse]
             order = fused([order, *rankings], fuse_k)
-        return self._citations(readings, attention, order[:top_k])
+        return self._retrieved(readings, attention, order[:top_k])
 
-    def shortlist(self, question: str, tokens: int) -> tuple[list[Passage], int]:
-        """The best passages that fit into so many tokens, at least one, the best first; and the tokens of all.
+    def shortlist(self, question: str, tokens: int) -> Shortlist:
+        """The best passages that fit into so many tokens, at least one, the best first.
 
         Args:
             question: The question.
             tokens: The most tokens.
         """
         readings, attention = self._look_at_all(question)
-        chosen: list[str] = []
+        chosen: dict[str, float] = {}
         filled = 0
         for place in attention.argsort(descending=True, stable=True).tolist():
             filled += readings[place].tokens
             if filled > tokens and chosen:
                 break
-            chosen.append(readings[place].hash)
+            chosen[readings[place].hash] = float(attention[place])
         found = self._index.passages(chosen)
         self._storage.use(chosen)
-        return [found[key][1] for key in chosen if key in found], sum(reading.tokens for reading in readings)
+        return Shortlist(
+            tuple(found[key][1] for key in chosen if key in found),
+            tuple(paid for key, paid in chosen.items() if key in found),
+            sum(reading.tokens for reading in readings),
+        )
 
     def attention_to(self, question: str, hashes: Sequence[str]) -> torch.Tensor:
         """What a question pays to some passages, as if there were no others.
@@ -383,18 +361,18 @@ class PassageStore:
             )
         return self._reader.look(prompt.question, prompt.own_tokens, longest)
 
-    def _citations(self, readings: Sequence[Reading], attention: torch.Tensor, places: Sequence[int]) -> list[Citation]:
+    def _retrieved(
+        self, readings: Sequence[Reading], attention: torch.Tensor, places: Sequence[int]
+    ) -> list[Retrieved]:
         found = self._index.passages(readings[place].hash for place in places)
-        numbers = {number: index for index, number in enumerate(sorted(self._index.numbers()))}
+        numbers = {number: place for place, number in enumerate(self._index.numbers())}
         total = float(attention.sum()) or 1.0
-        cited = []
-        for place in places:
-            if (known := found.get(readings[place].hash)) is None:
-                continue
-            number, passage = known
-            share = float(attention[place]) / total
-            cited.append(Citation(passage.id, numbers[number], passage.title, share, 0, readings[place].tokens))
-        return cited
+        known = [(place, *found[readings[place].hash]) for place in places if readings[place].hash in found]
+        self._storage.use(readings[place].hash for place, _, _ in known)
+        return [
+            Retrieved(passage, float(attention[place]) / total, readings[place].tokens, numbers[number])
+            for place, number, passage in known
+        ]
 
     # Keeping it
 
@@ -413,6 +391,7 @@ class PassageStore:
     def close(self) -> None:
         """Writes down what was used, and lets go of the folder."""
         with self._lock:
+            self.closed = True
             self._storage.close()
 
     def __enter__(self) -> PassageStore:
@@ -422,38 +401,6 @@ class PassageStore:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _check_ids(passages: Sequence[Passage], hashes: Sequence[str]) -> None:
-    """Raises an InputError where two passages of a call have one id: the second would take the place of the first."""
-    first: dict[str, int] = {}
-    for number, (passage, key) in enumerate(zip(passages, hashes, strict=True)):
-        if passage.id is None or not key:
-            continue
-        other = first.setdefault(passage.id, number)
-        if hashes[other] != key:
-            raise InputError(
-                f"passages {other} and {number} have the id {passage.id!r} and different texts, and a store knows a "
-                "passage by its id: give each its own, or none"
-            )
-
-
-def _hash(tokens: Sequence[int]) -> str:
-    return hashlib.sha256(array("q", tokens).tobytes()).hexdigest()[:32]
-
-
-def _batches_of(keys: Sequence[str], tokens: Mapping[str, Sequence[int]], most: int) -> Iterator[list[str]]:
-    """Passages in groups of about so many tokens, at least one each."""
-    batch: list[str] = []
-    filled = 0
-    for key in keys:
-        if batch and filled + len(tokens[key]) > most:
-            yield batch
-            batch, filled = [], 0
-        batch.append(key)
-        filled += len(tokens[key])
-    if batch:
-        yield batch
 
 
 def _only(blocks: Blocks, wanted: set[str]) -> Iterator[tuple[list[Reading], KeyBlock]]:

@@ -1,0 +1,125 @@
+"""How a store reads passages: their names by what they say, and their head keys."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, TypeVar
+
+import torch
+
+from ..errors import DeviceMemoryError, InputError
+from ..prefill.alone import AloneReader, quantised
+from ..prompts.passages import Passage
+from .segments import Keys, joined
+
+Precision = Literal["bfloat16", "int8"]
+Name = TypeVar("Name")
+
+_TOKENS_PER_PASS = {"cuda": 16384, "cpu": 1024}
+
+
+def hash_of(tokens: Sequence[int]) -> str:
+    """What a reading is known by; empty for a passage without tokens.
+
+    Args:
+        tokens: Token ids.
+    """
+    return hashlib.sha256(array("q", tokens).tobytes()).hexdigest()[:32] if tokens else ""
+
+
+def read_keys(
+    reader: AloneReader,
+    passages: Sequence[Sequence[int]],
+    precision: Precision,
+    on_progress: Callable[[int], None] = lambda tokens: None,
+) -> Keys:
+    """Head keys of passages, one after another.
+
+    Args:
+        reader: Reads them.
+        passages: Token ids of each, at least one.
+        precision: Of the keys.
+        on_progress: Called after each pass with its tokens; may raise to stop.
+
+    Raises:
+        DeviceMemoryError: If the device has no memory for a single passage.
+    """
+    lengths = {place: len(tokens) for place, tokens in enumerate(passages)}
+    parts: list[Keys] = []
+    for batch in batches_of(lengths, _TOKENS_PER_PASS.get(reader.device.type, 4096)):
+        parts += _in_one_pass(reader, [passages[place] for place in batch], precision)
+        on_progress(sum(lengths[place] for place in batch))
+    return joined(parts)
+
+
+def _in_one_pass(reader: AloneReader, passages: Sequence[Sequence[int]], precision: Precision) -> list[Keys]:
+    """Head keys of passages, in halves from where the device's memory runs out."""
+    try:
+        keys = torch.cat(reader.encode(passages), 1)
+    except DeviceMemoryError:
+        if len(passages) == 1:
+            raise
+        middle = len(passages) // 2
+        halves = passages[:middle], passages[middle:]
+        return [keys for half in halves for keys in _in_one_pass(reader, half, precision)]
+    return [Keys(*quantised(keys)) if precision == "int8" else Keys(keys.to(torch.bfloat16), None)]
+
+
+def batches_of(tokens: Mapping[Name, int], most: int) -> Iterator[list[Name]]:
+    """Passages in groups of about so many tokens, at least one each.
+
+    Args:
+        tokens: Of each passage, by its name.
+        most: The most tokens of a group.
+    """
+    batch: list[Name] = []
+    filled = 0
+    for name, count in tokens.items():
+        if batch and filled + count > most:
+            yield batch
+            batch, filled = [], 0
+        batch.append(name)
+        filled += count
+    if batch:
+        yield batch
+
+
+def check_ids(passages: Sequence[Passage], hashes: Sequence[str]) -> None:
+    """Checks that no two passages have one id: the second would take the place of the first.
+
+    Args:
+        passages: Of one call.
+        hashes: Of each, see `hash_of`.
+
+    Raises:
+        InputError: If two with different texts have one id.
+    """
+    if clash := next(_clashes(passages, hashes), None):
+        raise InputError(
+            f"passages {clash[0]} and {clash[1]} have the id {passages[clash[0]].id!r} and different texts, and a "
+            "store knows a passage by its id: give each its own, or none"
+        )
+
+
+def with_unique_ids(passages: Sequence[Passage], hashes: Sequence[str]) -> list[Passage]:
+    """The same without the ids that two of them with different texts have: a store then knows them by their texts.
+
+    Args:
+        passages: Of one call.
+        hashes: Of each, see `hash_of`.
+    """
+    shared = {passages[place].id for _, place in _clashes(passages, hashes)}
+    return [replace(passage, id=None) if passage.id in shared else passage for passage in passages]
+
+
+def _clashes(passages: Sequence[Passage], hashes: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Places of passages that have the id of one before them, and another text."""
+    first: dict[str, int] = {}
+    for place, (passage, key) in enumerate(zip(passages, hashes, strict=True)):
+        if passage.id is not None and key:
+            other = first.setdefault(passage.id, place)
+            if hashes[other] != key:
+                yield other, place
