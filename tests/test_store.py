@@ -112,7 +112,7 @@ def test_one_id_for_two_texts_is_refused_and_nothing_is_read(finch: Finch, store
 
 
 def test_passages_are_handed_out_as_they_were_added(store: PassageStore) -> None:
-    when = {"when": date(2026, 11, 27), 3: "x", (1, 2): "y"}
+    when: dict[Any, Any] = {"when": date(2026, 11, 27), 3: "x", (1, 2): "y"}
     added = [*named(5), Passage("The museum stands by the river.", metadata=when)]
     store.add(added)
     found = store.retrieve(QUESTION, 3)
@@ -279,27 +279,29 @@ async def test_every_way_of_asking_takes_a_store(finch: Finch, store: PassageSto
     assert own.chat([{"role": "user", "content": QUESTION}], named(30)).report.known_tokens > 0
 
 
-def test_a_place_is_opened_once_and_again_after_it_was_closed(finch: Finch, tmp_path: Path) -> None:
-    folder = tmp_path / "store"
-    for place in (True, folder, str(folder)):
-        own = Finch(finch.model, finch.tokenizer, heads=HEADS, budget=60, max_new_tokens=4, store=place)
-        own.runtime._found_alone_heads = {0: [1], 1: [2]}
-        assert own.store is own.store
-        assert own.ask(QUESTION, named(5)).report.known_tokens == 0
-        if place is True:
-            assert own.ask(QUESTION, store=False).report.context_tokens == 0
-        else:
-            assert own.ask(QUESTION, store=tmp_path / "x" / ".." / "store").report.searched_tokens > 0
-        first = own.store
-        assert first is not None
-        assert own.ask(QUESTION).report.searched_tokens == first.info().tokens
-        first.close()
-        with pytest.raises(StoreError):
-            own.ask(QUESTION, store=first)
-        assert (own.store is first, own.store is None) == (False, False)
-        first.close()
-        own.store.close()
-        folder = folder.with_name("other")
+@pytest.mark.parametrize("place", [True, "folder", Path("folder")])
+def test_a_place_is_opened_once_and_again_after_it_was_closed(
+    finch: Finch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = Finch(finch.model, finch.tokenizer, heads=HEADS, budget=60, max_new_tokens=4, store=place)
+    own.runtime._found_alone_heads = {0: [1], 1: [2]}
+    assert own.ask(QUESTION, named(5)).report.known_tokens == 0
+    assert own.ask(QUESTION, store=False).report.context_tokens == 0
+    first = own.store
+    assert first is not None
+    assert own.store is first
+    if place is not True:
+        assert own.ask(QUESTION, store=tmp_path / "x" / ".." / "folder").report.searched_tokens > 0
+    assert own.ask(QUESTION).report.searched_tokens == first.info().tokens
+    first.close()
+    with pytest.raises(StoreError):
+        own.ask(QUESTION, store=first)
+    second = own.store
+    assert second is not None
+    assert second is not first
+    assert len(second) == (0 if place is True else 5)
+    second.close()
     assert finch.store is None
 
 
