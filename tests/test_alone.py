@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from finch_rag.models.attention import use_finch_attention
+from finch_rag.models import packed
+from finch_rag.models.attention import causal_attention, use_finch_attention
 from finch_rag.models.cache import CompressedCache
 from finch_rag.models.forward import forward
 from finch_rag.prefill.alone import AloneReader, KeyBlock, Look, attention_by_head, attention_on, quantised
@@ -26,7 +28,7 @@ def ready(kind: str = "llama") -> tuple[Any, Prompt]:
 
 def looked(model: Any, prompt: Prompt) -> tuple[AloneReader, list[torch.Tensor], Look]:
     reader = AloneReader(model, prompt.prefix, HEADS)
-    keys = reader.encode(prompt.passages)
+    keys = list(reader.encode(prompt.passages).split([len(passage) for passage in prompt.passages], dim=1))
     return reader, keys, reader.look(prompt.question, prompt.own_tokens, max(map(len, prompt.passages)))
 
 
@@ -90,9 +92,36 @@ def test_keys_depend_on_a_passage_alone() -> None:
     model, prompt = ready()
     reader, keys, _ = looked(model, prompt)
     for passage, key in zip(prompt.passages, keys, strict=True):
-        torch.testing.assert_close(reader.encode([passage])[0], key, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(reader.encode([passage]), key, atol=1e-5, rtol=1e-4)
     assert [key.shape for key in keys] == [(len(reader.groups), len(p), reader.head_dim) for p in prompt.passages]
     assert reader.groups == ((0, 0), (1, 0), (1, 1))
+
+
+def test_one_kernel_takes_all_passages_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = ready()
+    reader, keys, _ = looked(model, prompt)
+    lengths = [len(passage) for passage in prompt.passages]
+    calls: list[tuple[int, int]] = []
+
+    def by_hand(q: Any, k: Any, v: Any, ends: Any, longest: tuple[int, int], scaling: float) -> torch.Tensor:
+        calls.append(longest)
+        outputs = []
+        for (start, stop), (first, last) in zip(*(pairwise(each.tolist()) for each in ends), strict=True):
+            query, key, value = (each.transpose(0, 1)[None] for each in (q[start:stop], k[first:last], v[first:last]))
+            outputs.append(causal_attention(query, key, value, scaling)[0])
+        return torch.cat([output.transpose(0, 1) for output in outputs])
+
+    monkeypatch.setattr(packed, "has_packed_kernel", lambda *what: True)
+    monkeypatch.setattr(packed, "packed_attention", by_hand)
+    together = reader.encode(prompt.passages)
+    assert calls == [(max(lengths), len(prompt.prefix) + max(lengths))]  # the last layer's is not needed
+    torch.testing.assert_close(together, torch.cat(keys, 1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 128), (14, 2, 64), (4, 4, 96)])
+def test_the_gpu_has_such_a_kernel(heads: int, kv_heads: int, head_dim: int) -> None:
+    assert packed.has_packed_kernel(torch.device("cuda"), torch.bfloat16, heads, kv_heads, head_dim)
 
 
 def test_heads_by_themselves_sum_to_the_whole() -> None:

@@ -1,14 +1,16 @@
 """Ways to read a document whose speed is measured.
 
-full      one plain forward pass (SDPA) and its steps, as transformers runs them
-finch     chunk by chunk into a small cache, and CUDA graphs where there is a GPU: what `Finch.ask` executes
-kvpress   kvpress' FinchPress: one forward pass, each layer compressed after it; needs its own environment
+full              one plain forward pass (SDPA) and its steps, as transformers runs them
+finch             chunk by chunk into a small cache, and CUDA graphs where there is a GPU: what `Finch.ask` executes
+finch-store       a store that has read the document before: its search, then the loop over a shortlist
+finch-store-best  the same without the loop: the passages that it ranks best are read at once
+kvpress           kvpress' FinchPress: one forward pass, each layer compressed after it; needs its own environment
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +19,19 @@ from transformers import DynamicCache
 from ..engine import Finch
 from ..errors import InputError, MissingExtraError
 from ..models.forward import on_device
+from ..prefill.shortlists import shortlist_tokens
 from ..prompts.builder import Prompt
 from ..request import Request
+from ..resolving import resolve, with_store
+from ..settings import Settings
+from ..store.store import PassageStore
 from .peer_methods import compression_ratio
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COMPILED = "finch-compiled"
+STORE_SHORTLISTS = {"finch-store": shortlist_tokens, "finch-store-best": lambda budget: 0}  # of a budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +39,11 @@ class Reading:
     """A prompt in a cache.
 
     Attributes:
-        layer_tokens: Tokens that ran through a layer, summed over the layers.
+        layer_tokens: Tokens that ran through a layer, summed over the layers; None where it is not counted.
         step: Runs the model for the next token of the answer; the first one reads the question, if need be.
     """
 
-    layer_tokens: int
+    layer_tokens: int | None
     step: Callable[[], Any]
 
 
@@ -68,6 +75,21 @@ def by_finch(finch: Finch, request: Request) -> Reading:
     if cache.kept_tokens < document:
         layer_tokens += cache.length * _layers(finch.model)
     return Reading(layer_tokens, finch.runtime.decoder(cache.fork(request.room), request).steps().__next__)
+
+
+def from_store(finch: Finch, store: PassageStore, question: str, settings: Settings) -> Reading:
+    """Finch's search among passages that it has read before, and what it reads of them.
+
+    Args:
+        finch: The engine.
+        store: Has read the document.
+        question: The question.
+        settings: Of the call, with the store.
+    """
+    passages, found = with_store(finch.runtime, question, [], replace(settings, store=store))
+    request = resolve(finch.runtime, question, passages, found)
+    cache = finch.runtime.read(request)
+    return Reading(None, finch.runtime.decoder(cache.fork(request.room), request).steps().__next__)
 
 
 def kvpress(finch: Finch, request: Request) -> Reading:
@@ -125,8 +147,9 @@ def check_methods(methods: Sequence[str]) -> None:
         InputError: If there is no such method.
         MissingExtraError: If kvpress is not installed.
     """
-    if unknown := [method for method in methods if method not in READINGS]:
-        raise InputError(f"method {', '.join(unknown)} is unknown: use {', '.join(READINGS)}")
+    known = [*READINGS, *STORE_SHORTLISTS]
+    if unknown := [method for method in methods if method not in known]:
+        raise InputError(f"method {', '.join(unknown)} is unknown: use {', '.join(known)}")
     if "kvpress" in methods:
         try:
             import kvpress  # noqa: F401

@@ -7,7 +7,8 @@ what would be kept, so the retrieval heads are laid where they cost most.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from string import ascii_letters
 
 import torch
 from tokenizers import Tokenizer
@@ -32,7 +33,7 @@ from ..models.loading import resolve_device, resolve_dtype
 from ..prompts.builder import Prompt
 from ..prompts.passages import Passage
 
-_QUESTION = "Which of the people in these passages was the last director of a museum that stands in a mountain town?"
+QUESTION = "Which of the people in these passages was the last director of a museum that stands in a mountain town?"
 _QUESTION_TOKENS = 48
 _PREFIX_TOKENS = 32
 _TAIL_TOKENS = 4
@@ -120,16 +121,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def worst_heads(model: PreTrainedModel) -> list[tuple[int, int]]:
+def worst_heads(model: PreTrainedModel, count: int = HEADS) -> list[tuple[int, int]]:
     """As many heads as `find_heads` returns, where scoring costs most and the scan ends last.
 
     Each is in a layer of its own, the last of them in the last layer that heads are looked for in.
 
     Args:
         model: The model.
+        count: How many.
     """
     layers = layers_to_search(model.config)
-    return [(layer, 0) for layer in range(max(0, layers - HEADS), layers)]
+    return [(layer, 0) for layer in range(max(0, layers - count), layers)]
 
 
 def random_prompt(model: PreTrainedModel, tokens: int) -> Prompt:
@@ -145,13 +147,45 @@ def random_prompt(model: PreTrainedModel, tokens: int) -> Prompt:
     def some(count: int) -> list[int]:
         return [rng.randrange(vocabulary) for _ in range(count)]
 
-    passages: list[list[int]] = []
-    left = tokens
-    while left:
-        passages.append(some(min(left, rng.randint(*_PASSAGE_TOKENS))))
-        left -= len(passages[-1])
+    passages = [some(length) for length in _passage_lengths(rng, tokens)]
     question = some(_QUESTION_TOKENS)
     return Prompt(some(_PREFIX_TOKENS), passages, question, slice(0, len(question)), some(_TAIL_TOKENS))
+
+
+def random_passages(tokens: int) -> list[Passage]:
+    """Passages of random letters for `byte_tokenizer`, to which each is a token.
+
+    Args:
+        tokens: Of all passages together, with the two that end each.
+    """
+    rng = random.Random(0)
+    return [
+        Passage("".join(rng.choices(ascii_letters, k=max(1, length - 2)))) for length in _passage_lengths(rng, tokens)
+    ]
+
+
+def made_passages(finch: Finch, tokens: int) -> list[Passage]:
+    """Passages of made-up text, for a model with a tokenizer.
+
+    Args:
+        finch: Counts their tokens.
+        tokens: Of all passages together, at the least.
+    """
+    found: list[Passage] = []
+    seed = 0
+    while tokens > 0:
+        texts = make_examples(1, 16, seed)[0].passages
+        tokens -= sum(map(finch.count_tokens, texts))
+        found += [Passage(text) for text in texts]
+        seed += 1
+    return found
+
+
+def _passage_lengths(rng: random.Random, tokens: int) -> Iterator[int]:
+    while tokens:
+        length = min(tokens, rng.randint(*_PASSAGE_TOKENS))
+        yield length
+        tokens -= length
 
 
 def text_prompt(finch: Finch, tokens: int) -> Prompt:
@@ -162,7 +196,7 @@ def text_prompt(finch: Finch, tokens: int) -> Prompt:
         tokens: Of all passages together; the last one is cut.
     """
     texts = [text for seed in range(tokens // 900 + 1) for text in make_examples(1, 16, seed)[0].passages]
-    prompt = finch.prompts.build(_QUESTION, [Passage(text) for text in texts])
+    prompt = finch.prompts.build(QUESTION, [Passage(text) for text in texts])
     passages: list[list[int]] = []
     left = tokens
     for passage in prompt.passages:

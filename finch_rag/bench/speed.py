@@ -22,11 +22,12 @@ from rich.table import Table
 from ..errors import FinchError, InputError
 from ..models.loading import resolve_device
 from ..terminal.output import out, say_json
-from .readings import check_methods
+from .readings import STORE_SHORTLISTS, check_methods
 from .shapes import SHAPES
 from .timing import Measurement, Run, SkippedError, SpeedCase
 
 DEFAULT_METHODS = ("full", "finch")
+_ALWAYS = {"prefill_seconds", "first_token_seconds", "decode_ms", "peak_mib"}
 _TIME_TO_END = 10.0  # seconds that a failed process has to leave its exit code
 
 
@@ -84,8 +85,7 @@ def main(
         if isinstance(result, str):
             rows.append({"method": case.method, "tokens": case.tokens, "skipped": result})
             continue
-        medians = {name: statistics.median(asdict(run)[name] for run in result) for name in asdict(result[0])}
-        rows.append({"method": case.method, "tokens": case.tokens, **{k: round(v, 3) for k, v in medians.items()}})
+        rows.append({"method": case.method, "tokens": case.tokens, **_medians(result)})
     summary = {
         "model": f"{shape} (random weights)" if shape else model,
         "device": _device(),
@@ -100,6 +100,16 @@ def main(
         plots.plot_speed(summary, plot)
     say_json(summary)
     return summary
+
+
+def _medians(runs: Sequence[Run]) -> dict[str, float]:
+    """The median of each figure that there is; 0 stands for one that the method does not have."""
+    found = {}
+    for name in asdict(runs[0]):
+        values = [value for run in runs if (value := asdict(run)[name])]
+        if values or name in _ALWAYS:
+            found[name] = round(statistics.median(values or [0.0]), 3)
+    return found
 
 
 def _measure(cases: Sequence[SpeedCase], repeats: int) -> Iterator[tuple[SpeedCase, list[Run] | str]]:
@@ -175,7 +185,7 @@ def _serve(case: SpeedCase, pipe: Connection) -> None:
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Finch over full at each length, and Finch's growth from its shortest length to each longer one.
+    """Finch over full at each length, a store over Finch, and Finch's growth from its shortest length to longer ones.
 
     Args:
         rows: Of the cases.
@@ -183,6 +193,9 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     measured = {(row["method"], row["tokens"]): row for row in rows if "skipped" not in row}
     found = {}
     for (method, tokens), row in measured.items():
+        if method in STORE_SHORTLISTS and ("finch", tokens) in measured:
+            finch = measured["finch", tokens]
+            found[f"seconds {method}/finch at {tokens}"] = row["first_token_seconds"] / finch["first_token_seconds"]
         if method == "finch" and ("full", tokens) in measured:
             full = measured["full", tokens]
             found[f"seconds finch/full at {tokens}"] = row["first_token_seconds"] / full["first_token_seconds"]
@@ -215,13 +228,20 @@ def _print(summary: dict[str, Any]) -> None:
         else:
             seconds = row["first_token_seconds"]
             rate = row["tokens"] / seconds
-            figures = [f"{row['prefill_seconds']:.2f}", f"{seconds:.2f}", f"{rate:,.0f}", f"{row['decode_ms']:.1f}"]
-            figures += [f"{row['peak_mib']:,.0f}", f"{row['matrix_share']:.0%}"]
+            figures = [f"{row['prefill_seconds']:.3f}", f"{seconds:.3f}", f"{rate:,.0f}", f"{row['decode_ms']:.1f}"]
+            share = f"{row['matrix_share']:.0%}" if "matrix_share" in row else ""
+            figures += [f"{row['peak_mib']:,.0f}", share]
         table.add_row(row["method"], f"{row['tokens']:,}", *figures)
     out.print(table)
     for row in summary["cases"]:
         if "skipped" in row:
             out.print(f"{row['method']} on {row['tokens']:,} tokens skipped: {row['skipped']}")
+        if "add_seconds" in row:
+            rate = row["tokens"] / row["add_seconds"]
+            out.print(
+                f"{row['method']} on {row['tokens']:,} tokens: the store had read them before at {rate:,.0f} tokens/s, "
+                f"and keeps {row['bytes_per_token']:,.0f} bytes of each"
+            )
     for name, value in summary["ratios"].items():
         out.print(f"{name}: {value:.2f}")
 

@@ -6,23 +6,35 @@ The ways are in `finch_rag.bench.readings`.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ..engine import Finch
 from ..errors import FinchError
+from ..heads.alone import ALONE_HEADS
 from ..models.forward import memory_guard
 from ..models.inspection import window_of
 from ..prompts.builder import Prompt
+from ..prompts.passages import Passage
 from ..request import Request
 from ..resolving import resolve_prompt
+from ..settings import Settings
 from .clock import Clock
 from .memory import in_use, peak_memory
-from .readings import COMPILED, READINGS
-from .shapes import random_finch, random_prompt, text_prompt
+from .readings import COMPILED, READINGS, STORE_SHORTLISTS, Reading, from_store
+from .shapes import (
+    QUESTION,
+    made_passages,
+    random_finch,
+    random_passages,
+    random_prompt,
+    text_prompt,
+    worst_heads,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +73,12 @@ class SpeedCase:
     @property
     def by_finch(self) -> bool:
         """Whether Finch reads, with its attention and its CUDA graphs."""
-        return self.method in ("finch", COMPILED)
+        return self.method in ("finch", COMPILED) or self.by_store
+
+    @property
+    def by_store(self) -> bool:
+        """Whether the document is known to a store."""
+        return self.method in STORE_SHORTLISTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +91,18 @@ class Run:
         decode_ms: Milliseconds of one decoding step, the median of some.
         peak_mib: Peak of memory beyond the loaded model.
         matrix_share: Products with the weights of the layers that ran, per second of ``prefill_seconds``, as a part
-            of the rate that one such product reaches alone.
+            of the rate that one such product reaches alone; None where it is not counted.
+        add_seconds: Seconds in which a store read the document before; 0 for other methods.
+        bytes_per_token: Bytes of a token's head keys in the store; 0 for other methods.
     """
 
     prefill_seconds: float
     first_token_seconds: float
     decode_ms: float
     peak_mib: float
-    matrix_share: float
+    matrix_share: float | None
+    add_seconds: float = 0.0
+    bytes_per_token: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,10 +112,14 @@ class Subject:
     Attributes:
         finch: On a loaded model, or on one with random weights.
         prompt: Tokens of all passages -> a prompt.
+        passages: The same for the passages of a store.
+        store_heads: The heads that search it.
     """
 
     finch: Finch
     prompt: Callable[[int], Prompt]
+    passages: Callable[[int], list[Passage]]
+    store_heads: Literal["auto"] | list[tuple[int, int]] = "auto"
 
     @classmethod
     def of(cls, *, model: str, shape: str, compile_layers: bool = False) -> Subject:
@@ -107,23 +132,34 @@ class Subject:
         """
         if shape:
             finch = random_finch(shape, compile_layers)
-            return cls(finch, lambda tokens: random_prompt(finch.model, tokens))
+            heads = worst_heads(finch.model, ALONE_HEADS)
+            return cls(finch, lambda tokens: random_prompt(finch.model, tokens), random_passages, heads)
         finch = Finch.from_pretrained(model, compile_layers=compile_layers)
         finch.retrieval_heads()  # found now, so that no measurement holds the search
-        return cls(finch, lambda tokens: text_prompt(finch, tokens))
+        return cls(finch, lambda tokens: text_prompt(finch, tokens), lambda tokens: made_passages(finch, tokens))
 
-    def request(self, prompt: Prompt, *, budget: int, chunk_size: int | None = None, new_tokens: int) -> Request:
-        """A request whose answer has all of its tokens: where a model would end it, it goes on.
+    def settings(self, *, budget: int, chunk_size: int | None = None, new_tokens: int) -> Settings:
+        """Settings of a call whose answer has all of its tokens: where a model would end it, it goes on.
 
         Args:
-            prompt: What is read.
             budget: Document tokens kept.
             chunk_size: Document tokens of a step; the default when None.
             new_tokens: Tokens of the answer.
         """
         options = {"budget": budget, "chunk_size": chunk_size, "max_new_tokens": new_tokens}
         settings = self.finch.settings.updated(options)
-        settings = replace(settings, sampling=replace(settings.sampling, ignore_eos=True))
+        return replace(settings, sampling=replace(settings.sampling, ignore_eos=True))
+
+    def request(self, prompt: Prompt, *, budget: int, chunk_size: int | None = None, new_tokens: int) -> Request:
+        """A request to answer from a prompt, see `settings`.
+
+        Args:
+            prompt: What is read.
+            budget: See `settings`.
+            chunk_size: See `settings`.
+            new_tokens: See `settings`.
+        """
+        settings = self.settings(budget=budget, chunk_size=chunk_size, new_tokens=new_tokens)
         return resolve_prompt(self.finch.runtime, prompt, settings)
 
 
@@ -146,12 +182,23 @@ class Measurement:
             if case.tokens > (window := window_of(model.config)):
                 raise SkippedError(f"the model's window is {window:,}")
         self._device: torch.device = model.device
+        self._rate = matrix_rate(model)
+        if case.by_store:
+            self._store = self.subject.finch.open_store(heads=self.subject.store_heads)
+            self._store.add(self.subject.passages(_WARM_UP_TOKENS))
+            self._measure(self._from_store)
+            self._store.clear()
+            start = time.perf_counter()
+            self._store.add(self.subject.passages(case.tokens))
+            self._add_seconds = time.perf_counter() - start
+            self._loaded = in_use(self._device)
+            return
         self._prompt = self.subject.prompt(case.tokens)
         self._loaded = in_use(self._device)
         plan = self._request(self._prompt).plan
         chunks = _WARM_UP_CHUNKS * plan.chunk_size if plan is not None else 0
-        self._measure(self.subject.prompt(min(case.tokens, max(_WARM_UP_TOKENS, chunks))))
-        self._rate = matrix_rate(model)
+        warm_up = self.subject.prompt(min(case.tokens, max(_WARM_UP_TOKENS, chunks)))
+        self._measure(lambda: self._of_prompt(warm_up))
 
     def run(self) -> Run:
         """Measures once.
@@ -160,29 +207,35 @@ class Measurement:
             SkippedError: If the device has not the memory.
         """
         with peak_memory(self._device, self._loaded) as peak:
-            prefill_seconds, first_token_seconds, decode_ms, layer_tokens = self._measure(self._prompt)
+            read = self._from_store if self._case.by_store else lambda: self._of_prompt(self._prompt)
+            prefill_seconds, first_token_seconds, decode_ms, layer_tokens = self._measure(read)
+        run = Run(prefill_seconds, first_token_seconds, decode_ms, peak[0], None)
+        if layer_tokens is None:
+            return replace(run, add_seconds=self._add_seconds, bytes_per_token=self._store.bytes_per_token)
         done = 2 * layer_tokens * sum(weight.numel() for weight in _layer_weights(self.subject.finch.model))
-        return Run(
-            prefill_seconds=prefill_seconds,
-            first_token_seconds=first_token_seconds,
-            decode_ms=decode_ms,
-            peak_mib=peak[0],
-            matrix_share=done / prefill_seconds / self._rate,
-        )
+        return replace(run, matrix_share=done / prefill_seconds / self._rate)
+
+    def _of_prompt(self, prompt: Prompt) -> Reading:
+        return READINGS[self._case.method](self.subject.finch, self._request(prompt))
+
+    def _from_store(self) -> Reading:
+        case = self._case
+        settings = self.subject.settings(budget=case.budget, chunk_size=case.chunk_size, new_tokens=_DECODED + 1)
+        settings = replace(settings, shortlist_tokens=STORE_SHORTLISTS[case.method](case.budget))
+        return from_store(self.subject.finch, self._store, QUESTION, settings)
 
     def _request(self, prompt: Prompt) -> Request:
         case = self._case
         return self.subject.request(prompt, budget=case.budget, chunk_size=case.chunk_size, new_tokens=_DECODED + 1)
 
     @torch.inference_mode()
-    def _measure(self, prompt: Prompt) -> tuple[float, float, float, int]:
+    def _measure(self, read: Callable[[], Reading]) -> tuple[float, float, float, int | None]:
         """Seconds to the cache and to the first token, milliseconds of a further one, layers x tokens."""
         case = self._case
-        request = self._request(prompt)
         clock = Clock(self._device)
         try:
             with memory_guard(self._device, f"{case.method} on {case.tokens:,} tokens"):
-                reading = READINGS[case.method](self.subject.finch, request)
+                reading = read()
                 clock.mark()
                 for _ in range(_DECODED + 1):
                     reading.step()

@@ -96,7 +96,8 @@ def bench_speed(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="Of: full (one plain forward pass), finch, finch-compiled (norms and MLPs fused), kvpress (needs the "
+            help="Of: full (one plain forward pass), finch, finch-compiled (norms and MLPs fused), finch-store (the "
+            "passages are known to a store), finch-store-best (the same without the loop), kvpress (needs the "
             "environment of make bench-peers).",
         ),
     ] = "full,finch",

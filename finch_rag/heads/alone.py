@@ -7,14 +7,14 @@ the passages of all examples are pooled to one corpus, and each question looks a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import InputError
 from ..models.attention import use_finch_attention
-from ..prefill.alone import AloneReader, KeyBlock, attention_by_head
+from ..prefill.alone import AloneReader, KeyBlock, attention_by_head, token_groups
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage
 from .examples import HeadExample, make_examples
@@ -62,11 +62,12 @@ def find_alone_heads(
     pooled = [Passage(text) for example in chosen for text in example.passages]
     prompt = builder.build("x", pooled)
     reader = AloneReader(model, prompt.prefix, {layer: range(per_layer) for layer in range(layers)})
+    lengths = [len(tokens) for tokens in prompt.passages]
     blocks = [
-        KeyBlock(torch.cat(reader.encode(batch), dim=1), None, [len(tokens) for tokens in batch])
-        for batch in batches(prompt.passages, _TOKENS_PER_PASS)
+        KeyBlock(reader.encode(prompt.passages[group.start : group.stop]), None, lengths[group.start : group.stop])
+        for group in token_groups(lengths, _TOKENS_PER_PASS)
     ]
-    longest = max(map(len, prompt.passages))
+    longest = max(lengths)
     scores = torch.zeros(len(reader.groups), reader.per_group)
     first = 0
     for number, example in enumerate(chosen, 1):
@@ -83,19 +84,3 @@ def find_alone_heads(
         HeadScore(index // per_layer, index % per_layer, value)
         for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-
-
-def batches(passages: Sequence[Sequence[int]], tokens: int) -> Iterator[Sequence[Sequence[int]]]:
-    """Passages in groups of about so many tokens, at least one passage each.
-
-    Args:
-        passages: Token ids of each.
-        tokens: The most tokens of a group of several.
-    """
-    start = filled = 0
-    for number, passage in enumerate(passages):
-        if number > start and filled + len(passage) > tokens:
-            yield passages[start:number]
-            start, filled = number, 0
-        filled += len(passage)
-    yield passages[start:]

@@ -10,7 +10,7 @@ import torch
 from transformers import Cache
 
 from ..errors import DeviceMemoryError
-from .attention import Observer, SeenEnough
+from .attention import Observer, SeenEnough, VarlenAttention
 from .cache import CompressedCache
 from .inspection import input_embedding
 from .varlen import PassingLayer, VarlenBatch, VarlenSequence
@@ -31,6 +31,25 @@ def forward_varlen(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) 
     """
     with _guard(model, sequences), suppress(SeenEnough):
         model.base_model(**_inputs(model, sequences))
+
+
+def forward_packed(
+    model: PreTrainedModel, token_ids: torch.Tensor, positions: torch.Tensor, attention: VarlenAttention
+) -> None:
+    """One forward pass of several sequences, joined, without computing logits.
+
+    Args:
+        model: A model that runs Finch's attention.
+        token_ids: Of all sequences, shape [tokens].
+        positions: Likewise.
+        attention: Takes their attention; it ends the pass by raising `SeenEnough`.
+
+    Raises:
+        DeviceMemoryError: If the device has no memory for it.
+    """
+    device = input_embedding(model).device
+    with memory_guard(device, f"{len(token_ids)} tokens of several sequences"), suppress(SeenEnough):
+        model.base_model(**_joined(model, token_ids, positions, attention))
 
 
 def varlen_logits(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -> torch.Tensor:
@@ -54,13 +73,21 @@ def varlen_logits(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -
 
 
 def _inputs(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -> dict[str, Any]:
+    token_ids = torch.cat([sequence.token_ids for sequence in sequences])
+    positions = torch.cat([sequence.positions for sequence in sequences])
+    return _joined(model, token_ids, positions, VarlenBatch(sequences))
+
+
+def _joined(
+    model: PreTrainedModel, token_ids: torch.Tensor, positions: torch.Tensor, attention: VarlenAttention
+) -> dict[str, Any]:
     device = input_embedding(model).device
     return {
-        "input_ids": torch.cat([sequence.token_ids for sequence in sequences])[None].to(device),
-        "position_ids": torch.cat([sequence.positions for sequence in sequences])[None].to(device),
+        "input_ids": token_ids[None].to(device),
+        "position_ids": positions[None].to(device),
         "past_key_values": Cache(layers=[PassingLayer() for _ in range(model.config.num_hidden_layers)]),
         "use_cache": True,
-        "finch_varlen": VarlenBatch(sequences),
+        "finch_varlen": attention,
     }
 
 

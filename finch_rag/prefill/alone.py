@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..models.attention import SeenEnough
 from ..models.cache import CompressedCache
-from ..models.forward import forward, forward_varlen, on_device
+from ..models.forward import forward, forward_packed, forward_varlen, on_device
 from ..models.inspection import input_embedding
+from ..models.packed import PackedBatch
 from ..models.varlen import Extend, VarlenSequence
 from .planning import RetrievalHeads
 from .scoring import StopAt
@@ -108,36 +110,34 @@ class AloneReader:
         return extend
 
     @torch.inference_mode()
-    def encode(self, passages: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def encode(self, passages: Sequence[Sequence[int]]) -> torch.Tensor:
         """Head keys of passages, by one forward pass up to the last retrieval head.
 
         Args:
             passages: Token ids of each, at least one token.
 
         Returns:
-            One tensor a passage, shape [groups, tokens, head_dim].
+            Of all passages, one after another, shape [groups, tokens, head_dim].
 
         Raises:
             DeviceMemoryError: If the device has no memory for all of them.
         """
-        keys: list[dict[tuple[int, int], torch.Tensor]] = [{} for _ in passages]
-        behind = self._behind_prefix()
-        wanted: dict[int, list[int]] = {}
-        for layer, kv_head in self.groups:
-            wanted.setdefault(layer, []).append(kv_head)
+        lengths, start = [len(passage) for passage in passages], len(self.prefix)
+        tokens = on_device([token for passage in passages for token in passage], self.device)
+        positions = on_device([start + place for length in lengths for place in range(length)], self.device)
+        keys: dict[tuple[int, int], torch.Tensor] = {}
 
-        def sequence(number: int, tokens: Sequence[int]) -> VarlenSequence:
-            def extend(layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                for kv_head in wanted.get(layer, ()):
-                    keys[number][layer, kv_head] = key[0, kv_head].to(self.device, copy=True)
-                return behind(layer, key, value)
+        def take_keys(layer: int, key: torch.Tensor) -> None:
+            for group in self.groups:
+                if group[0] == layer:
+                    keys[group] = key[group[1]].to(self.device, copy=True)
+            if layer == self._last:
+                raise SeenEnough
 
-            start = len(self.prefix)
-            positions = torch.arange(start, start + len(tokens), device=self.device)
-            return VarlenSequence(on_device(tokens, self.device), positions, extend, StopAt(self._last))
-
-        forward_varlen(self.model, [sequence(number, tokens) for number, tokens in enumerate(passages)])
-        return [torch.stack([found[group] for group in self.groups]) for found in keys]
+        prefix = self._prefix_states.layers if self.prefix else []
+        batch = PackedBatch(lengths, prefix, start, take_keys, self.device)
+        forward_packed(self.model, tokens, positions, batch)
+        return torch.stack([keys[group] for group in self.groups])
 
     @torch.inference_mode()
     def look(self, question: Sequence[int], own_tokens: slice, longest_passage: int) -> Look:
@@ -301,3 +301,23 @@ def quantised(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _kv_heads(model: PreTrainedModel) -> int:
     config = model.config
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def token_groups(lengths: Sequence[int], tokens: int) -> Iterator[range]:
+    """Passages in groups of about so many tokens, at least one passage each, in their order.
+
+    Args:
+        lengths: Tokens of each passage.
+        tokens: The most tokens of a group of several.
+
+    Yields:
+        The places of each group's passages.
+    """
+    start = filled = 0
+    for place, length in enumerate(lengths):
+        if place > start and filled + length > tokens:
+            yield range(start, place)
+            start, filled = place, 0
+        filled += length
+    if lengths:
+        yield range(start, len(lengths))

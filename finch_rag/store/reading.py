@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 
 from ..errors import DeviceMemoryError, InputError
-from ..prefill.alone import AloneReader, quantised
+from ..prefill.alone import AloneReader, quantised, token_groups
 from ..prompts.passages import Passage
 from .segments import Keys, joined
 
 Precision = Literal["bfloat16", "int8"]
-Name = TypeVar("Name")
 
 _TOKENS_PER_PASS = {"cuda": 16384, "cpu": 1024}
 
@@ -47,18 +46,18 @@ def read_keys(
     Raises:
         DeviceMemoryError: If the device has no memory for a single passage.
     """
-    lengths = {place: len(tokens) for place, tokens in enumerate(passages)}
+    lengths = [len(tokens) for tokens in passages]
     parts: list[Keys] = []
-    for batch in batches_of(lengths, _TOKENS_PER_PASS.get(reader.device.type, 4096)):
-        parts += _in_one_pass(reader, [passages[place] for place in batch], precision)
-        on_progress(sum(lengths[place] for place in batch))
+    for group in token_groups(lengths, _TOKENS_PER_PASS.get(reader.device.type, 4096)):
+        parts += _in_one_pass(reader, passages[group.start : group.stop], precision)
+        on_progress(sum(lengths[group.start : group.stop]))
     return joined(parts)
 
 
 def _in_one_pass(reader: AloneReader, passages: Sequence[Sequence[int]], precision: Precision) -> list[Keys]:
     """Head keys of passages, in halves from where the device's memory runs out."""
     try:
-        keys = torch.cat(reader.encode(passages), 1)
+        keys = reader.encode(passages)
     except DeviceMemoryError:
         if len(passages) == 1:
             raise
@@ -66,25 +65,6 @@ def _in_one_pass(reader: AloneReader, passages: Sequence[Sequence[int]], precisi
         halves = passages[:middle], passages[middle:]
         return [keys for half in halves for keys in _in_one_pass(reader, half, precision)]
     return [Keys(*quantised(keys)) if precision == "int8" else Keys(keys.to(torch.bfloat16), None)]
-
-
-def batches_of(tokens: Mapping[Name, int], most: int) -> Iterator[list[Name]]:
-    """Passages in groups of about so many tokens, at least one each.
-
-    Args:
-        tokens: Of each passage, by its name.
-        most: The most tokens of a group.
-    """
-    batch: list[Name] = []
-    filled = 0
-    for name, count in tokens.items():
-        if batch and filled + count > most:
-            yield batch
-            batch, filled = [], 0
-        batch.append(name)
-        filled += count
-    if batch:
-        yield batch
 
 
 def check_ids(passages: Sequence[Passage], hashes: Sequence[str]) -> None:

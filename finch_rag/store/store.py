@@ -12,13 +12,13 @@ import torch
 
 from ..answer import Citation
 from ..errors import InputError, StoreError
-from ..prefill.alone import AloneReader, KeyBlock, Look, attention_on
+from ..prefill.alone import AloneReader, KeyBlock, Look, attention_on, token_groups
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage, as_passages
 from .figures import Added, Retrieved, Shortlist, StoreInfo
 from .fusion import fused
 from .index import Reading
-from .reading import Precision, batches_of, check_ids, hash_of, read_keys, with_unique_ids
+from .reading import Precision, check_ids, hash_of, read_keys, with_unique_ids
 from .segments import Keys
 from .storage import Blocks, Storage, part_of
 
@@ -205,7 +205,8 @@ class PassageStore:
             done += tokens
             on_progress(done, total)
 
-        for batch in batches_of(lengths, _SEGMENT_TOKENS):
+        for group in token_groups(list(lengths.values()), _SEGMENT_TOKENS):
+            batch = list(lengths)[group.start : group.stop]
             keys = read_keys(self._reader, [new[key] for key in batch], self.precision, tell)
             self._storage.write(batch, [lengths[key] for key in batch], keys)
             present = set(batch)
