@@ -205,11 +205,12 @@ class Runtime:
             return request.plan
         return replace(request.plan, heads=self.retrieval_heads(request.on_progress, request.cancellation))
 
-    def read(self, request: Request) -> CompressedCache:
+    def read(self, request: Request, *, ahead: bool = False) -> CompressedCache:
         """Reads the passages of a request into a cache that remembers them for citations and report.
 
         Args:
             request: One that reads passages.
+            ahead: Whether the caller's next pass takes along what the cache may then have as ``unread``.
 
         Raises:
             NumericsError: If the model computes NaN.
@@ -217,13 +218,13 @@ class Runtime:
         """
         request.cancellation.check()
         if request.store is not None and request.passages and request.plan is not None:
-            return self._read_known(request, request.store, request.plan)
+            return self._read_known(request, request.store, request.plan, ahead)
         plan = self.plan(request)
         start = time.perf_counter()
-        prefilled = prefill(self.model, request.prompt, plan, self.rotation, request.on_step("prefill"))
+        prefilled = prefill(self.model, request.prompt, plan, self.rotation, request.on_step("prefill"), ahead=ahead)
         return self.remember(request, plan, prefilled, time.perf_counter() - start)
 
-    def _read_known(self, request: Request, store: PassageStore, plan: PrefillPlan) -> CompressedCache:
+    def _read_known(self, request: Request, store: PassageStore, plan: PrefillPlan, ahead: bool) -> CompressedCache:
         """Reads what a store ranks best; it reads the passages that it does not know."""
         start = time.perf_counter()
         if known := request.searched.attention:
@@ -236,7 +237,7 @@ class Runtime:
             searching = time.perf_counter()
             attention = store.attention_to(request.question, added.hashes)
         searched = time.perf_counter()
-        prefilled, used = self._read_ranked(request, plan, attention)
+        prefilled, used = self._read_ranked(request, plan, attention, ahead)
         return self.remember(
             request,
             used,
@@ -250,7 +251,7 @@ class Runtime:
         )
 
     def _read_ranked(
-        self, request: Request, plan: PrefillPlan, attention: torch.Tensor
+        self, request: Request, plan: PrefillPlan, attention: torch.Tensor, ahead: bool
     ) -> tuple[Prefilled, PrefillPlan]:
         """What is read of passages that are ranked, and how: a shortlist by the loop, or the best at once."""
         steps = Steps(0, plan.chunk_size, 0)
@@ -261,10 +262,10 @@ class Runtime:
             on_cpu = input_embedding(self.model).device.type == "cpu"
             shortlist = 0 if on_cpu else shortlist_tokens(plan.budget)
         if shortlist <= plan.budget:
-            return prefill_best(self.model, request.prompt, attention, plan, steps), plan
+            return prefill_best(self.model, request.prompt, attention, plan, steps, ahead=ahead), plan
         plan = self.plan(request)
         found = prefill_shortlists(
-            self.model, [request.prompt], attention[None], steps, plan, self.rotation, tokens=shortlist
+            self.model, [request.prompt], attention[None], steps, plan, self.rotation, tokens=shortlist, ahead=ahead
         )
         return found[0], plan
 

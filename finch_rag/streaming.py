@@ -97,11 +97,10 @@ def _answer(
 ) -> Generator[str, None, None]:
     """The deltas of an answer; at the end the answer is put into ``answers``."""
     try:
-        cache = runtime.read(request) if cache is None else cache
+        cache = runtime.read(request, ahead=True) if cache is None else cache
     except Cancelled:
         return
     cited = citations(cache, kept_only=True)
-    read = replace(report(cache, len(request.answer_prompt)), parse_mode=request.parse_mode, notes=request.notes)
     started = time.perf_counter()
     seconds = 0.0
     cache = cache.fork(request.room)  # frees the room that reading needed
@@ -116,8 +115,10 @@ def _answer(
     if running.cancelled:
         return
     seconds += time.perf_counter() - started
+    read = report(cache, len(request.answer_prompt))  # now that all of it is read
     new, reason = len(running.writer.token_ids), running.writer.stop_reason
-    answers.append(Answer(text, cited, replace(read, decode_seconds=seconds, new_tokens=new, stop_reason=reason)))
+    told = replace(read, parse_mode=request.parse_mode, notes=request.notes)
+    answers.append(Answer(text, cited, replace(told, decode_seconds=seconds, new_tokens=new, stop_reason=reason)))
 
 
 async def in_thread(work: Callable[[], Result], cancel: Callable[[], None]) -> Result:

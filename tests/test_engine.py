@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-import finch_rag.models.forward
-import finch_rag.prefill.loop
 from finch_rag.engine import Finch
 from finch_rag.errors import FinchError, InputError, ModelError, SettingsError, WindowError
 from finch_rag.prompts.chat_template import Message
@@ -127,27 +125,26 @@ def test_reading_again_costs_one_more_pass_and_only_where_something_was_evicted(
 ) -> None:
     finch = small_finch(heads="all", reread=True)
     passes: list[int] = []
-    plain = finch_rag.models.forward.forward
-
-    def counted(model: Any, token_ids: torch.Tensor, cache: Any, observer: Any = None) -> None:
-        passes.append(len(token_ids))
-        plain(model, token_ids, cache, observer)
-
-    monkeypatch.setattr(finch_rag.prefill.loop, "forward", counted)
+    model: Any = finch.model
+    model.base_model.layers[0].register_forward_pre_hook(lambda layer, args: passes.append(args[0].shape[1]))
 
     def count(method: Any, **options: Any) -> int:
         passes.clear()
         method(QUESTION, texts(10), chunk_size=100, **options)
         return len(passes)
 
-    once = count(finch.ask, budget=60, reread=False)
-    assert count(finch.ask, budget=60) == once + 1
+    once = count(finch.compress, budget=60, reread=False)
+    assert count(finch.compress, budget=60) == once + 1
     again = passes[-1]
-    prefix = finch.ask(QUESTION, texts(10)).report.prefix_tokens
-    assert prefix < again <= prefix + 60  # and what was kept
-    assert count(finch.ask, budget=60, selection="token") == once
+    report = finch.ask(QUESTION, texts(10)).report
+    assert report.prefix_tokens < again <= report.prefix_tokens + 60  # and what was kept
+    assert count(finch.compress, budget=60, selection="token") == once
     assert count(finch.rank, budget=60) == once
     assert count(finch.compress, budget=360) == once
+    # Before an answer, no pass of its own: what was kept is read together with the question.
+    asked = count(finch.ask, budget=60, reread=False, max_new_tokens=1)
+    assert count(finch.ask, budget=60, max_new_tokens=1) == asked == once + 1
+    assert passes[-1] == again + report.question_tokens
     assert [finch.ask(QUESTION, texts(10), budget=60, reread=value).report.reread for value in (True, False)] == [
         True,
         False,

@@ -67,7 +67,7 @@ def by_finch(finch: Finch, request: Request) -> Reading:
         finch: The engine.
         request: What is read.
     """
-    cache = finch.runtime.read(request)
+    cache = finch.runtime.read(request, ahead=True)
     prompt, figures = request.prompt, cache.document.figures
     document = sum(request.passage_tokens)
     scanned = len(prompt.prefix) + document + figures.chunks * len(prompt.question)
@@ -88,7 +88,7 @@ def from_store(finch: Finch, store: PassageStore, question: str, settings: Setti
     """
     passages, found = with_store(finch.runtime, question, [], replace(settings, store=store))
     request = resolve(finch.runtime, question, passages, found)
-    cache = finch.runtime.read(request)
+    cache = finch.runtime.read(request, ahead=True)
     return Reading(None, finch.runtime.decoder(cache.fork(request.room), request).steps().__next__)
 
 

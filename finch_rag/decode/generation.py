@@ -122,7 +122,7 @@ class Decoder:
 
     Args:
         model: The model that filled the cache.
-        cache: With room for the prompt and the answer.
+        cache: With room for the prompt and the answer; what it has ``unread`` is read with the prompt.
         prompt: Token ids to read before the answer, at least one.
         writer: Makes the answer.
         new_tokens: The most tokens of it.
@@ -168,9 +168,10 @@ class Decoder:
 
     def logits(self) -> Generator[torch.Tensor, None, None]:
         """Logits after the prompt, then after each generated token; float32, shape [1, vocabulary]."""
-        most = self._chunk_size or len(self._prompt)
-        for start in range(0, len(self._prompt), most):
-            logits = self._forward(self._prompt[start : start + most])
+        tokens = [*self._cache.take_unread(), *self._prompt]
+        most = self._chunk_size or len(tokens)
+        for start in range(0, len(tokens), most):
+            logits = self._forward(tokens[start : start + most])
         yield logits
         graphs = self._graphs
         with nullcontext() if graphs is None else graphs.lend([self._cache], self._new_tokens - 1) as step:

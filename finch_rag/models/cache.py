@@ -144,6 +144,8 @@ class CompressedCache(Cache):
         kept: Document positions of the kept tokens in the cache's order: shape [layers, kept] where each layer chose
             its own, [1, kept] where all keep the same.
         document: The passages that were read, for citations.
+        unread: Token ids that belong behind those in use, shape [tokens]: the next pass takes them along, because a
+            pass of its own costs an accelerator's host as much as a long one. None where there are none.
     """
 
     layers: list[CompressedLayer]  # type: ignore[assignment]  # narrower than transformers' own
@@ -154,6 +156,7 @@ class CompressedCache(Cache):
         self.kept = torch.empty(1, 0, dtype=torch.long)
         self._positions = self.kept  # of the reference keys, of the same shape
         self.document = CachedDocument()
+        self.unread: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -233,10 +236,17 @@ class CompressedCache(Cache):
         Args:
             room: Tokens that will be appended to the copy.
         """
-        copy = CompressedCache(len(self.layers), self.length + room)
-        copy.layers = [layer.fork(self.length + room) for layer in self.layers]
-        copy.prefix, copy.kept, copy.document = self.prefix, self.kept, self.document
+        capacity = self.length + (0 if self.unread is None else len(self.unread)) + room
+        copy = CompressedCache(len(self.layers), capacity)
+        copy.layers = [layer.fork(capacity) for layer in self.layers]
+        copy.prefix, copy.kept, copy.document, copy.unread = self.prefix, self.kept, self.document, self.unread
         return copy
+
+    def take_unread(self) -> list[int]:
+        """The token ids that the next pass must take along; it is the caller's now to run them."""
+        taken = [] if self.unread is None else self.unread.tolist()
+        self.unread = None
+        return taken
 
     def save(self, path: str | Path) -> None:
         """Writes the cache as one safetensors file.

@@ -118,6 +118,27 @@ def forward(
         )
 
 
+def forward_in_chunks(
+    model: PreTrainedModel, token_ids: torch.Tensor, cache: CompressedCache, chunk_size: int, *, ahead: bool = False
+) -> None:
+    """Appends tokens to the cache in several passes.
+
+    Args:
+        model: A model that runs Finch's attention.
+        token_ids: Shape [tokens].
+        cache: The cache to append to.
+        chunk_size: The most tokens of a pass.
+        ahead: Leave the last chunk to the pass that comes next, as the cache's ``unread``.
+    """
+    *parts, last = token_ids.split(chunk_size)
+    for part in parts:
+        forward(model, part, cache)
+    if ahead and last.numel():
+        cache.unread = last
+    else:
+        forward(model, last, cache)
+
+
 def on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     """Numbers on a device, without waiting for what it is busy with: a copy from pageable memory would.
 

@@ -29,6 +29,8 @@ def prefill_batched(
     plans: Sequence[PrefillPlan],
     rotation: KeyRotation,
     on_progress: StepProgress = no_progress,
+    *,
+    ahead: bool = False,
 ) -> list[Prefilled]:
     """Reads for each of several questions, side by side where a step has room for more than one.
 
@@ -38,6 +40,7 @@ def prefill_batched(
         plans: One a question.
         rotation: How the model rotates keys.
         on_progress: Called with the document tokens read so far and in all, those of all questions.
+        ahead: See `prefill`; of a question that is read for alone.
 
     Returns:
         What was read, for each question; the same as if each had been read alone.
@@ -61,7 +64,7 @@ def prefill_batched(
             except DeviceMemoryError:  # one by one it takes less, and goes on in halves
                 pass
         for i in batch:
-            read.append(prefill(model, prompts[i], plans[i], rotation, tell))
+            read.append(prefill(model, prompts[i], plans[i], rotation, tell, ahead=ahead))
     return read
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import DeviceMemoryError
 from ..models.cache import CompressedCache
-from ..models.forward import forward
+from ..models.forward import forward, forward_in_chunks
 from ..models.rope import KeyRotation
 from ..prompts.builder import Prompt
 from .chunking import plan_chunks
@@ -40,6 +40,8 @@ def prefill(
     plan: PrefillPlan,
     rotation: KeyRotation,
     on_progress: StepProgress = no_progress,
+    *,
+    ahead: bool = False,
 ) -> Prefilled:
     """Reads all passages into a cache of bounded size.
 
@@ -50,6 +52,7 @@ def prefill(
         rotation: How the model rotates keys.
         on_progress: Called with the document tokens read so far and in all. On an accelerator the last step may still
             be running.
+        ahead: Leave the last tokens of a re-prefill to the pass that comes next, as the cache's ``unread``.
 
     Raises:
         DeviceMemoryError: If the device has no memory for the smallest step.
@@ -62,8 +65,7 @@ def prefill(
         return observer
 
     if not any(prompt.passages):
-        for part in scan.prefix.split(plan.chunk_size):
-            forward(model, part, scan.cache)
+        forward_in_chunks(model, scan.prefix, scan.cache, plan.chunk_size)
     steps = read_in_chunks(
         read,
         scan.evict,
@@ -75,8 +77,7 @@ def prefill(
         on_progress=on_progress,
     )
     if (tokens := scan.to_re_prefill()) is not None:
-        for part in tokens.split(steps.chunk_size):
-            forward(model, part, scan.cache)
+        forward_in_chunks(model, tokens, scan.cache, steps.chunk_size, ahead=ahead)
     return scan.result(steps)
 
 

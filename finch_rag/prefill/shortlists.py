@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..models.cache import CompressedCache
-from ..models.forward import forward, on_device
+from ..models.forward import forward_in_chunks, on_device
 from ..models.inspection import input_embedding
 from ..models.rope import KeyRotation
 from ..prompts.builder import Prompt
@@ -45,6 +45,8 @@ def prefill_shortlists(
     plan: PrefillPlan,
     rotation: KeyRotation,
     tokens: int | None = None,
+    *,
+    ahead: bool = False,
 ) -> list[Prefilled]:
     """Reads for each of several questions the passages that a shared scan, or a store, ranks best.
 
@@ -56,6 +58,7 @@ def prefill_shortlists(
         plan: How one question is read for.
         rotation: How the model rotates keys.
         tokens: The most tokens of a shortlist; see `shortlist_tokens` when None.
+        ahead: See `prefill_batched`.
 
     Returns:
         What was read, for each question; ``steps`` are those of the shared scan.
@@ -74,7 +77,7 @@ def prefill_shortlists(
     plans = [replace(plan, chunk_size=steps.chunk_size)] * len(prompts)  # less where memory ran out
     prefilled = []
     for paid, shortlist, found in zip(
-        attention, shortlists, prefill_batched(model, shorter, plans, rotation), strict=True
+        attention, shortlists, prefill_batched(model, shorter, plans, rotation, ahead=ahead), strict=True
     ):
         positions = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in shortlist])
         found.cache.kept = positions[found.cache.kept]
@@ -92,7 +95,13 @@ def _shortlist(attention: torch.Tensor, passages: Sequence[Sequence[int]], token
 
 @torch.inference_mode()
 def prefill_best(
-    model: PreTrainedModel, prompt: Prompt, attention: torch.Tensor, plan: PrefillPlan, steps: Steps
+    model: PreTrainedModel,
+    prompt: Prompt,
+    attention: torch.Tensor,
+    plan: PrefillPlan,
+    steps: Steps,
+    *,
+    ahead: bool = False,
 ) -> Prefilled:
     """Reads the best passages that fit into the budget, and them alone, as a re-prefill does.
 
@@ -102,6 +111,7 @@ def prefill_best(
         attention: What the question pays to each passage, on the CPU, float32, shape [passages].
         plan: Budget and cutoff.
         steps: Of what ranked them.
+        ahead: See `finch_rag.prefill.loop.prefill`.
 
     Raises:
         DeviceMemoryError: If the device has no memory for them.
@@ -119,6 +129,5 @@ def prefill_best(
     tokens = on_device([*prompt.prefix, *(document[place] for place in chosen.tolist())], device)
     cache = CompressedCache(int(model.config.num_hidden_layers), len(tokens))
     cache.prefix, cache.kept = len(prompt.prefix), chosen[None]
-    for part in tokens.split(plan.chunk_size):
-        forward(model, part, cache)
+    forward_in_chunks(model, tokens, cache, plan.chunk_size, ahead=ahead)
     return Prefilled(cache, attention, steps)
