@@ -139,17 +139,17 @@ def forward_in_chunks(
         forward(model, last, cache)
 
 
-def on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+def on_device(numbers: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:
     """Numbers on a device, without waiting for what it is busy with: a copy from pageable memory would.
 
     Args:
-        numbers: Token ids or lengths.
+        numbers: Token ids, places or lengths; on the CPU where they are a tensor.
         device: Where to put them.
 
     Returns:
         Int64, shape [numbers].
     """
-    tensor = torch.tensor(numbers, dtype=torch.long)
+    tensor = torch.as_tensor(numbers, dtype=torch.long)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from .attention import causal_attention
 from .cache import CompressedLayer
+from .forward import on_device
 
 # A layer's index and the keys of all sequences there, shape [kv_heads, tokens, head_dim]; may raise `SeenEnough`.
 TakeKeys = Callable[[int, torch.Tensor], None]
@@ -42,9 +43,9 @@ class PackedBatch:
         self._key_lengths = [prefix_tokens + length for length in lengths]
         own = torch.arange(prefix_tokens, prefix_tokens + sum(lengths)).split(self._lengths)
         before = torch.arange(prefix_tokens)
-        self._places = torch.cat([torch.cat((before, places)) for places in own]).to(device)
-        self._query_ends = torch.tensor([0, *self._lengths]).cumsum(0, dtype=torch.int32).to(device)
-        self._key_ends = torch.tensor([0, *self._key_lengths]).cumsum(0, dtype=torch.int32).to(device)
+        self._places = on_device(torch.cat([torch.cat((before, places)) for places in own]), device)
+        self._query_ends = on_device([0, *self._lengths], device).cumsum(0, dtype=torch.int32)
+        self._key_ends = on_device([0, *self._key_lengths], device).cumsum(0, dtype=torch.int32)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
