@@ -16,10 +16,13 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: the cores are taken
 
+from finch_rag.corpus import retrieval
 from finch_rag.engine import Finch
 from finch_rag.models.cache import CompressedCache
 
-from .small import chat_tokenizer, plain_tokenizer, small_finch
+from .command_line import CORPUS
+from .hashed import hashed_embedder
+from .small import chat_tokenizer, plain_tokenizer, small_finch, small_model
 
 torch.set_num_threads(1)  # small matrices gain nothing from more
 
@@ -72,3 +75,25 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> weakref.WeakSet[CompressedCache]:
 
     monkeypatch.setattr(CompressedCache, "__init__", tracked)
     return alive
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small random model as `save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("model")
+    small_model(max_position_embeddings=2048).save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "island.md").write_text(CORPUS)
+    return folder
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "_load_embedder", lambda: hashed_embedder)

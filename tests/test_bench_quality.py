@@ -95,13 +95,19 @@ def test_gold_that_is_not_in_the_corpus_is_refused(folder: Path) -> None:
 
 def test_every_method_answers_within_its_budget(data: DataSet) -> None:
     finch = Finch(small_model(max_position_embeddings=2048), chat_tokenizer(), heads=[(0, 1)], chunk_size=128)
-    contestant = Contestant(finch, 60, 4)
+    corpus = finch.open_store(heads=[(0, 1)])
+    corpus.add(data.passages)
+    contestant = Contestant(finch, 60, 4, corpus)
     [case] = cases(data, limit=1, top_k=COUNT)
     outcomes = {method: run(method, contestant, case) for method in METHODS}
     total = sum(contestant.lengths(case.passages))
     assert outcomes["full"].kv_tokens == outcomes["truncate"].kv_tokens == total
     assert all(outcomes[name].kv_tokens <= 60 for name in ("finch", "finch-scan", "finch-paper", "top-k"))
     assert outcomes["finch-paper"].kv_tokens == 60
+    by_store = ("finch-store", "finch-store-best", "finch-corpus", "finch-corpus-best", "finch-fused")
+    assert all(0 < outcomes[name].kv_tokens <= 60 for name in by_store)
+    best = corpus.search(case.question.question, 1)[0].passage_id
+    assert outcomes["finch-corpus-best"].kept_ids[0] == best
     assert outcomes["gold"].kept_ids == list(case.question.gold_ids)
     packs = contestant.packs(case.passages, 60)
     assert [passage for pack in packs for passage in pack] == case.passages

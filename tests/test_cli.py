@@ -8,73 +8,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from finch_rag import Finch, __version__, cli
 from finch_rag.cli import session
-from finch_rag.cli.app import app
-from finch_rag.corpus import retrieval
 from finch_rag.heads.stored import load_heads
 from finch_rag.terminal import output as display
 
-from .hashed import hashed_embedder
-from .small import chat_tokenizer, small_model
+from .command_line import one_error, only_json, run
 
 QUESTION = "Who built the lighthouse on the rock?"
-CORPUS = """# Island
-
-## Harbour
-The harbour was built in 1874 by the engineer Clara Novak.
-
-## Lighthouse
-The lighthouse on the rock was built by Hugo Kessler in the winter of 1902.
-
-## [red]Museum[/red]
-The museum opened in 1931 and holds a large collection of instruments.
-"""
 LIGHTHOUSE = "island.md#lighthouse"
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small random model as `save_pretrained` writes it."""
-    folder = tmp_path_factory.mktemp("model")
-    small_model(max_position_embeddings=2048).save_pretrained(folder)
-    chat_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    (folder / "island.md").write_text(CORPUS)
-    return folder
-
-
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval, "_load_embedder", lambda: hashed_embedder)
-
-
-def run(*args: Any) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-
-
-def only_json(result: Result) -> dict[str, Any]:
-    """The object on stdout, where nothing else may stand."""
-    assert result.exit_code == 0, result.stderr
-    (line,) = result.stdout.splitlines()
-    parsed: dict[str, Any] = json.loads(line)
-    return parsed
-
-
-def one_error(result: Result) -> str:
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("Error: ")
-    return line
 
 
 @pytest.mark.usefixtures("hashed")
@@ -156,8 +99,13 @@ def test_heads_are_found_and_stored(model_folder: str) -> None:
     assert Path(shown["file"]).is_file()
     stored = load_heads(Finch.from_pretrained(model_folder, heads="all").model)
     assert stored == [(head["layer"], head["head"]) for head in shown["heads"]]
+    alone = load_heads(Finch.from_pretrained(model_folder, heads="all").model, "alone")
+    assert alone == [(head["layer"], head["head"]) for head in shown["alone_heads"]]
+    assert len(only_json(run("heads", model_folder, "--n", 3, "--n-alone", 2, "--json"))["alone_heads"]) == 2
     table = run("heads", model_folder, "--n", 3).stdout
     assert f"stored in {shown['file']}" in table.replace("\n", "")
+    assert "the loop" in table
+    assert "a store" in table
 
 
 @pytest.mark.usefixtures("hashed")
@@ -322,7 +270,8 @@ def test_version_and_help_load_no_model_library() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *((), ("ask",), ("rank",), ("demo",), ("heads",)),
+        *((), ("ask",), ("rank",), ("index",), ("demo",), ("heads",)),
+        *(("store",), ("store", "info"), ("store", "verify"), ("store", "clear")),
         *(("bench",), ("bench", "speed"), ("bench", "many"), ("bench", "quality"), ("bench", "positions")),
     ],
 )

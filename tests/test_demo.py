@@ -76,9 +76,10 @@ def test_each_method_sees_what_it_claims(contest: Contest) -> None:
         ranked = in_rank_order(Retriever.build(PASSAGES), PASSAGES, question.question, 60)
         ends = list(accumulate(len(passage) for passage in small_finch().prompts.build("x", ranked).passages))
         fitting = ranked[: sum(end <= 100 for end in ends)]
-        assert outcomes["top_passages"].tokens == ends[len(fitting) - 1]  # nothing evicted
-        assert outcomes["top_passages"].has_gold == any(p.id == question.gold_ids[0] for p in fitting)
-        assert outcomes["finch"].tokens == 100
+        assert outcomes["minilm_passages"].tokens == ends[len(fitting) - 1]  # nothing evicted
+        assert outcomes["bm25_passages"].tokens <= 100
+        assert outcomes["minilm_passages"].has_gold == any(p.id == question.gold_ids[0] for p in fitting)
+        assert 0 < outcomes["finch"].tokens <= 100
         assert outcomes["full_window"].has_gold == (question.id == "q1")
         assert all(outcome.seconds > 0 for outcome in outcomes.values())
 
@@ -114,6 +115,7 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     monkeypatch.setattr(demo, "example_corpus", lambda: folder)
     monkeypatch.setattr(demo, "QUESTION_ID", "q2")
+    monkeypatch.setattr(demo, "SECOND_QUESTION_ID", "q1")
     monkeypatch.setattr(demo, "BUDGET", 100)
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 6)
     monkeypatch.setattr(demo, "load_finch", lambda name, bars, **settings: small_finch(**settings))
@@ -123,13 +125,20 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_demo")
 def test_demo_reads_everything_and_says_whether_the_answer_is_right() -> None:
     shown = json.loads(CliRunner().invoke(commands.app, ["demo", "--json"]).stdout)
-    assert list(shown) == ["question", "answer", "citations", "report", "answers", "right", "window"]
+    keys = ["question", "answer", "citations", "report", "answers", "right", "window", "first_piece_seconds"]
+    assert list(shown) == [*keys, "second"]
+    assert list(shown["second"]) == keys
+    assert (shown["second"]["question"], shown["second"]["report"]["stored_tokens"]) == (QUESTIONS[0].question, 0)
+    assert shown["second"]["report"]["known_tokens"] == shown["report"]["stored_tokens"]
+    assert 0 < shown["second"]["first_piece_seconds"] < shown["first_piece_seconds"]
     assert shown["question"] == QUESTIONS[1].question
     assert shown["right"] is False
     assert (shown["report"]["passages"], shown["report"]["budget"]) == (60, 100)
     assert shown["report"]["context_tokens"] > shown["window"] == 512
     words = CliRunner().invoke(commands.app, ["demo"]).stdout
-    assert f"Question: {QUESTIONS[1].question}" in words
+    assert f"Question 1: {QUESTIONS[1].question}" in words
+    assert f"Question 2: {QUESTIONS[0].question}" in words
+    assert "s for the second question: each passage is read once" in words.replace("\n", " ")
     assert "The answer is wrong" in words
     read, kept = shown["report"]["context_tokens"], shown["report"]["kept_tokens"]
     assert f"Finch read {read:,} tokens of passages; the model's window is 512; {kept} were kept" in words

@@ -10,8 +10,10 @@ from typing import Any
 from ..answer import Answer
 from ..engine import Finch
 from ..errors import InputError
+from ..prefill.shortlists import shortlist_tokens
 from ..prompts.builder import INSTRUCTIONS, refine_instructions
 from ..prompts.passages import Passage
+from ..store.store import PassageStore
 from .cases import QualityCase
 
 
@@ -51,11 +53,13 @@ class Contestant:
         finch: The engine, for all methods.
         budget: Document tokens in the cache.
         max_new_tokens: The most tokens of an answer.
+        corpus: A store that has read all passages of the data, for the methods `OF_CORPUS`.
     """
 
     finch: Finch
     budget: int
     max_new_tokens: int
+    corpus: PassageStore | None = None
 
     def ask(self, case: QualityCase, passages: Sequence[Passage], **options: Any) -> Outcome:
         """One call of the engine."""
@@ -113,6 +117,36 @@ def finch_scan(contestant: Contestant, case: QualityCase) -> Outcome:
 def finch_paper(contestant: Contestant, case: QualityCase) -> Outcome:
     """Tokens by the sum of all heads, layer by layer, as in the paper."""
     return contestant.ask(case, case.passages, selection="token")
+
+
+def finch_store(contestant: Contestant, case: QualityCase) -> Outcome:
+    """The retrieved passages by a store, which reads each once for all cases."""
+    return contestant.ask(case, case.passages, store=True)
+
+
+def finch_store_best(contestant: Contestant, case: QualityCase) -> Outcome:
+    """The same without the loop: the store's best passages that fit into the budget."""
+    return contestant.ask(case, case.passages, store=True, shortlist_tokens=0)
+
+
+def finch_corpus(contestant: Contestant, case: QualityCase) -> Outcome:
+    """The store of all passages, without a retriever."""
+    return contestant.ask(case, (), store=contestant.corpus)
+
+
+def finch_corpus_best(contestant: Contestant, case: QualityCase) -> Outcome:
+    """The same without the loop."""
+    return contestant.ask(case, (), store=contestant.corpus, shortlist_tokens=0)
+
+
+def finch_fused(contestant: Contestant, case: QualityCase) -> Outcome:
+    """Finch over the best passages of the store of all and of the retriever, by reciprocal rank fusion."""
+    if contestant.corpus is None:
+        raise InputError("the method finch-fused needs a store of all passages")
+    ids = [passage.id for passage in case.ranked if passage.id is not None]
+    found = contestant.corpus.retrieve(case.question.question, _FUSED, fuse=[ids])
+    most = shortlist_tokens(contestant.budget)
+    return contestant.ask(case, contestant.first_that_fit([each.passage for each in found], most))
 
 
 def full(contestant: Contestant, case: QualityCase) -> Outcome:
@@ -182,6 +216,11 @@ METHODS: dict[str, Method] = {
     "finch": finch,
     "finch-scan": finch_scan,
     "finch-paper": finch_paper,
+    "finch-store": finch_store,
+    "finch-store-best": finch_store_best,
+    "finch-corpus": finch_corpus,
+    "finch-corpus-best": finch_corpus_best,
+    "finch-fused": finch_fused,
     "full": full,
     "truncate": truncate,
     "top-k": top_k,
@@ -189,6 +228,8 @@ METHODS: dict[str, Method] = {
     "map-reduce": map_reduce,
     "gold": gold,
 }
+OF_CORPUS = ("finch-corpus", "finch-corpus-best", "finch-fused")  # they need a store of all passages
+_FUSED = 200  # passages, of which the first that fit into a shortlist are read
 WITHOUT_BUDGET = ("full", "truncate", "gold")  # the budget makes no difference to them
 
 

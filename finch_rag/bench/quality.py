@@ -25,7 +25,7 @@ from . import tables
 from .arguments import check_runs
 from .cases import DataSet, QualityCase, RetrieverName, make_cases, read_cases, write_cases
 from .memory import in_use, peak_memory
-from .methods import METHODS, WITHOUT_BUDGET, Contestant, DoesNotFitError, run
+from .methods import METHODS, OF_CORPUS, WITHOUT_BUDGET, Contestant, DoesNotFitError, run
 from .summary import summarise
 
 _CASES = "cases.jsonl.gz"
@@ -178,9 +178,13 @@ def measure(
     todo = [item for item in wanted if (item[0].question.id, label(*item[1:])) not in done]
     if todo:
         finch = load()
+        corpus = None
+        if any(method in OF_CORPUS for _, method, _ in todo):
+            corpus = finch.open_store()
+            corpus.add(DataSet.read(data).passages)
         with appending(folder / f"results-{part}.jsonl") as store:
             for number, (case, method, budget) in enumerate(todo, 1):
-                store(_record(finch, settings, case, method, budget))
+                store(_record(Contestant(finch, budget, settings.max_new_tokens, corpus), case, method))
                 on_progress(len(wanted) - len(todo) + number, len(wanted))
     return {"settings": asdict(settings), **summarise(cases, read_results(folder))}
 
@@ -249,12 +253,13 @@ def _cases(settings: RunSettings, data: Path, folder: Path) -> list[QualityCase]
     return cases
 
 
-def _record(finch: Finch, settings: RunSettings, case: QualityCase, method: str, budget: int) -> dict[str, Any]:
+def _record(contestant: Contestant, case: QualityCase, method: str) -> dict[str, Any]:
+    budget = contestant.budget
     record = {"id": case.question.id, "label": label(method, budget), "budget": budget}
-    device = finch.model.device
+    device = contestant.finch.model.device
     try:
         with peak_memory(device, in_use(device)) as peak:
-            outcome = run(method, Contestant(finch, budget, settings.max_new_tokens), case)
+            outcome = run(method, contestant, case)
     except (DoesNotFitError, WindowError) as reason:
         return {**record, "skipped": str(reason)}
     return {**record, **asdict(replace(outcome, peak_mib=peak[0]))}

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import FinchError
 from ..terminal.output import say, show_error, show_log
-from . import ask, bench, demo, heads, rank
+from . import ask, bench, demo, heads, index, rank, store
 
 
 class Commands(TyperGroup):
@@ -36,6 +36,8 @@ app = typer.Typer(
 )
 app.command(epilog=ask.EPILOG)(ask.ask)
 app.command(epilog=rank.EPILOG)(rank.rank)
+app.command(epilog=index.EPILOG)(index.index)
+app.add_typer(store.app, name="store")
 app.command("demo")(demo.show_demo)
 app.command(epilog=heads.EPILOG)(heads.heads)
 app.add_typer(bench.app, name="bench")

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..errors import InputError
+
 LARGEST_DEFAULT_TOP_K = 100
 
 
@@ -23,14 +25,41 @@ class SelectionName(StrEnum):
         return "passage" if self is SelectionName.PASSAGE else "token"
 
 
+class PrecisionName(StrEnum):
+    """How a store keeps its keys."""
+
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+    @property
+    def literal(self) -> Literal["bfloat16", "int8"]:
+        """The name as the engine takes it."""
+        return "int8" if self is PrecisionName.INT8 else "bfloat16"
+
+
 QuestionArgument = Annotated[str, typer.Argument(help="The question, in quotes.", show_default=False)]
 CorpusOption = Annotated[
-    Path,
+    Path | None,
     typer.Option(
         "--corpus",
         metavar="PATH",
         help="A folder (with its subfolders) or a file: .txt, .md, .jsonl lines of id, title, text; also with .gz.",
         show_default=False,
+    ),
+]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        help="A store that finch-rag index made: all of it is asked, in place of a corpus.",
+        show_default=False,
+    ),
+]
+NoStoreOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-store", help="Scan the passages for this question alone; what was read before is not used, nothing kept."
     ),
 ]
 ModelOption = Annotated[
@@ -71,3 +100,23 @@ ChunkSizeOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else.")]
+
+
+def check_source(corpus: Path | None, store: Path | None, *, top_k: int | None, no_store: bool) -> None:
+    """Raises if it is not clear what is asked: a corpus or a store.
+
+    Args:
+        corpus: The corpus, if one was named.
+        store: The store, if one was named.
+        top_k: Passages to retrieve of a corpus.
+        no_store: Whether nothing that was read before is used.
+
+    Raises:
+        InputError: If both were named or neither, or an option is for the other one.
+    """
+    if (corpus is None) == (store is None):
+        raise InputError("name what is asked: --corpus PATH, or --store DIR for a store that finch-rag index made")
+    if store is not None and no_store:
+        raise InputError("--no-store reads a corpus anew, and --store asks what is known: leave one of them out")
+    if store is not None and top_k is not None:
+        raise InputError("--top-k is for a corpus; a store is asked as a whole: leave it out, or use --corpus")

@@ -1,7 +1,8 @@
-"""``finch-rag ask``: a question to a folder of text."""
+"""``finch-rag ask``: a question to a folder of text, or to a store."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -17,22 +18,27 @@ from .arguments import (
     CorpusOption,
     JsonOption,
     ModelOption,
+    NoStoreOption,
     QuestionArgument,
     SelectionName,
+    StoreOption,
     TopKOption,
+    check_source,
 )
 from .tables import answer_as_json, show_answer
 
 EPILOG = (
     '[bold]Examples[/]\n\nfinch-rag ask "Who signed the lease?" --corpus contracts/\n\n'
     'finch-rag ask "When was it built?" --corpus notes.md --model Qwen/Qwen2.5-1.5B-Instruct --budget 1024\n\n'
-    'finch-rag ask "Who?" --corpus passages.jsonl.gz --top-k 300 --json | jq .answer'
+    'finch-rag ask "Who?" --corpus passages.jsonl.gz --top-k 300 --json | jq .answer\n\n'
+    'finch-rag ask "Who signed the lease?" --store contracts.store'
 )
 
 
 def ask(
     question: QuestionArgument,
-    corpus: CorpusOption,
+    corpus: CorpusOption = None,
+    store: StoreOption = None,
     model: ModelOption = EMBEDDED,
     top_k: TopKOption = None,
     budget: BudgetOption = None,
@@ -41,6 +47,7 @@ def ask(
         SelectionName, typer.Option(help="Keep whole passages, or single tokens layer by layer as in the Finch paper.")
     ] = SelectionName.PASSAGE,
     max_new_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="The longest answer.")] = 128,
+    no_store: NoStoreOption = False,
     as_json: JsonOption = False,
     stream: Annotated[
         bool | None,
@@ -51,14 +58,17 @@ def ask(
         ),
     ] = None,
 ) -> None:
-    """Answer a question from a folder of text, with citations.
+    """Answer a question from a folder of text, or from a store, with citations.
 
     The passages nearest to the question are retrieved and read in one go.
     Of all their tokens only those that matter for the question are kept.
-    The index of a corpus is stored in the user's cache.
+    What was read once is kept in the user's cache, so that the next question over the same folder is answered at once.
     """
+    check_source(corpus, store, top_k=top_k, no_store=no_store)
     check_positive(budget=budget, chunk_size=chunk_size, max_new_tokens=max_new_tokens)
-    passages = session.read_passages(question, corpus, top_k)
+    session.check_question(question)
+    passages = [] if corpus is None else session.read_passages(question, corpus, top_k)
+    keep = not no_store and selection is SelectionName.PASSAGE
     with ProgressBars() as bars:
         finch = load_finch(
             model,
@@ -68,9 +78,13 @@ def ask(
             chunk_size=chunk_size,
             max_new_tokens=max_new_tokens,
         )
-        nearest = session.retrieve(question, passages, top_k, bars)
+        nearest = session.retrieve(question, passages, top_k, bars) if passages else []
+        finch.stream(question, nearest, store=None).close()  # what cannot work shows before a store is opened
         streaming = not as_json and (out.is_terminal if stream is None else stream)
-        answer = session.answer(finch, question, nearest, bars, streaming)
+        with session.known_passages(finch, store, keep) as known:
+            read = nearest if corpus is None or known is None else session.of_corpus(nearest, corpus)
+            answer = session.answer(finch, question, read, bars, streaming, known).answer
+    answer = replace(answer, citations=session.with_ids(answer.citations, nearest))
     if as_json:
         say_json(answer_as_json(question, answer))
         return

@@ -59,6 +59,8 @@ MethodsOption = Annotated[
         "--methods",
         metavar="NAME,...",
         help="Of: finch, finch-scan (kept passages are not prefilled again), finch-paper (tokens instead of passages), "
+        "finch-store (a store reads each passage once; finch-store-best: no loop), finch-corpus (a store of all "
+        "passages, no retriever; finch-corpus-best: no loop), finch-fused (that store and the retriever, fused), "
         "full (everything, no compression), truncate (what fits the window), top-k (the retriever's best that fit the "
         "budget), refine and map-reduce (many calls, as LlamaIndex does it), gold (the answer's passage alone).",
     ),

@@ -10,11 +10,11 @@ from typing import Any
 
 from ..answer import Answer
 from ..bench import methods as bench_methods
-from ..bench.cases import QualityCase
+from ..bench.cases import QualityCase, search_by
 from ..bench.methods import Contestant
 from ..corpus.metrics import contains_answer
 from ..corpus.reading import Question
-from ..corpus.retrieval import Retriever, in_rank_order
+from ..corpus.retrieval import Retriever
 from ..engine import Finch
 from ..prompts.builder import Prompt
 from ..prompts.passages import Passage
@@ -22,8 +22,9 @@ from ..resolving import resolve_prompt
 from ..streaming import AnswerStream
 
 DEMO_METHODS = {
-    "finch": "Finch: every passage, in the retriever's order",
-    "top_passages": "the retriever's best passages that fit into the same budget",
+    "finch": "Finch: every passage, read once into a store",
+    "bm25_passages": "BM25's best passages that fit into the same budget",
+    "minilm_passages": "MiniLM's best passages that fit into the same budget",
     # In the retriever's order a full window would only be the best passages with a larger budget.
     "full_window": "passages in the corpus's order, cut off where the window is full",
 }
@@ -53,7 +54,7 @@ class Contest:
 
     Args:
         finch: The engine; its window is the one that is filled.
-        retriever: An index of the passages.
+        retriever: An index of the passages' MiniLM embeddings.
         passages: The corpus, in its own order.
         questions: The questions that will be asked.
         budget: Document tokens in the cache.
@@ -71,6 +72,7 @@ class Contest:
     ) -> None:
         self._contestant = Contestant(finch, budget, max_new_tokens)
         self._retriever, self._passages = retriever, passages
+        self._bm25 = search_by("bm25", passages)
         self._window = FullWindow(finch, passages, [question.question for question in questions], max_new_tokens)
 
     def run(self, question: Question) -> dict[str, Graded]:
@@ -79,13 +81,18 @@ class Contest:
         Args:
             question: One of the questions that the contest was made for.
         """
-        ranked = in_rank_order(self._retriever, self._passages, question.question, len(self._passages))
-        case = QualityCase(question, ranked, list(range(len(ranked))))
+        everything = len(self._passages)
+        by_words = self._bm25(question.question, everything)
+        by_meaning = [place for place, _ in self._retriever.search(question.question, everything)]
         return {
-            "finch": self._graded(case, bench_methods.finch),
-            "top_passages": self._graded(case, bench_methods.top_k),
+            "finch": self._graded(self._case(question, range(everything)), bench_methods.finch_store),
+            "bm25_passages": self._graded(self._case(question, by_words), bench_methods.top_k),
+            "minilm_passages": self._graded(self._case(question, by_meaning), bench_methods.top_k),
             "full_window": self._graded_window(question),
         }
+
+    def _case(self, question: Question, order: Sequence[int]) -> QualityCase:
+        return QualityCase(question, [self._passages[place] for place in order], list(range(len(order))))
 
     def _graded(self, case: QualityCase, method: bench_methods.Method) -> Graded:
         start = time.perf_counter()

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def citations_table(citations: Iterable[Citation]) -> Table:
-    """Passages by falling share of the question's attention, with the rank that the retriever gave them."""
+    """Passages by falling share of the question's attention, with the place where each stood."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("rank", "retrieved", "passage", "title", "attention", "kept"):
+    for heading in ("rank", "place", "passage", "title", "attention", "kept"):
         right = heading not in ("passage", "title")
         # In a narrow terminal titles are wrapped before ids are cut.
         table.add_column(heading, justify="right" if right else "left", no_wrap=heading != "title")
@@ -41,8 +41,7 @@ def report_table(report: CompressionReport) -> Table:
     table.add_column(overflow="fold")
     read, kept = _count(report.context_tokens, "token"), _count(report.kept_tokens, "token")
     lines = {
-        "read": f"{read} of {_count(report.passages, 'passage')} in {_count(report.chunks, 'chunk')}, "
-        f"{report.prefill_seconds:.1f} s",
+        "read": f"{read} of {_count(report.passages, 'passage')} {_how(report)}, {report.prefill_seconds:.1f} s",
         "kept": f"{kept} of {_count(report.passages_kept, 'passage')}, {report.compression_factor:.1f} times fewer; "
         f"KV cache {_mib(report.kv_bytes_kept)} instead of {_mib(report.kv_bytes_full)} MiB",
         "answered": f"{_count(report.new_tokens, 'token')}, {report.decode_seconds:.1f} s, by {report.model}",
@@ -50,6 +49,15 @@ def report_table(report: CompressionReport) -> Table:
     for name, text in lines.items():
         table.add_row(name, Text(printable(text)))
     return table
+
+
+def _how(report: CompressionReport) -> str:
+    """How passages were read: chunk by chunk, or once, for all questions."""
+    if report.searched_tokens:
+        return f"found among {_count(report.searched_tokens, 'token')} that were known"
+    if report.known_tokens or report.stored_tokens:
+        return f"({report.known_tokens:,} were known)"
+    return f"in {_count(report.chunks, 'chunk')}"
 
 
 def _count(number: int, what: str) -> str:

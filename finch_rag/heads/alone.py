@@ -18,6 +18,7 @@ from ..prefill.alone import AloneReader, KeyBlock, attention_by_head, token_grou
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage
 from .examples import HeadExample, make_examples
+from .pairs import layers_to_search
 from .search import EXAMPLES, PASSAGES, HeadScore, searched_heads
 
 if TYPE_CHECKING:
@@ -26,6 +27,15 @@ if TYPE_CHECKING:
 # More than for the loop: with twelve, recall among 2,600 passages is .025 higher at 4 and 8 than with eight.
 ALONE_HEADS = 12
 _TOKENS_PER_PASS = 4096
+
+
+def usual_alone_heads(model: PreTrainedModel) -> int:
+    """How many heads search a store where nobody says: `ALONE_HEADS`, or all that are looked at in a small model.
+
+    Args:
+        model: The model.
+    """
+    return min(ALONE_HEADS, layers_to_search(model.config) * int(model.config.num_attention_heads))
 
 
 def find_alone_heads(

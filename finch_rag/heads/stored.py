@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..models.fingerprint import fingerprint
 from ..paths import cache_folder, write_atomically
 from ..prefill.planning import RetrievalHeads
-from .alone import ALONE_HEADS, find_alone_heads
+from .alone import find_alone_heads, usual_alone_heads
 from .pairs import Heads, check_heads, heads_by_layer, layers_to_search
 from .search import EXAMPLES, HEADS, HeadScore, find_heads
 
@@ -92,9 +92,11 @@ def _known_or_found(
             EXAMPLES,
             _user_file(fingerprint(model)),
         )
-        to_search = layers_to_search(model.config) * model.config.num_attention_heads
-        find, wanted = (find_heads, HEADS) if use == "loop" else (find_alone_heads, ALONE_HEADS)
-        found = find(model, tokenizer, min(wanted, to_search), on_progress=on_progress)
+        if use == "loop":
+            searched = layers_to_search(model.config) * model.config.num_attention_heads
+            found = find_heads(model, tokenizer, min(HEADS, searched), on_progress=on_progress)
+        else:
+            found = find_alone_heads(model, tokenizer, usual_alone_heads(model), on_progress=on_progress)
         try:
             save_heads(model, name, found, use)
         except OSError as error:

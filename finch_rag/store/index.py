@@ -78,14 +78,15 @@ class StoreIndex:
 
     Args:
         file: The database; None keeps it in memory.
-        about: What all head keys in it depend on (model, heads, prefix, precision), by name.
+        about: What all head keys in it depend on (model, heads, prefix, precision), by name; None takes them as they
+            are.
         writes: Whether it may be changed; a new one is made then.
 
     Raises:
         StoreError: If the file is no index, or of another kind than ``about`` says.
     """
 
-    def __init__(self, file: Path | None, about: Mapping[str, str], *, writes: bool) -> None:
+    def __init__(self, file: Path | None, about: Mapping[str, str] | None, *, writes: bool) -> None:
         self.file, self._lock = file, threading.RLock()
         try:
             if file is None:
@@ -103,15 +104,20 @@ class StoreIndex:
                 if file is not None:
                     self._connection.execute("PRAGMA journal_mode=WAL")
                     self._connection.execute("PRAGMA synchronous=FULL")
-                self._connection.executescript(_TABLES)
+                if about is not None:
+                    self._connection.executescript(_TABLES)
             self._check(about, writes)
         except sqlite3.Error as error:
             raise StoreError(f"{file} cannot be opened as a store's index: {error}") from error
 
-    def _check(self, about: Mapping[str, str], writes: bool) -> None:
-        found = dict(self._connection.execute("SELECT name, value FROM about"))
-        wanted = {"format": _FORMAT, **about}
-        if not found and writes:
+    def about(self) -> dict[str, str]:
+        """What all head keys in it depend on, by name, and the format of the index."""
+        return {str(name): str(value) for name, value in self._rows("SELECT name, value FROM about")}
+
+    def _check(self, about: Mapping[str, str] | None, writes: bool) -> None:
+        found = self.about()
+        wanted = {"format": _FORMAT, **(about or {})}
+        if not found and writes and about is not None:
             with self.transaction() as connection:
                 connection.executemany("INSERT INTO about VALUES (?, ?)", wanted.items())
             return
@@ -176,6 +182,11 @@ class StoreIndex:
         rows = self._rows("SELECT number, tokens, bytes, checksum FROM segments ORDER BY number")
         return [Segment(*row) for row in rows]  # type: ignore[arg-type]
 
+    def all_passages(self) -> list[Passage]:
+        """All passages, in the order in which they were added."""
+        rows = self._rows("SELECT id, own_id, title, text, metadata FROM passages ORDER BY number")
+        return [_passage(*row) for row in rows]
+
     def passages(self, hashes: Iterable[str]) -> dict[str, tuple[int, Passage]]:
         """The first passage of each reading, with its number.
 
@@ -190,9 +201,8 @@ class StoreIndex:
                 f"WHERE hash IN ({marks}) GROUP BY hash",
                 some,
             )
-            for known, number, own, is_own, title, text, metadata in rows:
-                passage = Passage(str(text), str(own) if is_own else None, title, json.loads(str(metadata)))  # type: ignore[arg-type]
-                found[str(known)] = (int(str(number)), passage)
+            for known, number, *columns in rows:
+                found[str(known)] = (int(str(number)), _passage(*columns))
         return found
 
     def ids(self) -> dict[str, str]:
@@ -321,6 +331,12 @@ class StoreIndex:
 def _parts(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def _passage(own: object, is_own: object, title: object, text: object, metadata: object) -> Passage:
+    return Passage(
+        str(text), str(own) if is_own else None, None if title is None else str(title), json.loads(str(metadata))
+    )
 
 
 def _as_json(passage: Passage) -> str:

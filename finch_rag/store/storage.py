@@ -15,6 +15,7 @@ from ..prefill.alone import KeyBlock
 from .index import Reading, Segment, StoreIndex
 from .segments import FileSegments, Keys, MemorySegments, Segments, joined
 
+INDEX = "index.sqlite3"  # in a store's folder
 SMALL_SEGMENT = 4096  # tokens: a smaller one is joined to the next that is written
 
 _DEVICE_SHARE = 0.25  # of a device's free memory that head keys of files may take there
@@ -30,7 +31,7 @@ class Storage:
 
     Args:
         folder: Made if it is missing; None keeps all in memory.
-        about: What all head keys depend on, see `StoreIndex`.
+        about: What all head keys depend on, see `StoreIndex`; None takes a folder's as they are.
         writes: Whether it may be changed.
 
     Attributes:
@@ -40,7 +41,7 @@ class Storage:
         StoreError: If the folder cannot be opened, has another writer, or holds another kind of keys.
     """
 
-    def __init__(self, folder: Path | None, about: Mapping[str, str], *, writes: bool) -> None:
+    def __init__(self, folder: Path | None, about: Mapping[str, str] | None, *, writes: bool) -> None:
         self._folder, self.writes = folder, writes
         self._writer: FileLock | None = None
         self._blocks: Blocks | None = None
@@ -56,11 +57,13 @@ class Storage:
         if writes:
             self._segments.keep_only(segment.number for segment in self.index.segments())
 
-    def _open_folder(self, folder: Path, about: Mapping[str, str]) -> StoreIndex:
-        file = folder / "index.sqlite3"
+    def _open_folder(self, folder: Path, about: Mapping[str, str] | None) -> StoreIndex:
+        file = folder / INDEX
+        if (about is None or not self.writes) and not file.is_file():
+            raise StoreError(
+                f"there is no store in {folder}: `finch-rag index`, or open_store without read_only, makes one"
+            )
         if not self.writes:
-            if not file.is_file():
-                raise StoreError(f"there is no store in {folder}: open it once without read_only")
             return StoreIndex(file, about, writes=False)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +159,12 @@ class Storage:
                 keys = Keys(keys.keys.clone(), None if keys.scales is None else keys.scales.clone())
                 self._keep([r.hash for r in readings], [r.tokens for r in readings], keys, [segment.number])
         self._blocks = None
+
+    def clear(self) -> None:
+        """Removes all passages."""
+        self.check_writes()
+        self.index.remove_passages(self.index.ids())
+        self.compact()
 
     def use(self, hashes: Iterable[str]) -> None:
         """Takes note that readings are used; written down by `touch`.

@@ -114,6 +114,10 @@ class PassageStore:
         groups, head_dim = len(self._reader.groups), self._reader.head_dim
         return groups * (head_dim + 4) if self.precision == "int8" else groups * head_dim * 2
 
+    def passages(self) -> list[Passage]:
+        """All passages, in the order in which they were added."""
+        return self._index.all_passages()
+
     # Adding and removing
 
     def add(
@@ -241,9 +245,7 @@ class PassageStore:
     def clear(self) -> None:
         """Removes all passages."""
         with self._lock:
-            self._storage.check_writes()
-            self._index.remove_passages(self._index.ids())
-            self._storage.compact()
+            self._storage.clear()
 
     # Searching
 

@@ -15,6 +15,7 @@ _STAGES = {
     "embed": "indexing passages",
     "heads": "finding retrieval heads",
     "prefill": "reading passages",
+    "store": "reading passages once",
     "questions": "questions",
 }
 
