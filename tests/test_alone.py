@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,12 +13,23 @@ from finch_rag.models import packed
 from finch_rag.models.attention import causal_attention, use_finch_attention
 from finch_rag.models.cache import CompressedCache
 from finch_rag.models.forward import forward
-from finch_rag.prefill.alone import AloneReader, KeyBlock, Look, attention_by_head, attention_on, quantised
+from finch_rag.prefill.alone import (
+    NEUTRAL,
+    AloneReader,
+    Asked,
+    KeyBlock,
+    Look,
+    attention_by_head,
+    attention_on,
+    quantised,
+    token_groups,
+)
 from finch_rag.prompts.builder import Prompt
 
 from .small import ARCHITECTURES, small_model, small_prompt, texts
 
 HEADS = {0: [1], 1: [0, 2, 3]}
+NEUTRAL_PROMPT = small_prompt(["x"], NEUTRAL)
 
 
 def ready(kind: str = "llama") -> tuple[Any, Prompt]:
@@ -29,11 +41,19 @@ def ready(kind: str = "llama") -> tuple[Any, Prompt]:
 def looked(model: Any, prompt: Prompt) -> tuple[AloneReader, list[torch.Tensor], Look]:
     reader = AloneReader(model, prompt.prefix, HEADS)
     keys = list(reader.encode(prompt.passages).split([len(passage) for passage in prompt.passages], dim=1))
-    return reader, keys, reader.look(prompt.question, prompt.own_tokens, max(map(len, prompt.passages)))
+    neutral = Asked(NEUTRAL_PROMPT.question, NEUTRAL_PROMPT.own_tokens)
+    asked = Asked(prompt.question, prompt.own_tokens)
+    return reader, keys, reader.look(asked, neutral, max(map(len, prompt.passages)))
 
 
 def by_hand(model: Any, prompt: Prompt) -> torch.Tensor:
-    """The same from keys and queries of plain passes: one softmax over prefix, all passages and the question."""
+    """The same from keys and queries of plain passes."""
+    asked, neutral = paid(model, prompt), paid(model, replace(NEUTRAL_PROMPT, passages=prompt.passages))
+    return asked.shape[1] * ((asked.mean(1) - neutral.mean(1)).relu() + 1e-3 * asked.mean(1)).sum(0)
+
+
+def paid(model: Any, prompt: Prompt) -> torch.Tensor:
+    """What each head and token pays to each passage: one softmax over prefix, all passages and the question."""
     longest, seen = max(map(len, prompt.passages)), {}
 
     def keys_of(tokens: list[int]) -> list[torch.Tensor]:
@@ -53,20 +73,20 @@ def by_hand(model: Any, prompt: Prompt) -> torch.Tensor:
         finch_observer=lambda layer, query, key, scaling: seen.update({layer: (query[0], key[0], scaling)}),
     )
     alone = [keys_of(list(passage)) for passage in prompt.passages]
-    total = torch.zeros(len(prompt.passages))
     own = range(*prompt.own_tokens.indices(len(prompt.question)))
-    for layer, heads in HEADS.items():
+    found = torch.zeros(sum(map(len, HEADS.values())), len(own), len(prompt.passages))
+    pairs = [(layer, head) for layer, heads in HEADS.items() for head in heads]
+    for number, (layer, head) in enumerate(pairs):
         query, key, scaling = seen[layer]
-        for head in heads:
-            group = head // (query.shape[0] // key.shape[0])
-            for token in own:
-                at = len(prompt.prefix) + token
-                passages = [keys[layer][group, len(prompt.prefix) :] for keys in alone]
-                everything = torch.cat([*passages, key[group, : at + 1]])
-                weights = ((everything @ query[head, at]) * scaling).softmax(0)
-                for number, part in enumerate(weights.split([*(len(p) for p in passages), at + 1])[:-1]):
-                    total[number] += part.sum()
-    return total
+        group = head // (query.shape[0] // key.shape[0])
+        for place, token in enumerate(own):
+            at = len(prompt.prefix) + token
+            passages = [keys[layer][group, len(prompt.prefix) :] for keys in alone]
+            everything = torch.cat([*passages, key[group, : at + 1]])
+            weights = ((everything @ query[head, at]) * scaling).softmax(0)
+            parts = weights.split([*(len(p) for p in passages), at + 1])[:-1]
+            found[number, place] = torch.stack([part.sum() for part in parts])
+    return found
 
 
 def blocks(keys: list[torch.Tensor], sizes: list[int]) -> list[KeyBlock]:
@@ -127,11 +147,22 @@ def test_the_gpu_has_such_a_kernel(heads: int, kv_heads: int, head_dim: int) -> 
 def test_heads_by_themselves_sum_to_the_whole() -> None:
     model, prompt = ready()
     _, keys, look = looked(model, prompt)
-    own = len(range(*prompt.own_tokens.indices(len(prompt.question))))
-    by_head = attention_by_head(look, blocks(keys, [2, 5]), own)
+    by_head = attention_by_head(look, blocks(keys, [2, 5]))
     assert by_head.shape == (3, 2, 7)
-    torch.testing.assert_close(by_head.sum((0, 1)) * own, attention_on(look, blocks(keys, [7])))
+    torch.testing.assert_close(by_head.sum((0, 1)), attention_on(look, blocks(keys, [7])))
     assert not by_head[0, 1].any()  # the first group has one head
+
+
+@torch.inference_mode()
+def test_what_a_passage_gets_whatever_is_asked_does_not_count() -> None:
+    model, prompt = ready()
+    reader, keys, look = looked(model, prompt)
+    same = Asked(prompt.question, prompt.own_tokens)
+    alike = reader.look(same, same, max(map(len, prompt.passages)))
+    raw = attention_on(alike, blocks(keys, [7]))
+    torch.testing.assert_close(raw, 1e-3 * paid(model, prompt).sum((0, 1)), atol=1e-6, rtol=1e-3)
+    assert (attention_on(look, blocks(keys, [7])) >= raw - 1e-6).all()
+    assert raw.min() > 0  # and all are ranked still
 
 
 def test_eight_bits_rank_alike_and_are_close() -> None:
@@ -147,3 +178,8 @@ def test_without_passages_there_is_no_attention() -> None:
     model, prompt = ready()
     _, _, look = looked(model, prompt)
     assert attention_on(look, []).shape == (0,)
+
+
+def test_passages_are_grouped_by_their_tokens() -> None:
+    assert list(token_groups([3, 4, 9, 1, 1], 7)) == [range(2), range(2, 3), range(3, 5)]
+    assert list(token_groups([], 7)) == []

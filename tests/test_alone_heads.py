@@ -37,13 +37,15 @@ def test_heads_are_found_the_best_first_and_the_same_each_time() -> None:
     assert told == [(1, 2), (2, 2)]
 
 
-def test_a_score_is_what_a_head_pays_to_the_right_passage_as_a_part_of_all() -> None:
+def test_a_score_is_the_mean_reciprocal_rank_of_the_right_passage() -> None:
     everything = find_alone_heads(roomy_model(), chat_tokenizer(), 8, EXAMPLES)
     assert len(everything) == 8
-    assert all(-1 <= head.score <= 1 for head in everything)
-    one = [HeadExample("who?", ("The same text.", "The same text."), 0)]
-    for head in find_alone_heads(roomy_model(), chat_tokenizer(), 8, one):
-        assert head.score == pytest.approx(0, abs=1e-6)  # equal passages get equal parts: a half less the mean
+    ranks = [1, 1 / 2, 1 / 3, 1 / 4]  # of four passages
+    means = {round((one + other) / 2, 5) for one in ranks for other in ranks}
+    assert {round(head.score, 5) for head in everything} <= means
+    twice = [HeadExample("who?", ("The same text.", "The same text."), 0)]
+    for head in find_alone_heads(roomy_model(), chat_tokenizer(), 8, twice):
+        assert head.score == pytest.approx(1 / 2)  # of equals none is first
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,14 @@ def test_version_and_help_load_no_model_library() -> None:
     [
         *((), ("ask",), ("rank",), ("index",), ("demo",), ("heads",)),
         *(("store",), ("store", "info"), ("store", "verify"), ("store", "clear")),
-        *(("bench",), ("bench", "speed"), ("bench", "many"), ("bench", "quality"), ("bench", "positions")),
+        *(
+            ("bench",),
+            ("bench", "speed"),
+            ("bench", "many"),
+            ("bench", "quality"),
+            ("bench", "positions"),
+            ("bench", "recall"),
+        ),
     ],
 )
 def test_every_command_has_help(command: tuple[str, ...]) -> None:

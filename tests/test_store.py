@@ -105,8 +105,8 @@ def test_one_id_for_two_texts_is_refused_and_nothing_is_read(finch: Finch, store
     store.add([twice[0], twice[0]])
     assert len(store) == 1
     store.clear()
-    answer = finch.ask(QUESTION, twice, store=store)  # what a retriever found has whatever ids it has
-    assert [cited.passage_id for cited in sorted(answer.citations, key=lambda cited: cited.index)] == ["a", "b", "a"]
+    ranked = finch.rank(QUESTION, twice, store=store)  # what a retriever found has whatever ids it has
+    assert [cited.passage_id for cited in sorted(ranked, key=lambda cited: cited.index)] == ["a", "b", "a"]
     assert (len(store), "a" in store, "b" in store) == (3, False, True)
     assert finch.ask(QUESTION, twice, store=store).report.stored_tokens == 0
 

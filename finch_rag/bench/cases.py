@@ -132,11 +132,10 @@ def make_cases(
     """
     gold_at = _places(order, min(top_k, len(data.passages)))
     rng = random.Random(seed)
-    questions = list(data.questions)
-    rng.shuffle(questions)
+    questions = draw(data.questions, limit, rng)
     search = search_by(retriever, data.passages)
     cases = []
-    for question in questions[:limit]:
+    for question in questions:
         if gold_at is None:
             ranked = search(question.question, min(top_k, len(data.passages)))
         else:
@@ -151,6 +150,19 @@ def make_cases(
         passages = [data.passages[ranked[rank]] for rank in ranks]
         cases.append(QualityCase(question, passages, ranks))
     return cases
+
+
+def draw(questions: Sequence[Question], limit: int | None, rng: random.Random) -> list[Question]:
+    """Questions in random order.
+
+    Args:
+        questions: All of them.
+        limit: How many; all when None.
+        rng: Decides.
+    """
+    drawn = list(questions)
+    rng.shuffle(drawn)
+    return drawn[:limit]
 
 
 def _places(order: str, top_k: int) -> int | None:

@@ -260,6 +260,30 @@ def bench_positions(
     )
 
 
+@app.command("recall", epilog="[bold]Example[/]\n\nfinch-rag bench recall nq_open/ --rankers bm25,store,fused")
+def bench_recall(
+    data: DataArgument,
+    model: ModelOption = EMBEDDED,
+    rankers: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Of: bm25, dense (MiniLM embeddings), store (a store that has read all passages), store-int8, fused "
+            "(the store and BM25), finch (the loop over BM25's best 100).",
+        ),
+    ] = "bm25,dense,store,fused",
+    limit: LimitOption = 100,
+    seed: SeedOption = 0,
+) -> None:
+    """How often the passages that answer are among the first 1, 2, 4, 8 and 20 of a ranking of all passages.
+
+    Prints a table; the last line is one JSON object.
+    """
+    with _extra():
+        from ..bench import recall
+    recall.main(data, model=model, rankers=names_in(rankers), limit=limit, seed=seed)
+
+
 @contextmanager
 def _extra() -> Iterator[None]:
     """Around the import of a benchmark: what is missing is named with the extra that brings it."""

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import InputError
 from ..models.attention import use_finch_attention
-from ..prefill.alone import AloneReader, KeyBlock, attention_by_head, token_groups
+from ..prefill.alone import NEUTRAL, AloneReader, Asked, KeyBlock, attention_by_head, token_groups
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage
 from .examples import HeadExample, make_examples
@@ -47,8 +47,8 @@ def find_alone_heads(
 ) -> list[HeadScore]:
     """The ``n`` heads that find the passage that answers when each passage was read alone.
 
-    A head's score on an example is its attention on the right passage less its mean on a passage, as a part of its
-    attention on all passages: what a head pays to other tokens says nothing of how well it tells passages apart.
+    A head's score is the mean reciprocal rank that its attention gives to the passage that answers, among the
+    passages of all examples.
 
     Args:
         model: A model with rotary positions. It is switched to Finch's attention, which computes the same as SDPA.
@@ -77,16 +77,14 @@ def find_alone_heads(
         KeyBlock(reader.encode(prompt.passages[group.start : group.stop]), None, lengths[group.start : group.stop])
         for group in token_groups(lengths, _TOKENS_PER_PASS)
     ]
-    longest = max(lengths)
+    neutral, longest = Asked.by(builder, NEUTRAL), max(lengths)
     scores = torch.zeros(len(reader.groups), reader.per_group)
     first = 0
     for number, example in enumerate(chosen, 1):
-        asked = builder.build(example.question, pooled, encoded=prompt.passages)
-        own = len(range(*asked.own_tokens.indices(len(asked.question))))
-        look = reader.look(asked.question, asked.own_tokens, longest)
-        attention = attention_by_head(look, blocks, own)  # [groups, heads of a group, passages]
-        right = attention[..., first + example.gold]
-        scores += (right - attention.mean(-1)) / attention.sum(-1).clamp_min(1e-6) / len(chosen)
+        look = reader.look(Asked.by(builder, example.question), neutral, longest)
+        attention = attention_by_head(look, blocks)  # [groups, heads of a group, passages]
+        right = attention[..., first + example.gold, None]
+        scores += 1 / (attention >= right).sum(-1) / len(chosen)
         first += len(example.passages)
         on_progress(number, len(chosen))
     best = scores.flatten().topk(n)  # groups are in the order of layers and KV heads, so this is the order of heads

@@ -5,6 +5,10 @@ every question. Of them only the *head keys* are kept, those that the retrieval 
 alone behind the same prefix, and its attention over all passages is one product with their head keys, under one softmax
 over prefix, passages and question.
 
+Some passages draw attention whatever is asked. So a *neutral question* is read beside each question, and what a head
+pays to a passage for it is taken off. (In-context re-ranking does so for one long prompt: Chen et al., "Attention in
+Large Language Models Yields Efficient Zero-Shot Re-Rankers", ICLR 2025.)
+
 All passages begin at the same position, behind the prefix; the question stands behind the longest of them.
 """
 
@@ -13,9 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from ..models.attention import SeenEnough
 from ..models.cache import CompressedCache
@@ -23,29 +28,61 @@ from ..models.forward import forward, forward_packed, forward_varlen, on_device
 from ..models.inspection import input_embedding
 from ..models.packed import PackedBatch
 from ..models.varlen import Extend, VarlenSequence
+from ..prompts.builder import PromptBuilder
+from ..prompts.passages import Passage
 from .planning import RetrievalHeads
 from .scoring import StopAt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NEUTRAL = "What is it?"  # a question that any passage answers as well as another; measured in docs/benchmarks.md
+_RAW_PART = 1e-3  # of the attention itself, so that passages which get no more than from NEUTRAL are ranked too
+
+
+class Asked(NamedTuple):
+    """A question as it is read.
+
+    Attributes:
+        tokens: Token ids.
+        own: Which of them look for passages; see `finch_rag.prompts.builder.Prompt`.
+    """
+
+    tokens: Sequence[int]
+    own: slice
+
+    @classmethod
+    def by(cls, prompts: PromptBuilder, question: str) -> Asked:
+        """A question as prompts have it behind passages.
+
+        Args:
+            prompts: Builds prompts.
+            question: The question.
+        """
+        prompt = prompts.build(question, [Passage("x")])
+        return cls(prompt.question, prompt.own_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a question looks for.
+    """What a question looks for, and a neutral one beside it.
+
+    A row stands for a head and a token: for each head the question's own tokens, then those of the neutral question.
 
     Attributes:
-        queries: Rotated queries of the question's own tokens, for each (layer, KV head) the heads that share it; a row
-            for each head and token, zeros where a KV head has fewer heads. Shape [groups, rows, head_dim].
-        present: Which rows are queries, shape [groups, rows].
+        queries: Rotated queries, for each (layer, KV head) the heads that share it; zeros where a KV head has fewer
+            heads. Shape [groups, rows, head_dim].
+        present: Which heads are there, shape [groups, heads].
         elsewhere: Log of what a row's attention outside of all passages sums to, before it is normalised, shape
             [groups, rows], float32.
+        own_tokens: Rows of a head that are of the question; the rest are of the neutral one.
         scaling: Factor on the products.
     """
 
     queries: torch.Tensor
     present: torch.Tensor
     elsewhere: torch.Tensor
+    own_tokens: int
     scaling: float
 
 
@@ -140,76 +177,87 @@ class AloneReader:
         return torch.stack([keys[group] for group in self.groups])
 
     @torch.inference_mode()
-    def look(self, question: Sequence[int], own_tokens: slice, longest_passage: int) -> Look:
-        """What a question looks for, by one forward pass up to the last retrieval head.
+    def look(self, question: Asked, neutral: Asked, longest_passage: int) -> Look:
+        """What a question looks for, by one forward pass of it and the neutral one up to the last retrieval head.
 
         Args:
-            question: Token ids.
-            own_tokens: Which of them look; see `finch_rag.prompts.builder.Prompt`.
+            question: The question.
+            neutral: See `NEUTRAL`.
             longest_passage: Tokens of the longest passage that it is to look at.
         """
-        start = len(self.prefix) + longest_passage
-        positions = torch.arange(start, start + len(question), device=self.device)
-        observer = _LookObserver(self._heads_of, self.per_group, len(question), own_tokens, self._last)
-        sequence = VarlenSequence(on_device(question, self.device), positions, self._behind_prefix(), observer)
-        forward_varlen(self.model, [sequence])
-        return observer.result(self.device)
+        observers, sequences = [], []
+        for asked in (question, neutral):
+            observer = _LookObserver(self._heads_of, asked, self._last)
+            start = len(self.prefix) + longest_passage
+            positions = torch.arange(start, start + len(asked.tokens), device=self.device)
+            tokens = on_device(asked.tokens, self.device)
+            observers.append(observer)
+            sequences.append(VarlenSequence(tokens, positions, self._behind_prefix(), observer))
+        forward_varlen(self.model, sequences)
+        return _joined(observers, list(self._heads_of.values()), self.device)
 
 
 class _LookObserver(StopAt):
-    """Takes the queries of the question's own tokens, and what they pay to prefix and question."""
+    """Takes the queries of a question's own tokens, and what they pay to prefix and question, for each group."""
 
-    def __init__(
-        self,
-        heads_of: dict[tuple[int, int], list[int]],
-        per_group: int,
-        question_tokens: int,
-        own_tokens: slice,
-        last: int,
-    ) -> None:
+    def __init__(self, heads_of: dict[tuple[int, int], list[int]], asked: Asked, last: int) -> None:
         super().__init__(last)
-        self._heads_of, self._per_group = heads_of, per_group
-        self._own = range(*own_tokens.indices(question_tokens))
-        self._question_tokens = question_tokens
-        self._queries: dict[tuple[int, int], torch.Tensor] = {}
-        self._elsewhere: dict[tuple[int, int], torch.Tensor] = {}
-        self._scaling = 1.0
+        self._heads_of = heads_of
+        self._tokens = len(asked.tokens)
+        self.own = range(*asked.own.indices(self._tokens))
+        self.queries: dict[tuple[int, int], torch.Tensor] = {}  # [heads, own, head_dim]
+        self.elsewhere: dict[tuple[int, int], torch.Tensor] = {}  # [heads, own]
+        self.scaling = 1.0
 
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """See `finch_rag.models.attention.Observer`."""
-        self._scaling = scaling
-        own = slice(self._own.start, self._own.stop)
-        before = key.shape[2] - self._question_tokens
+        self.scaling = scaling
+        own = slice(self.own.start, self.own.stop)
+        before = key.shape[2] - self._tokens
         for group, heads in self._heads_of.items():
             if group[0] != layer:
                 continue
-            queries = torch.stack([query[0, head, own] for head in heads])  # [heads, own, head_dim]
+            queries = torch.stack([query[0, head, own] for head in heads])
             products = (queries @ key[0, group[1]].transpose(0, 1)).float() * scaling  # [heads, own, keys]
             future = torch.ones(products.shape[1:], dtype=torch.bool, device=products.device)
-            future = future.triu_(before + self._own.start + 1)
-            self._elsewhere[group] = products.masked_fill(future, float("-inf")).logsumexp(-1).flatten()
-            self._queries[group] = queries.flatten(0, 1)
+            future = future.triu_(before + self.own.start + 1)
+            self.elsewhere[group] = products.masked_fill(future, float("-inf")).logsumexp(-1)
+            self.queries[group] = queries
         super().__call__(layer, query, key, scaling)
 
-    def result(self, device: torch.device) -> Look:
-        """What was taken, on a device."""
-        queries = [self._queries[group].to(device) for group in self._heads_of]
-        rows = max(len(each) for each in queries)
-        padded = torch.stack([torch.nn.functional.pad(each, (0, 0, 0, rows - len(each))) for each in queries])
-        elsewhere = torch.stack(
-            [
-                torch.nn.functional.pad(self._elsewhere[group].to(device), (0, rows - len(each)))
-                for group, each in zip(self._heads_of, queries, strict=True)
-            ]
-        )
-        counts = on_device([len(each) for each in queries], device)
-        present = torch.arange(rows, device=device)[None] < counts[:, None]
-        return Look(padded, present, elsewhere, self._scaling)
+
+def _joined(observers: Sequence[_LookObserver], heads: Sequence[Sequence[int]], device: torch.device) -> Look:
+    """The rows of the question and of the neutral one, head by head."""
+    most = max(map(len, heads))
+    queries, elsewhere = [], []
+    for group, own in zip(observers[0].queries, heads, strict=True):
+        missing = most - len(own)
+        rows = torch.cat([observer.queries[group].to(device) for observer in observers], 1)
+        sums = torch.cat([observer.elsewhere[group].to(device) for observer in observers], 1)
+        queries.append(pad(rows, (0, 0, 0, 0, 0, missing)).flatten(0, 1))
+        elsewhere.append(pad(sums, (0, 0, 0, missing)).flatten())
+    counts = on_device([len(own) for own in heads], device)
+    present = torch.arange(most, device=device)[None] < counts[:, None]
+    return Look(torch.stack(queries), present, torch.stack(elsewhere), len(observers[0].own), observers[0].scaling)
 
 
 @torch.inference_mode()
 def attention_on(look: Look, blocks: Iterable[KeyBlock]) -> torch.Tensor:
-    """What a question pays to each passage, summed over heads and its own tokens; exact, block by block.
+    """What a question pays to each passage beyond a neutral one, summed over heads and its own tokens; exact.
+
+    Args:
+        look: What the question looks for.
+        blocks: See `attention_by_head`.
+
+    Returns:
+        On the CPU, float32, shape [passages].
+    """
+    return torch.cat([by_head.sum((0, 1)) for by_head in _by_head(look, blocks)] or [torch.zeros(0)]).float().cpu()
+
+
+@torch.inference_mode()
+def attention_by_head(look: Look, blocks: Iterable[KeyBlock]) -> torch.Tensor:
+    """What each head pays to each passage for a question beyond a neutral one, summed over the question's own tokens.
 
     Each block's products are normalised by their own greatest one; a running log-sum-exp joins the blocks. Of a block
     only the sums of its passages stay, so memory is that of one block, and a number a row and passage.
@@ -219,42 +267,23 @@ def attention_on(look: Look, blocks: Iterable[KeyBlock]) -> torch.Tensor:
         blocks: Head keys, in the order of the passages.
 
     Returns:
-        On the CPU, float32, shape [passages]; sums to less than the number of rows, as some attention goes elsewhere.
-    """
-    by_group = list(_rows_by_block(look, blocks))
-    if not by_group:
-        return torch.zeros(0)
-    total = look.elsewhere
-    for greatest, sums in by_group:
-        total = torch.logaddexp(total, greatest + sums.sum(-1).log())
-    found = [
-        torch.where(look.present, (greatest - total).exp(), 0)[..., None].mul(sums).sum((0, 1))
-        for greatest, sums in by_group
-    ]
-    return torch.cat(found).float().cpu()
-
-
-@torch.inference_mode()
-def attention_by_head(look: Look, blocks: Iterable[KeyBlock], own_tokens: int) -> torch.Tensor:
-    """Like `attention_on`, but for each head by itself, averaged over the question's own tokens.
-
-    Args:
-        look: What the question looks for.
-        blocks: See `attention_on`.
-        own_tokens: How many of the question's tokens look.
-
-    Returns:
         On the CPU, float32, shape [groups, heads of a group, passages]; zeros for heads that are not there.
     """
-    by_group = list(_rows_by_block(look, blocks))
+    return torch.cat(list(_by_head(look, blocks)), dim=-1).float().cpu()
+
+
+def _by_head(look: Look, blocks: Iterable[KeyBlock]) -> Iterator[torch.Tensor]:
+    """For each block, shape [groups, heads of a group, passages]."""
+    by_block = list(_rows_by_block(look, blocks))
     total = look.elsewhere
-    for greatest, sums in by_group:
+    for greatest, sums in by_block:
         total = torch.logaddexp(total, greatest + sums.sum(-1).log())
-    rows = torch.cat(
-        [torch.where(look.present, (greatest - total).exp(), 0)[..., None].mul(sums) for greatest, sums in by_group],
-        dim=-1,
-    )
-    return rows.unflatten(1, (-1, own_tokens)).mean(2).float().cpu()
+    own = look.own_tokens
+    for greatest, sums in by_block:
+        rows = (greatest - total).exp()[..., None].mul(sums).unflatten(1, (look.present.shape[1], -1))
+        asked, neutral = rows[:, :, :own].mean(2), rows[:, :, own:].mean(2)
+        beyond = (asked - neutral).relu() + _RAW_PART * asked
+        yield torch.where(look.present[..., None], own * beyond, 0)
 
 
 def _rows_by_block(look: Look, blocks: Iterable[KeyBlock]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

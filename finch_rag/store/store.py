@@ -12,7 +12,7 @@ import torch
 
 from ..answer import Citation
 from ..errors import InputError, StoreError
-from ..prefill.alone import AloneReader, KeyBlock, Look, attention_on, token_groups
+from ..prefill.alone import NEUTRAL, AloneReader, Asked, KeyBlock, Look, attention_on, token_groups
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage, as_passages
 from .figures import Added, Retrieved, Shortlist, StoreInfo
@@ -354,15 +354,15 @@ class PassageStore:
             return readings, attention_on(self._look(question, readings), (block for _, block in blocks.values()))
 
     def _look(self, question: str, readings: Sequence[Reading]) -> Look:
-        prompt = self._prompts.build(question, [Passage("x")])
+        asked = Asked.by(self._prompts, question)
         longest = max(reading.tokens for reading in readings)
         room = self._window - len(self._reader.prefix) - longest
-        if len(prompt.question) > room:
+        if len(asked.tokens) > room:
             raise InputError(
-                f"the question has {len(prompt.question)} tokens, and behind the longest passage the model's window "
+                f"the question has {len(asked.tokens)} tokens, and behind the longest passage the model's window "
                 f"has room for {room}: shorten it, or split the passages"
             )
-        return self._reader.look(prompt.question, prompt.own_tokens, longest)
+        return self._reader.look(asked, Asked.by(self._prompts, NEUTRAL), longest)
 
     def _retrieved(
         self, readings: Sequence[Reading], attention: torch.Tensor, places: Sequence[int]
