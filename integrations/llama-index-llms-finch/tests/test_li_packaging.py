@@ -16,7 +16,7 @@ SOURCE = Path(package.__file__).parent
 
 
 def test_the_public_names_are_these() -> None:
-    assert package.__all__ == ["FinchLLM", "FinchRerank", "FinchSynthesizer", "PassagesMessage"]
+    assert package.__all__ == ["FinchLLM", "FinchRerank", "FinchRetriever", "FinchSynthesizer", "PassagesMessage"]
     for name in package.__all__:
         assert getattr(package, name).__doc__
 

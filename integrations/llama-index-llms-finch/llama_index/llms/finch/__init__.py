@@ -1,4 +1,4 @@
-"""LlamaIndex on finch-rag: a drop-in LLM, a synthesizer with citations, a reranker.
+"""LlamaIndex on finch-rag: a drop-in LLM, a synthesizer with citations, a reranker, a retriever.
 
 Example:
     >>> from llama_index.llms.finch import FinchLLM
@@ -8,6 +8,7 @@ Example:
 from .base import FinchLLM
 from .messages import PassagesMessage
 from .rerank import FinchRerank
+from .retriever import FinchRetriever
 from .synthesizer import FinchSynthesizer
 
-__all__ = ["FinchLLM", "FinchRerank", "FinchSynthesizer", "PassagesMessage"]
+__all__ = ["FinchLLM", "FinchRerank", "FinchRetriever", "FinchSynthesizer", "PassagesMessage"]

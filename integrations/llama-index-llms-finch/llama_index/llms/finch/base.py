@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -15,13 +14,11 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    MessageRole,
 )
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
-from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 
 from finch_rag import AnswerStream, Finch, Passage, SettingsError
@@ -36,17 +33,27 @@ from finch_rag.adapters import (
 )
 
 from .messages import apieces, chat_piece, chat_response, completion_piece, completion_response, pieces, split_messages
-from .prompting import PromptedLLM, PromptText
-from .settings import as_wrapper, checked_generate_kwargs, checked_mapping, one_line, placement
+from .prompting import PromptText
+from .rendering import completion_render, messages_render, unformatted
+from .settings import (
+    StorePlace,
+    as_wrapper,
+    call_options,
+    checked_generate_kwargs,
+    checked_mapping,
+    one_line,
+    placement,
+    split_store,
+)
+from .storing import StoringLLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_MARK = "FinchCompletionGoesHere"
 _TEMPLATE_TOKENS = 128  # room for what a chat template adds
 
 
-class FinchLLM(PromptedLLM):
+class FinchLLM(StoringLLM):
     """A local Hugging Face model that reads far more passages than its window holds, and cites them.
 
     A drop-in for any query engine or chat engine: passages and question are found in LlamaIndex's prompts. The model
@@ -69,6 +76,9 @@ class FinchLLM(PromptedLLM):
         strict: Whether a prompt is an error that is of no known template and does not fit into the model's window; a
             given engine's own when None.
         repetition_penalty: Above 1, makes tokens less likely that the answer has already.
+        store: Where passages are kept that were read, so that each is read once for all questions: a folder, True for
+            memory, or an open `PassageStore`; False for none; a given engine's own when None.
+        shortlist_tokens: With a store, the most tokens of its best passages that are scanned; see `finch_rag.Finch`.
         generate_kwargs: do_sample, temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens of each call.
         model_kwargs: Handed to transformers' ``from_pretrained``.
         tokenizer_kwargs: The same for the tokenizer.
@@ -107,7 +117,6 @@ class FinchLLM(PromptedLLM):
     is_chat_model: bool = Field(default=True, description="Whether LlamaIndex sends messages.")
 
     _engine: Finch | None = PrivateAttr(default=None)
-    _is_given: bool = PrivateAttr(default=False)  # the engine; else it can be loaded again
 
     def __init__(
         self,
@@ -127,6 +136,8 @@ class FinchLLM(PromptedLLM):
         instructions: str | None = None,
         strict: bool | None = None,
         repetition_penalty: float | None = None,
+        store: StorePlace = None,
+        shortlist_tokens: int | None = None,
         generate_kwargs: Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
@@ -157,6 +168,8 @@ class FinchLLM(PromptedLLM):
                 "max_context_tokens": max_context_tokens,
                 "instructions": instructions,
                 "repetition_penalty": repetition_penalty,
+                "store": store,
+                "shortlist_tokens": shortlist_tokens,
                 "strict": False if strict is None else strict,
                 "system_prompt": system_prompt,
                 "stop": stop,
@@ -165,6 +178,7 @@ class FinchLLM(PromptedLLM):
             SettingsError,
         )
         generation = checked_generate_kwargs(generate_kwargs)
+        place, given_store = split_store(store)
         if unknown := set(kwargs) - set(type(self).model_fields):  # pydantic would ignore them
             raise SettingsError(
                 f"FinchLLM has no setting {', '.join(sorted(unknown))}: use {', '.join(type(self).model_fields)}"
@@ -188,6 +202,8 @@ class FinchLLM(PromptedLLM):
             instructions=instructions,
             strict=strict,
             repetition_penalty=repetition_penalty,
+            store=place,
+            shortlist_tokens=shortlist_tokens,
             generate_kwargs=generation,
             model_kwargs=checked_mapping("model_kwargs", model_kwargs),
             tokenizer_kwargs=checked_mapping("tokenizer_kwargs", tokenizer_kwargs),
@@ -205,6 +221,7 @@ class FinchLLM(PromptedLLM):
             super().__init__(**fields)
         self._engine = engine
         self._is_given = engine is not None
+        self._given_store = given_store
 
     @classmethod
     def class_name(cls) -> str:
@@ -360,84 +377,46 @@ class FinchLLM(PromptedLLM):
 
     def _conversation(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> AnswerStream:
         """Starts the answer to a conversation."""
-        found = split_messages(messages)
-        return self._start(found.messages, found.passages, self._messages_template(), {**found.options, **kwargs})
+        found = split_messages(messages, own_ids=self.stores(kwargs))
+        return self._start(
+            found.messages, found.passages, messages_render(self.messages_to_prompt), {**found.options, **kwargs}
+        )
 
     def _completion(self, prompt: str, formatted: bool, kwargs: Mapping[str, Any]) -> AnswerStream:
         """Starts the answer to a flat prompt."""
         if isinstance(prompt, PromptText):
-            found = split_messages(prompt.messages)
+            found = split_messages(prompt.messages, own_ids=self.stores(kwargs))
             options = {**found.options, **kwargs}
-            return self._start(found.messages, found.passages, self._completion_template(), options)
+            return self._start(
+                found.messages,
+                found.passages,
+                completion_render(self.completion_to_prompt, self.query_wrapper_prompt),
+                options,
+            )
         if formatted:
-            prompt = self._unformatted(prompt)
-        return self._start([Message(role="user", content=prompt)], [], self._completion_template(), kwargs)
+            prompt = unformatted(prompt, self._extend_prompt, self.completion_to_prompt)
+        return self._start(
+            [Message(role="user", content=prompt)],
+            [],
+            completion_render(self.completion_to_prompt, self.query_wrapper_prompt),
+            kwargs,
+        )
 
     def _start(
         self, messages: list[Message], passages: list[Passage], render: Render | None, kwargs: Mapping[str, Any]
     ) -> AnswerStream:
         if self.system_prompt and not any(message["content"] == self.system_prompt for message in messages):
             messages = [Message(role="system", content=self.system_prompt), *messages]
-        options = self._options(kwargs)
+        options = call_options(self, kwargs)
+        if kwargs.get("store") is None:
+            self.open_store()
         if render is not None:
             options["render"] = render
         return self.engine.stream_chat(messages, passages, **options)
 
-    def _options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of a call: the call's own before those of this LLM."""
-        options: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "selection": self.selection,
-            "max_context_tokens": self.max_context_tokens,
-            "stop": self.stop,
-            "stop_token_ids": self.stopping_ids,
-        }
-        names = ("budget", "chunk_size", "instructions", "strict", "repetition_penalty")
-        own = {name: getattr(self, name) for name in names}
-        options |= {name: value for name, value in own.items() if value is not None}
-        call = {name: value for name, value in kwargs.items() if value is not None}
-        if "max_tokens" in call:
-            call["max_new_tokens"] = call.pop("max_tokens")
-        return {**options, **self.generate_kwargs, **call}
-
-    def _messages_template(self) -> Render | None:
-        convert = self.messages_to_prompt
-        if convert is None or convert is generic_messages_to_prompt:  # LlamaIndex's default, which knows no model
-            return None
-        return lambda messages: convert(
-            [ChatMessage(role=MessageRole(message["role"]), content=message["content"]) for message in messages]
-        )
-
-    def _completion_template(self) -> Render | None:
-        convert = self.completion_to_prompt
-        if convert is default_completion_to_prompt:
-            convert = None
-        wrapper = self.query_wrapper_prompt
-        if convert is None and wrapper is None:
-            return None
-
-        def wrapped(text: str) -> str:
-            text = text if convert is None else convert(text)
-            return text if wrapper is None else wrapper.format(query_str=text)
-
-        def render(messages: Sequence[Message]) -> str:
-            if not any(message["role"] == "assistant" for message in messages):
-                return wrapped(messages[-1]["content"])
-            turns = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-            return wrapped(f"{turns}\nassistant: ")
-
-        return render
-
-    def _unformatted(self, prompt: str) -> str:
-        """The prompt without what `LLM.predict` has put around it, which is put there again, control tokens as such."""
-        convert = self.completion_to_prompt or default_completion_to_prompt
-        for around in (self._extend_prompt(_MARK), convert(_MARK)):
-            before, _, after = around.partition(_MARK)
-            prompt = prompt.removeprefix(before).removesuffix(after)
-        return prompt
-
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> FinchLLM:
-        return super().__deepcopy__({**(memo or {}), id(self._engine): self._engine})  # which copies share
+        shared = (self._engine, self._given_store, self._opened_store)
+        return super().__deepcopy__({**(memo or {}), **{id(each): each for each in shared}})  # which copies share
 
     def __getstate__(self) -> dict[str, Any]:
         if self._is_given:
@@ -445,7 +424,12 @@ class FinchLLM(PromptedLLM):
                 "a FinchLLM with engine= or a loaded model cannot be pickled, because it holds the weights: pass "
                 "model_name=, which is loaded again where it is unpickled"
             )
+        if self._given_store is not None:
+            raise SettingsError(
+                "a FinchLLM with an open store cannot be pickled: pass the store's folder, or True for one in memory, "
+                "which is opened again where it is unpickled"
+            )
         # A copy loads the model itself, or shares it; a pickle of the weights is nothing that anybody wants.
         plain = self.model_copy()
-        plain._engine = None
+        plain._engine = plain._opened_store = None
         return super(FinchLLM, plain).__getstate__()

@@ -18,10 +18,13 @@ from llama_index.core.base.llms.types import (
     TextBlock,
     VideoBlock,
 )
-from llama_index.core.schema import MetadataMode, NodeWithScore
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.schema import NodeWithScore
 
 from finch_rag import Answer, AnswerStream, InputError, Passage
 from finch_rag.adapters import ASSISTANT, SYSTEM, AsyncAnswerStream, Message
+
+from .nodes import passage_of
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
 
@@ -29,7 +32,22 @@ _ROLES = {MessageRole.DEVELOPER: SYSTEM, MessageRole.CHATBOT: ASSISTANT, Message
 _TOOL_ROLES = (MessageRole.TOOL, MessageRole.FUNCTION)
 _UNTITLED = "input_document"  # LlamaIndex's title of a document that was given none
 _OPTIONS = "finch"  # key of a message's options among its additional_kwargs
-_TITLES = ("title", "file_name", "source")  # keys of metadata, the first that a node has names it
+
+
+class PassageBlock(CitableBlock):
+    """A citable block that says more of its passage, for a store; where it is written down, this is left out.
+
+    Attributes:
+        metadata: The passage's.
+        is_numbered: Whether ``source`` is the passage's place, and no id of its own.
+    """
+
+    metadata: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    is_numbered: bool = Field(default=False, exclude=True)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other is the same block, as it is written down."""
+        return isinstance(other, CitableBlock) and self.model_dump() == other.model_dump()
 
 
 class PassagesMessage(ChatMessage):
@@ -62,7 +80,7 @@ class PassagesMessage(ChatMessage):
         super().__init__(**data)
 
 
-def citable_block(item: str | Passage | NodeWithScore, place: int) -> CitableBlock:
+def citable_block(item: str | Passage | NodeWithScore, place: int) -> PassageBlock:
     """A passage as LlamaIndex's citable block, whose ``source`` is the passage's id, or its place.
 
     Args:
@@ -72,28 +90,14 @@ def citable_block(item: str | Passage | NodeWithScore, place: int) -> CitableBlo
     passage = passage_of(item) if isinstance(item, NodeWithScore) else item
     if isinstance(passage, str):
         passage = Passage(passage)
-    source = str(place) if passage.id is None else passage.id
-    return CitableBlock(title=passage.title or "", source=source, content=[TextBlock(text=passage.text)])
-
-
-def passage_of(item: NodeWithScore) -> Passage:
-    """A node as a passage: its id, its title from the metadata that it shows to LLMs, and the text that it shows.
-
-    Args:
-        item: A node; one without text gives a passage without text, which is never read.
-    """
-    node = item.node
-    shown_keys = [key for key in _TITLES if key not in node.excluded_llm_metadata_keys]
-    title = next((str(node.metadata[key]) for key in shown_keys if node.metadata.get(key)), None)
-    if not node.get_content(MetadataMode.NONE).strip():
-        return Passage("", id=node.node_id, title=title)
-    shown = node
-    for key in shown_keys:
-        if title is not None and str(node.metadata.get(key)) == title:  # the title is read once, before the text
-            hidden = [*node.excluded_llm_metadata_keys, key]
-            shown = node.model_copy(update={"excluded_llm_metadata_keys": hidden})
-            break
-    return Passage(shown.get_content(MetadataMode.LLM), id=node.node_id, title=title)
+    content: list[Any] = [TextBlock(text=passage.text)]
+    return PassageBlock(
+        title=passage.title or "",
+        source=str(place) if passage.id is None else passage.id,
+        content=content,
+        metadata=dict(passage.metadata),
+        is_numbered=passage.id is None,
+    )
 
 
 class Conversation(NamedTuple):
@@ -110,13 +114,14 @@ class Conversation(NamedTuple):
     options: dict[str, Any]
 
 
-def split_messages(messages: Sequence[ChatMessage]) -> Conversation:
+def split_messages(messages: Sequence[ChatMessage], *, own_ids: bool = False) -> Conversation:
     """The texts of messages, and the passages that their blocks bring.
 
     What a tool found is a passage.
 
     Args:
         messages: A conversation.
+        own_ids: Leave passages without an id that have none but their place, which a store would take for one.
 
     Raises:
         InputError: If a block is neither text nor a document of text.
@@ -124,7 +129,8 @@ def split_messages(messages: Sequence[ChatMessage]) -> Conversation:
     texts: list[Message] = []
     passages: list[Passage] = []
     for message in messages:
-        passages += [passage for block in message.blocks if (passage := _block_passage(block)) is not None]
+        found = (_block_passage(block, own_ids) for block in message.blocks)
+        passages += [passage for passage in found if passage is not None]
         if message.role in _TOOL_ROLES:
             if message.content and message.content.strip():
                 passages.append(_found_by_tool(message))
@@ -140,10 +146,13 @@ def _found_by_tool(message: ChatMessage) -> Passage:
     return Passage(message.content or "", id=named.get("tool_call_id"), title=named.get("name"))
 
 
-def _block_passage(block: Any) -> Passage | None:
+def _block_passage(block: Any, own_ids: bool) -> Passage | None:
     """The passage of a citable block or a document; None for blocks that are no passages."""
     if isinstance(block, CitableBlock):
         text = "\n".join(part.text if isinstance(part, TextBlock) else _document_text(part) for part in block.content)
+        if isinstance(block, PassageBlock):
+            source = None if own_ids and block.is_numbered else block.source
+            return Passage(text, id=source or None, title=block.title or None, metadata=block.metadata)
         return Passage(text, id=block.source or None, title=block.title or None)
     if isinstance(block, DocumentBlock):
         return Passage(_document_text(block), title=None if block.title == _UNTITLED else block.title)

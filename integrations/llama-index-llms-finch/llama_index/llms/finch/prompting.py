@@ -14,6 +14,7 @@ from llama_index.core.prompts.base import LangchainPromptTemplate
 from llama_index.core.schema import NodeWithScore
 from llama_index.core.types import BaseOutputParser, Model
 
+from finch_rag import Passage
 from finch_rag.adapters import CONTEXT_MARK, QUESTION_MARK, can_force_json, kind_of, parse_marked
 
 from .messages import PassagesMessage, split_messages
@@ -36,6 +37,14 @@ class PromptedLLM(CustomLLM):
 
         Args:
             prompt: As one text.
+        """
+
+    @abstractmethod
+    def known_passages(self, context: str) -> list[Passage] | None:
+        """The passages of a context that is made of nodes that are known; None where it is not.
+
+        Args:
+            context: Nodes as LlamaIndex joins them.
         """
 
     def _get_messages(self, prompt: BasePromptTemplate, **prompt_args: Any) -> list[ChatMessage]:
@@ -167,7 +176,7 @@ def passages_messages(
     llm: PromptedLLM,
     fields: Mapping[str, Any],
     parser: BaseOutputParser | None = None,
-    nodes: Sequence[NodeWithScore] | None = None,
+    nodes: Sequence[NodeWithScore | Passage] | None = None,
 ) -> list[ChatMessage] | None:
     """What a prompt asks, as a message with passages; it is formatted with marks, so that nothing is guessed.
 
@@ -197,11 +206,15 @@ def passages_messages(
     turns = split_messages(bare.format_messages(**{**values, **marks})).messages
     parsers = [each for each in (prompt.output_parser, parser) if each is not None]
     kind = kind_of(turns)
-    if (kind == "task" and nodes is None) or (kind == "known" and not parsers):
+    if kind == "task" and nodes is None:
+        return None
+    context = "" if nodes is not None else _joined(values[name])
+    known = llm.known_passages(context) if context else None
+    if kind == "known" and not parsers and known is None:
         return None
     if nodes is None and not isinstance(question, str) and llm.fits(prompt.format(llm=llm, **fields)):
         return None  # a task over a text, which is best read as it is
-    parsed = parse_marked(turns, question, llm.own_instructions, "" if nodes is not None else _joined(values[name]))
+    parsed = parse_marked(turns, question, llm.own_instructions, "" if known else context)
     if parsed is None:
         return None
     asked, instructions = parsed.question, parsed.instructions
@@ -210,7 +223,7 @@ def passages_messages(
         instructions = "\n\n".join(filter(None, (instructions or llm.own_instructions, form))) or None
     system = [ChatMessage(parsed.system_prompt, role=MessageRole.SYSTEM)] if parsed.system_prompt else []
     history = [ChatMessage(turn["content"], role=MessageRole(turn["role"])) for turn in parsed.history]
-    passages = parsed.passages if nodes is None else nodes
+    passages = (known or parsed.passages) if nodes is None else nodes
     return [*system, *history, PassagesMessage(asked, passages, instructions, parsed.notes)]
 
 

@@ -13,9 +13,11 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.settings import Settings
 
 from finch_rag import InputError, SettingsError
+from finch_rag.adapters import ReadingOptions
 
 from .base import FinchLLM
-from .messages import passage_of
+from .nodes import known_nodes, passage_of
+from .settings import StorePlace
 
 dispatcher = instrument.get_dispatcher(__name__)
 
@@ -29,6 +31,7 @@ class FinchRerank(BaseNodePostprocessor):
         llm: A `FinchLLM`; ``Settings.llm`` when None.
         top_n: The most nodes to keep; no limit when None.
         budget: The most tokens to keep, whole nodes only, and the best one in any case; no limit when None.
+        store: Where nodes that were read are kept, see `FinchLLM`; the LLM's own when None.
         kwargs: Fields of `BaseNodePostprocessor`: ``callback_manager``.
 
     Raises:
@@ -44,6 +47,7 @@ class FinchRerank(BaseNodePostprocessor):
         llm: FinchLLM | dict[str, Any] | None = None,
         top_n: int | None = None,
         budget: int | None = None,
+        store: StorePlace = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(llm, dict):  # from to_dict
@@ -61,7 +65,7 @@ class FinchRerank(BaseNodePostprocessor):
             raise SettingsError(
                 f"FinchRerank has no setting {', '.join(sorted(unknown))}: use {', '.join(type(self).model_fields)}"
             )
-        fields: dict[str, Any] = {"llm": chosen, "top_n": top_n, "budget": budget, **kwargs}
+        fields: dict[str, Any] = {"llm": chosen.with_store(store), "top_n": top_n, "budget": budget, **kwargs}
         super().__init__(**fields)
 
     @classmethod
@@ -95,9 +99,15 @@ class FinchRerank(BaseNodePostprocessor):
     def _rank(self, nodes: list[NodeWithScore], question: str) -> list[NodeWithScore]:
         passages = [passage_of(node) for node in nodes]
         chunk_size = self.llm.chunk_size or self.llm.engine.chunk_size  # None would be the default, not the engine's
-        citations = self.llm.engine.rank(
-            question, passages, chunk_size=chunk_size, max_context_tokens=self.llm.max_context_tokens
-        )
+        store = self.llm.open_store()
+        if store is not None:
+            known_nodes(store).remember(nodes)
+        options: ReadingOptions = {
+            "chunk_size": chunk_size,
+            "max_context_tokens": self.llm.max_context_tokens,
+            "store": store,
+        }
+        citations = self.llm.engine.rank(question, passages, **options)
         kept: list[NodeWithScore] = []
         tokens = 0
         for citation in citations:

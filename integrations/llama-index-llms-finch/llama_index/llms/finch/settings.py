@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.bridge.pydantic import ValidationError
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 
-from finch_rag import SettingsError
+from finch_rag import PassageStore, SettingsError
 from finch_rag.adapters import check_options
+
+if TYPE_CHECKING:
+    from .base import FinchLLM
+
+StorePlace = PassageStore | str | Path | bool | None
+"""An open store, a folder, True for one in memory, False for none, None for that of the LLM."""
 
 _GENERATE_KWARGS = ("do_sample", "max_new_tokens", "repetition_penalty", "seed", "temperature", "top_k", "top_p")
 _ACCELERATE_MAPS = ("balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
@@ -53,6 +60,46 @@ def checked_generate_kwargs(value: Mapping[str, Any] | None) -> dict[str, Any]:
         options.setdefault("temperature", 1.0)
     check_options(options, SettingsError)
     return options
+
+
+def split_store(store: StorePlace) -> tuple[str | bool | None, PassageStore | None]:
+    """A store as what can be written down, and what cannot: an open one.
+
+    Args:
+        store: What was given.
+
+    Raises:
+        SettingsError: If it is no store.
+    """
+    check_options({"store": store}, SettingsError)
+    if isinstance(store, PassageStore):
+        return None, store
+    return str(store) if isinstance(store, Path) else store, None
+
+
+def call_options(llm: FinchLLM, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a call: its own before those of its LLM; for what is None in both the engine's own settings hold.
+
+    Args:
+        llm: The LLM.
+        call: What the caller says, as LlamaIndex names it.
+    """
+    names = (
+        "budget",
+        "chunk_size",
+        "instructions",
+        "max_context_tokens",
+        "max_new_tokens",
+        "repetition_penalty",
+        "selection",
+        "shortlist_tokens",
+        "stop",
+        "strict",
+    )
+    own = {name: getattr(llm, name) for name in names}
+    own |= {"stop_token_ids": llm.stopping_ids, "store": llm.store_place, **llm.generate_kwargs}
+    said = {"max_new_tokens" if name == "max_tokens" else name: value for name, value in call.items()}
+    return {name: value for options in (own, said) for name, value in options.items() if value is not None}
 
 
 def as_wrapper(prompt: str | BasePromptTemplate | None) -> BasePromptTemplate | None:

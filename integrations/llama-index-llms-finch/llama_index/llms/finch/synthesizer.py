@@ -20,15 +20,16 @@ from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.response_synthesizers.base import BaseSynthesizer
-from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType, TextNode
+from llama_index.core.schema import NodeWithScore, QueryBundle, QueryType
 from llama_index.core.settings import Settings
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
-from finch_rag import SettingsError
+from finch_rag import Passage, SettingsError
 
 from .base import FinchLLM
 from .messages import PassagesMessage
 from .prompting import passages_messages, shows
+from .settings import StorePlace
 
 _TEMPLATE = "text_qa_template"
 
@@ -44,6 +45,7 @@ class FinchSynthesizer(BaseSynthesizer):
         callback_manager: Of the LLM and of this.
         text_qa_template: Asks in the user's own words; what stands around ``{context_str}`` and ``{query_str}`` becomes
             the instructions, and the nodes stay apart. Finch's own words when None, or LlamaIndex's default.
+        store: Where nodes that were read are kept, see `FinchLLM`; the LLM's own when None.
 
     Raises:
         SettingsError: If the LLM is another one, or the template has no place for the nodes.
@@ -55,12 +57,14 @@ class FinchSynthesizer(BaseSynthesizer):
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
         text_qa_template: BasePromptTemplate | None = None,
+        store: StorePlace = None,
     ) -> None:
         chosen = llm if llm is not None else Settings.llm
         if not isinstance(chosen, FinchLLM):
             raise SettingsError(
                 f"FinchSynthesizer needs a FinchLLM, not {type(chosen).__name__}: pass llm=FinchLLM(...)"
             )
+        chosen = chosen.with_store(store)
         super().__init__(llm=chosen, streaming=streaming, callback_manager=callback_manager)
         self._finch = chosen
         self._template: BasePromptTemplate = DEFAULT_TEXT_QA_PROMPT_SEL
@@ -159,7 +163,7 @@ class FinchSynthesizer(BaseSynthesizer):
             text_chunks: What to read.
             response_kwargs: See `synthesize`.
         """
-        messages = self._messages(query_str, [NodeWithScore(node=TextNode(text=text)) for text in text_chunks])
+        messages = self._messages(query_str, [Passage(text) for text in text_chunks])
         if self._streaming:
             return _texts(self._finch.stream_chat(messages, **response_kwargs), {})
         return self._finch.chat(messages, **response_kwargs).message.content or ""
@@ -174,12 +178,12 @@ class FinchSynthesizer(BaseSynthesizer):
             text_chunks: See `get_response`.
             response_kwargs: See `get_response`.
         """
-        messages = self._messages(query_str, [NodeWithScore(node=TextNode(text=text)) for text in text_chunks])
+        messages = self._messages(query_str, [Passage(text) for text in text_chunks])
         if self._streaming:
             return _atexts(await self._finch.astream_chat(messages, **response_kwargs), {})
         return (await self._finch.achat(messages, **response_kwargs)).message.content or ""
 
-    def _messages(self, question: str, nodes: Sequence[NodeWithScore]) -> list[ChatMessage]:
+    def _messages(self, question: str, nodes: Sequence[NodeWithScore | Passage]) -> list[ChatMessage]:
         """What is asked of the LLM."""
         asked = passages_messages(self._template, self._finch, {"query_str": question}, nodes=nodes)
         return [PassagesMessage(question, nodes)] if asked is None else asked
