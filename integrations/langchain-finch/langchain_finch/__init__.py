@@ -1,4 +1,5 @@
-"""LangChain on finch-rag: a chat model and an LLM that read every retrieved document, a chain, a reranker.
+"""LangChain on finch-rag: a chat model and an LLM that read every retrieved document, a chain, a reranker, a
+retriever.
 
 Example:
     >>> from langchain_finch import ChatFinch, create_finch_documents_chain
@@ -9,5 +10,6 @@ from .chains import create_finch_documents_chain
 from .chat_models import ChatFinch
 from .llms import FinchLLM
 from .rerank import FinchReranker
+from .retrievers import FinchRetriever
 
-__all__ = ["ChatFinch", "FinchLLM", "FinchReranker", "create_finch_documents_chain"]
+__all__ = ["ChatFinch", "FinchLLM", "FinchReranker", "FinchRetriever", "create_finch_documents_chain"]

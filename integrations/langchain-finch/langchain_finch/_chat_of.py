@@ -108,6 +108,7 @@ class _AsOneText:
         prompt_instructions: str | None = None,
         keeps_default_instructions: bool = False,
         notes: Sequence[str] = (),
+        store: Any = None,
         **options: Any,
     ) -> Runnable[Any, Any]:
         texts = [passage.titled_text for passage in documents if passage.text.strip()]

@@ -16,9 +16,12 @@ from langchain_core.messages.content import Citation, ContentBlock, TextContentB
 from finch_rag import InputError, Passage
 from finch_rag.adapters import ASSISTANT, SYSTEM, USER, Message
 
+from ._stores import document_id
+
 if TYPE_CHECKING:
     from finch_rag import Answer, CompressionReport
 
+SCORE = "relevance_score"  # of a document's metadata: what a question paid to it
 NO_DOCUMENTS = "no documents were given: answered without any"
 
 _ROLES = {
@@ -36,7 +39,8 @@ _UNSAID = ("reasoning", "tool_call", "tool_call_chunk", "invalid_tool_call")
 def passages_of(documents: Iterable[Document | Passage | str]) -> list[Passage]:
     """Documents as passages: text and id as they are, the metadata's "title" as the title.
 
-    One without text stays in its place: finch-rag skips it, and says so.
+    One without text stays in its place: finch-rag skips it, and says so. A score is one question's, and no part of
+    what a store keeps.
 
     Args:
         documents: A list of documents, passages or texts; it may be empty.
@@ -53,7 +57,8 @@ def _passage(document: Document | Passage | str, index: int) -> Passage:
     if isinstance(document, Document):
         title = document.metadata.get("title")
         titled = title if isinstance(title, str) and title.strip() else None
-        document = Passage(document.page_content, document.id, titled, document.metadata)
+        metadata = {name: value for name, value in document.metadata.items() if name != SCORE}
+        document = Passage(document.page_content, document.id, titled, metadata)
     passage = Passage(document) if isinstance(document, str) else document
     if not isinstance(passage, Passage):
         raise InputError(f"document {index} is {type(document).__name__}: pass a Document, a Passage or a str")
@@ -188,7 +193,8 @@ def citations_of(answer: Answer, passages: Sequence[Passage]) -> list[dict[str, 
     found = []
     for citation in answer.citations:
         passage = passages[citation.index]
-        entry = {**citation.to_dict(), "start_index": 0, "end_index": len(answer.text)}
+        entry = {**citation.to_dict(), "passage_id": document_id(passage)}
+        entry |= {"start_index": 0, "end_index": len(answer.text)}
         if citation.title is None and isinstance(title := passage.metadata.get("title"), str):
             entry["title"] = title  # a document prompt has formatted it
         source = passage.metadata.get("url") or passage.metadata.get("source")

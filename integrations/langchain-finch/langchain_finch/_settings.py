@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finch_rag import Finch, FinchError, InputError, Passage, SettingsError
-from finch_rag.adapters import INSTRUCTIONS, ChunkSize, Selection, check_options, shared_engine
+from finch_rag.adapters import INSTRUCTIONS, ChunkSize, Selection, check_options
 
 from ._convert import NO_DOCUMENTS, passages_of
+from ._engines import EngineSource
+from ._stores import StoreField, StoreHolder, for_store, is_store, store_identity
 
 if TYPE_CHECKING:
     from langchain_core.language_models import LangSmithParams
@@ -28,57 +30,6 @@ _HOW = ("stream",)  # options of a call that say how LangChain runs it, not what
 _FORMED_TOKENS, _FORMED_PART = 512, 4
 # Standard parameters of LangChain that concern a server, which a local model has none of.
 _OF_SERVERS = ("api_key", "base_url", "max_retries", "timeout")
-
-
-class EngineSource:
-    """Where copies of a model get their engine from: one that was given, or one that is loaded at the first use.
-
-    LangChain makes a new instance for each call of a model with configurable fields. Such copies share this, so that
-    what one of them loads stays loaded.
-
-    Args:
-        given: An engine to use in any case.
-    """
-
-    def __init__(self, given: Finch | None = None) -> None:
-        self.given = given
-        self._loaded: dict[str, Finch] = {}
-
-    def engine(self, model: str, loading: Mapping[str, Any]) -> Finch:
-        """The engine of a model.
-
-        Args:
-            model: See `FinchSettings`.
-            loading: Keyword arguments of `Finch.from_pretrained`.
-
-        Raises:
-            ModelError: If the model cannot be loaded, or Finch cannot run it.
-        """
-        if self.given is not None:
-            return self.given
-        key = repr((model, sorted(loading.items())))
-        if key not in self._loaded:
-            self._loaded[key] = shared_engine(model, **loading)
-        return self._loaded[key]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, EngineSource) and self.given is other.given
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EngineSource:
-        return self
-
-    def __copy__(self) -> EngineSource:
-        return self
-
-    def __reduce__(self) -> tuple[type[EngineSource], tuple[()]]:
-        if self.given is not None:
-            raise SettingsError(
-                "a model with engine= cannot be pickled, because the engine holds a loaded model: pass model=, which "
-                "is loaded again where it is unpickled"
-            )
-        return EngineSource, ()
 
 
 class CallSettings(BaseModel):
@@ -103,6 +54,10 @@ class CallSettings(BaseModel):
     strict: bool | None = Field(
         default=None, description="Whether an unknown prompt that does not fit into the window is an error."
     )
+    store: StoreField = Field(default=None, description="Keeps what is read, so that it is read once for all calls.")
+    shortlist_tokens: int | None = Field(
+        default=None, description="With a store, the most tokens of its best passages that are scanned; 0 for none."
+    )
 
 
 class _Call(CallSettings):
@@ -117,7 +72,7 @@ class _Call(CallSettings):
     notes: list[str] | None = None
 
 
-class FinchSettings(CallSettings):
+class FinchSettings(StoreHolder, CallSettings):
     """Settings of a model; those of loading decide which engine it shares, the others only how calls are made."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True)
@@ -150,8 +105,9 @@ class FinchSettings(CallSettings):
             raise SettingsError(
                 'there is no model: pass model= (a hub id, a folder, a .gguf file, "embedded") or engine='
             )
-        if isinstance(given["model"], Path):
-            given["model"] = str(given["model"])
+        for name in ("model", "store"):
+            if isinstance(given.get(name), Path):
+                given[name] = str(given[name])
         if isinstance(given.get("stop"), str):
             given["stop"] = [given["stop"]]
         if unknown := set(given) - set(type(self).model_fields):
@@ -203,9 +159,12 @@ class FinchSettings(CallSettings):
     def _identifying_params(self) -> Mapping[str, Any]:
         """All that an answer depends on, for caches and traces."""
         identity = {"model": self.model, **self._differing(_LOADING), **self._differing(CallSettings.model_fields)}
+        if "store" in identity:
+            identity["store"] = store_identity(self.store)
         if (engine := self._source.given) is not None:  # its settings hold where the model has none
             names = ("budget", "chunk_size", "selection", "reread", "max_new_tokens", "instructions", "system_prompt")
             own = {name: getattr(engine, name) for name in names}
+            own |= {"store": store_identity(engine.settings.store), "shortlist": engine.settings.shortlist_tokens}
             identity["engine"] = {"fingerprint": engine.fingerprint, "heads": engine.heads, **own}
         return identity
 
@@ -254,6 +213,14 @@ class FinchSettings(CallSettings):
             options["notes"] = [*options.get("notes", ()), NO_DOCUMENTS]
         return passages, options
 
+    def _storable(self, passages: list[Passage], options: dict[str, Any]) -> list[Passage]:
+        """A call's passages as its store may keep them; changes the options where there is nothing to keep."""
+        if not is_store(options.get("store", self.engine.settings.store)):
+            return passages
+        if passages and not any(passage.text.strip() for passage in passages):
+            options["store"] = False  # it could rank none of them
+        return for_store(passages)
+
     def _ask_for_form(self, options: dict[str, Any], form: str) -> None:
         """Says in a call's options what form its answer shall have, behind the instructions that there are."""
         self._add_instructions(options, form)
@@ -278,6 +245,8 @@ class FinchSettings(CallSettings):
         )
         if (documents := params.get("documents")) is not None:
             params["documents"] = _digest(passages_of(documents))
+        if "store" in params:
+            params["store"] = store_identity(params["store"])
         return params
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from langchain_core.documents import Document
@@ -21,11 +21,12 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_core.runnables.utils import AddableDict
 
 from finch_rag import InputError, Passage, SettingsError
-from finch_rag.adapters import CONTEXT_MARK, QUESTION_MARK, Message, kind_of, parse_marked
+from finch_rag.adapters import CONTEXT_MARK, QUESTION_MARK, Message, check_options, kind_of, parse_marked
 
 from ._chat_of import as_chat, constant, parses
 from ._convert import conversation_of, passages_of
 from ._loops import StandIn, loop_over
+from ._stores import FormattedPassage, StorePlace, check_pickles
 from .chat_models import ChatFinch
 from .llms import FinchLLM
 
@@ -39,6 +40,7 @@ def create_finch_documents_chain(
     document_prompt: BasePromptTemplate[str] | None = None,
     document_variable_name: str = "context",
     with_citations: bool = False,
+    store: StorePlace = None,
 ) -> Runnable[dict[str, Any], Any]:
     """A chain that answers a question from documents in one call, for `create_retrieval_chain` and LCEL.
 
@@ -58,11 +60,14 @@ def create_finch_documents_chain(
         document_variable_name: The documents' key in the input.
         with_citations: Return a dictionary with "text", "citations" and "report" in place of the text; not of a chain.
 
+        store: Keeps what is read, so that each document is read once for all questions: a folder, True for memory, or
+            an open `finch_rag.PassageStore`; False for none; the LLM's own when None.
+
     Returns:
         A runnable; its stream has the text in pieces, then, in one more, citations and report where asked for.
 
     Raises:
-        SettingsError: If the LLM is another one.
+        SettingsError: If the LLM is another one, or the store is none.
         InputError: When it runs: if the input lacks what the prompt needs, or there is no question.
 
     Example:
@@ -70,6 +75,7 @@ def create_finch_documents_chain(
         >>> chain.invoke({"input": "Who signed it?"})["answer"]
     """
     chat = as_chat(llm)
+    check_options({"store": store}, SettingsError)
     parsed = parses(chat)
     if parsed and with_citations:
         raise SettingsError(
@@ -77,7 +83,7 @@ def create_finch_documents_chain(
             "with_structured_output(..., include_raw=True) has the citations"
         )
     parser: BaseTransformOutputParser[Any] = _CitedAnswer() if with_citations else StrOutputParser()
-    asked = _Asking(chat, None if parsed else parser, prompt, document_prompt, document_variable_name)
+    asked = _Asking(chat, None if parsed else parser, prompt, document_prompt, document_variable_name, store)
     return RunnableLambda(asked, name="finch_documents_chain")
 
 
@@ -90,6 +96,11 @@ class _Asking:
     prompt: BasePromptTemplate[Any] | None
     document_prompt: BasePromptTemplate[str] | None
     document_variable_name: str
+    store: StorePlace = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        check_pickles(self.store, "a documents chain")
+        return dict(self.__dict__)
 
     def __call__(self, inputs: Mapping[str, Any]) -> Runnable[Any, Any]:
         name = self.document_variable_name
@@ -99,7 +110,8 @@ class _Asking:
         request = _default_request(inputs) if self.prompt is None else _request(self.prompt, inputs, name, documents)
         # What the conversation brings stands behind the documents, so that citations have the documents' places.
         documents = request.documents or documents
-        bound = self.chat.bind(documents=[*documents, *request.passages], **request.options)
+        options = request.options if self.store is None else {**request.options, "store": self.store}
+        bound = self.chat.bind(documents=[*documents, *request.passages], **options)
         # The messages are known, so the input, which LangChain hands on, is not looked at again.
         asked = constant(request.messages) | bound
         return asked if self.parser is None else asked | self.parser
@@ -159,7 +171,8 @@ def _documents(inputs: Mapping[str, Any], name: str, document_prompt: BasePrompt
         if not isinstance(document, Document):
             document = Document(passage.text, metadata=dict(passage.metadata))
         # A document prompt says itself where a title goes.
-        formatted.append(Passage(format_document(document, document_prompt), passage.id, None, passage.metadata))
+        shown = format_document(document, document_prompt)
+        formatted.append(FormattedPassage(shown, passage.id, None, passage.metadata))
     return formatted
 
 
@@ -235,7 +248,7 @@ def _request(
         if loop := loop_over(given, [passage.text for passage in documents], text):
             turns[place]["content"] = f"{loop.before}{CONTEXT_MARK}{loop.after}"
             looped = [
-                replace(passage, text=shown if passage.text.strip() else "", title=None)
+                FormattedPassage(shown if passage.text.strip() else "", passage.id, None, passage.metadata)
                 for passage, shown in zip(documents, loop.shown, strict=True)
             ]
     kind = kind_of(turns) if turns else "own"

@@ -128,7 +128,8 @@ class ChatFinch(FinchSettings, BaseChatModel):
         conversation, passages = conversation_of(messages)
         if "system_prompt" not in kwargs and any(turn["role"] == SYSTEM for turn in conversation):
             options.pop("system_prompt", None)  # the model's own gives way to the conversation's
-        return self.engine.stream_chat(conversation, [*passages, *documents], **options)
+        passages = self._storable([*passages, *documents], options)
+        return self.engine.stream_chat(conversation, passages, **options)
 
     def bind(self, **kwargs: Any) -> BoundChat:
         """The model with options, or documents, of its calls; also of those of its `with_structured_output`.

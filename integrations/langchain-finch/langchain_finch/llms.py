@@ -149,7 +149,7 @@ class FinchLLM(FinchSettings, BaseLLM):
 
     def _open(self, prompt: str, stop: Sequence[str] | None, kwargs: dict[str, Any]) -> AnswerStream:
         passages, options = self._request(stop, kwargs)
-        return self.engine.stream_chat(prompt, passages, **options)
+        return self.engine.stream_chat(prompt, self._storable(passages, options), **options)
 
 
 def _piece(delta: str) -> GenerationChunk:

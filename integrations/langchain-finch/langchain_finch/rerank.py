@@ -12,14 +12,15 @@ from langchain_core.runnables import run_in_executor
 from pydantic import ConfigDict
 
 from finch_rag import SettingsError
-from finch_rag.adapters import Cancelled, ReadingOptions
+from finch_rag.adapters import Cancelled, ReadingOptions, check_options
 
-from ._convert import passages_of
+from ._convert import SCORE, passages_of
+from ._stores import StoreField, StoreHolder
 from .chat_models import ChatFinch
 from .llms import FinchLLM
 
 
-class FinchReranker(BaseDocumentCompressor):
+class FinchReranker(StoreHolder, BaseDocumentCompressor):
     """Ranks documents by the attention that the question pays to them in one reading, and keeps the best.
 
     A document's ``metadata["relevance_score"]`` becomes its share of that attention; the shares of all documents sum
@@ -29,9 +30,11 @@ class FinchReranker(BaseDocumentCompressor):
         llm: Whose attention ranks the documents.
         top_n: The most documents to keep; no limit when None.
         budget: The most tokens to keep, whole documents only, and the best one in any case; no limit when None.
+        store: Keeps what is read, so that each document is read once for all questions: a folder, True for memory, or
+            an open `finch_rag.PassageStore`; False for none; the LLM's own when None.
 
     Raises:
-        SettingsError: If the LLM is another one, or a limit is below 1.
+        SettingsError: If the LLM is another one, a limit is below 1, or the store is none.
 
     Example:
         >>> ContextualCompressionRetriever(base_compressor=FinchReranker(llm=llm, top_n=5), base_retriever=retriever)
@@ -42,17 +45,19 @@ class FinchReranker(BaseDocumentCompressor):
     llm: FinchLLM | ChatFinch
     top_n: int | None = None
     budget: int | None = None
+    store: StoreField = None
 
     def __init__(self, **settings: Any) -> None:
         llm = settings.get("llm")
         if not isinstance(llm, (FinchLLM, ChatFinch)):
             raise SettingsError(f"FinchReranker needs a FinchLLM or a ChatFinch, not {type(llm).__name__}: pass llm=")
         if unknown := set(settings) - set(type(self).model_fields):
-            raise SettingsError(f"unknown setting {', '.join(sorted(unknown))}: use llm, top_n, budget")
+            raise SettingsError(f"unknown setting {', '.join(sorted(unknown))}: use {', '.join(type(self).model_fields)}")
         for name in ("top_n", "budget"):
             value = settings.get(name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise SettingsError(f"{name} is {value!r}: the least is 1; leave it out for no limit")
+        check_options({"store": settings.get("store")}, SettingsError)
         super().__init__(**settings)
 
     def compress_documents(
@@ -99,6 +104,11 @@ class FinchReranker(BaseDocumentCompressor):
         options = ReadingOptions(max_context_tokens=self.llm.max_context_tokens, on_progress=on_progress)
         if self.llm.chunk_size is not None:
             options["chunk_size"] = self.llm.chunk_size
+        store = self.llm.store if self.store is None else self.store
+        if not any(document.page_content.strip() for document in documents):
+            store = False  # it could rank none of them
+        if store is not None:
+            options["store"] = store
         ranked = engine.rank(query, passages_of(documents), **options)
         kept: list[Document] = []
         tokens = 0
@@ -107,6 +117,6 @@ class FinchReranker(BaseDocumentCompressor):
             if self.budget is not None and tokens > self.budget and kept:
                 break
             document = documents[citation.index]
-            scored = {**document.metadata, "relevance_score": citation.share}
+            scored = {**document.metadata, SCORE: citation.share}
             kept.append(document.model_copy(update={"metadata": scored}))
         return kept
