@@ -95,7 +95,7 @@ class Runtime:
         self._found_heads: tuple[RetrievalHeads | None] | None = None
         self._found_alone_heads: RetrievalHeads | None = None
         self._finding_heads = threading.Lock()
-        self.stores = OpenStores(self.open_store)
+        self.stores = OpenStores(self.open_store, lambda: self.fingerprint)
 
     @cached_property
     def fingerprint(self) -> str:

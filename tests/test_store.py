@@ -305,6 +305,25 @@ def test_a_place_is_opened_once_and_again_after_it_was_closed(
     assert finch.store is None
 
 
+def test_asking_about_a_passage_without_its_metadata_leaves_it(finch: Finch, store: PassageStore) -> None:
+    store.add([Passage("The bridge.", "a", metadata={"page": 3})])
+    finch.ask(QUESTION, [Passage("The bridge.", "a")], store=store)
+    assert store.passages()[0].metadata == {"page": 3}
+    store.add([Passage("The bridge.", "a", metadata={"page": 4})])
+    assert store.passages()[0].metadata == {"page": 4}
+    store.add([Passage("The canal.", "a")])
+    assert store.passages()[0].metadata == {}
+
+
+def test_another_models_open_store_is_refused(store: PassageStore) -> None:
+    store.add(named(3))
+    other = new_finch(seed=1)
+    for call in (lambda: other.ask(QUESTION, named(3), store=store), lambda: other.ask(QUESTION, store=store)):
+        with pytest.raises(StoreError, match="filled by another model") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
 def test_keys_do_not_depend_on_instructions_or_system_prompt(finch: Finch, store: PassageStore) -> None:
     store.add(named(9))
     answer = finch.ask(QUESTION, named(9), store=store, instructions="Answer in French.", system_prompt="Be kind.")

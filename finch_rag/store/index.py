@@ -227,12 +227,18 @@ class StoreIndex:
         for some in _parts(list(wanted), _MOST_VALUES):
             marks = ",".join("?" * len(some))
             rows = self._rows(f"SELECT id, hash, title, text, metadata FROM passages WHERE id IN ({marks})", some)
-            if len(rows) < len(some) or any(wanted[str(own)] != tuple(rest) for own, *rest in rows):
+            if len(rows) < len(some):
                 return False
+            for own, *rest in rows:
+                *same, metadata = wanted[str(own)]
+                if same != rest[:-1] or metadata not in ("{}", rest[-1]):
+                    return False
         return True
 
     def add_passages(self, passages: Iterable[tuple[Passage, str]]) -> None:
         """Names passages whose readings are there; one whose id is known takes its place.
+
+        One without metadata leaves those of the same text: what asks about a passage need not know all of it.
 
         Args:
             passages: With their hashes.
@@ -240,8 +246,9 @@ class StoreIndex:
         with self.transaction() as connection:
             connection.executemany(
                 "INSERT INTO passages (id, hash, own_id, title, text, metadata) VALUES (?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT (id) DO UPDATE SET hash = excluded.hash, title = excluded.title, text = excluded.text, "
-                "metadata = excluded.metadata",
+                "ON CONFLICT (id) DO UPDATE SET title = excluded.title, text = excluded.text, metadata = CASE WHEN "
+                "excluded.metadata = '{}' AND excluded.hash = hash THEN metadata ELSE excluded.metadata END, "
+                "hash = excluded.hash",
                 [(p.id or known, known, int(p.id is not None), p.title, p.text, _as_json(p)) for p, known in passages],
             )
 

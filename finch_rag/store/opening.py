@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import StoreError
 from .store import PassageStore
 
 StorePlace = PassageStore | str | Path | bool | None
@@ -17,10 +18,11 @@ class OpenStores:
 
     Args:
         open_store: Opens one in a folder, or in memory for None.
+        model: Tells the fingerprint of the engine's model.
     """
 
-    def __init__(self, open_store: Callable[[Path | None], PassageStore]) -> None:
-        self._open, self._lock = open_store, threading.Lock()
+    def __init__(self, open_store: Callable[[Path | None], PassageStore], model: Callable[[], str]) -> None:
+        self._open, self._model, self._lock = open_store, model, threading.Lock()
         self._stores: dict[Path | None, PassageStore] = {}
 
     def at(self, place: StorePlace) -> PassageStore | None:
@@ -30,11 +32,16 @@ class OpenStores:
             place: Where it is; an open store is handed back.
 
         Raises:
-            StoreError: If it cannot be opened.
+            StoreError: If it cannot be opened, or is another model's.
         """
         if place is None or place is False:
             return None
         if isinstance(place, PassageStore):
+            if place.model != self._model():
+                raise StoreError(
+                    f"the store was filled by another model ({place.model}, not {self._model()}): open one with this "
+                    "engine's open_store"
+                )
             return place
         folder = None if place is True else Path(place).expanduser().resolve()
         with self._lock:

@@ -48,6 +48,7 @@ class PassageStore:
         read_only: Open a folder beside its writer; nothing can be added.
 
     Attributes:
+        model: Fingerprint of the model.
         path: Its folder; None in memory.
         max_bytes: The most bytes of head keys; None for no limit.
         precision: Of the keys.
@@ -69,7 +70,7 @@ class PassageStore:
         precision: Precision = "bfloat16",
         read_only: bool = False,
     ) -> None:
-        self._reader, self._prompts, self._model, self._window = reader, prompts, model, window
+        self._reader, self._prompts, self.model, self._window = reader, prompts, model, window
         self.path = None if path is None else Path(path).expanduser()
         self.max_bytes, self.precision = max_bytes, precision
         self._lock = threading.RLock()
@@ -104,7 +105,7 @@ class PassageStore:
             bytes_per_token=self.bytes_per_token,
             precision=self.precision,
             heads=self.heads,
-            model=self._model,
+            model=self.model,
             max_bytes=self.max_bytes,
         )
 

@@ -29,9 +29,7 @@ class StoreHolder:
     """What has a field ``store``: copies share an open store, and nothing that is written down has one."""
 
     if TYPE_CHECKING:
-
-        @property
-        def store(self) -> StorePlace: ...  # noqa: D102
+        store: StorePlace
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Any:
         shared = {} if memo is None else memo

@@ -59,7 +59,6 @@ def create_finch_documents_chain(
         document_prompt: Formats each document's text; its own text, below its title if it has one, when None.
         document_variable_name: The documents' key in the input.
         with_citations: Return a dictionary with "text", "citations" and "report" in place of the text; not of a chain.
-
         store: Keeps what is read, so that each document is read once for all questions: a folder, True for memory, or
             an open `finch_rag.PassageStore`; False for none; the LLM's own when None.
 

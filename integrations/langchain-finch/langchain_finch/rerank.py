@@ -52,7 +52,8 @@ class FinchReranker(StoreHolder, BaseDocumentCompressor):
         if not isinstance(llm, (FinchLLM, ChatFinch)):
             raise SettingsError(f"FinchReranker needs a FinchLLM or a ChatFinch, not {type(llm).__name__}: pass llm=")
         if unknown := set(settings) - set(type(self).model_fields):
-            raise SettingsError(f"unknown setting {', '.join(sorted(unknown))}: use {', '.join(type(self).model_fields)}")
+            known = ", ".join(type(self).model_fields)
+            raise SettingsError(f"unknown setting {', '.join(sorted(unknown))}: use {known}")
         for name in ("top_n", "budget"):
             value = settings.get(name)
             if value is not None and (not isinstance(value, int) or value < 1):

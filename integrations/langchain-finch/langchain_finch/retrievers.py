@@ -7,14 +7,13 @@ import hashlib
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever, RetrieverLike
 from langchain_core.runnables import Runnable, run_in_executor
 from pydantic import ConfigDict, Field
-from typing_extensions import Self
 
 from finch_rag import FinchError, InputError, Passage, PassageStore, SettingsError
 from finch_rag.adapters import Cancelled, check_options
@@ -132,7 +131,9 @@ class FinchRetriever(StoreHolder, BaseRetriever):
         if len(found) != len(listed):
             raise InputError(f"there are {len(found)} metadatas for {len(listed)} texts: pass one each")
         named = _one_each(ids, len(listed))
-        documents = [Document(text, metadata=own, id=name) for text, own, name in zip(listed, found, named, strict=True)]
+        documents = [
+            Document(text, metadata=own, id=name) for text, own, name in zip(listed, found, named, strict=True)
+        ]
         return cls.from_documents(documents, **settings)
 
     @property
@@ -175,7 +176,7 @@ class FinchRetriever(StoreHolder, BaseRetriever):
             StoreError: If the store cannot be written.
         """
         single = isinstance(documents, (str, Document, Passage))
-        passages = passages_of(documents if single else list(documents))  # type: ignore[arg-type]  # raises if single
+        passages = passages_of(documents if single else list(documents))  # raises if single
         named = [
             Passage(passage.text, given or _names(passage)[0], passage.title, passage.metadata)
             for passage, given in zip(passages, _one_each(ids, len(passages)), strict=True)

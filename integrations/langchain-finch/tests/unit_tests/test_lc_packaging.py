@@ -15,7 +15,13 @@ SOURCE = Path(langchain_finch.__file__).parent
 
 
 def test_the_public_names_are_these() -> None:
-    assert langchain_finch.__all__ == ["ChatFinch", "FinchLLM", "FinchReranker", "create_finch_documents_chain"]
+    assert langchain_finch.__all__ == [
+        "ChatFinch",
+        "FinchLLM",
+        "FinchReranker",
+        "FinchRetriever",
+        "create_finch_documents_chain",
+    ]
     for name in langchain_finch.__all__:
         assert getattr(langchain_finch, name).__doc__
 
