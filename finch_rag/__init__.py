@@ -26,10 +26,11 @@ from .errors import (
 if TYPE_CHECKING:
     from .answer import Answer, Citation, CompressionReport
     from .engine import Finch
+    from .heads.alone import find_alone_heads
     from .heads.search import find_heads
     from .models.cache import CompressedCache
     from .prompts.passages import Passage
-    from .store.figures import StoreInfo
+    from .store.figures import Retrieved, StoreInfo
     from .store.store import PassageStore
     from .streaming import AnswerStream
 
@@ -51,10 +52,12 @@ __all__ = [
     "NumericsError",
     "Passage",
     "PassageStore",
+    "Retrieved",
     "SettingsError",
     "StoreError",
     "StoreInfo",
     "WindowError",
+    "find_alone_heads",
     "find_heads",
 ]
 
@@ -67,7 +70,9 @@ _LAZY = {  # torch and transformers take seconds to import, so these wait until 
     "Finch": "engine",
     "Passage": "prompts.passages",
     "PassageStore": "store.store",
-    "StoreInfo": "store.store",
+    "Retrieved": "store.figures",
+    "StoreInfo": "store.figures",
+    "find_alone_heads": "heads.alone",
     "find_heads": "heads.search",
 }
 

@@ -32,10 +32,12 @@ def test_the_public_names_are_these() -> None:
         "NumericsError",
         "Passage",
         "PassageStore",
+        "Retrieved",
         "SettingsError",
         "StoreError",
         "StoreInfo",
         "WindowError",
+        "find_alone_heads",
         "find_heads",
     ]
 
