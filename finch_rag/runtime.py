@@ -182,7 +182,7 @@ class Runtime:
             check_heads(heads, self.model.config, SettingsError)
             chosen = heads_by_layer(heads)
         prefix = self.prompts.build("x", [Passage("x")]).prefix  # Finch's own, so that keys hold for every call
-        return PassageStore(
+        store = PassageStore(
             AloneReader(self.model, prefix, chosen),
             self.prompts,
             model=self.fingerprint,
@@ -192,6 +192,9 @@ class Runtime:
             precision=precision,
             read_only=read_only,
         )
+        if not read_only:
+            self.stores.keep(store)
+        return store
 
     def plan(self, request: Request) -> PrefillPlan:
         """How a request's passages are read; finds the model's retrieval heads if need be.

@@ -305,6 +305,13 @@ def test_a_place_is_opened_once_and_again_after_it_was_closed(
     assert finch.store is None
 
 
+def test_a_folder_that_the_engine_has_open_is_the_open_store(finch: Finch, tmp_path: Path) -> None:
+    with finch.open_store(tmp_path / "store", heads=HEADS) as opened:
+        opened.add(named(3))
+        assert finch.ask(QUESTION, store=str(tmp_path / "store")).report.searched_tokens == opened.info().tokens
+        assert finch.runtime.stores.at(tmp_path / "store") is opened
+
+
 def test_asking_about_a_passage_without_its_metadata_leaves_it(finch: Finch, store: PassageStore) -> None:
     store.add([Passage("The bridge.", "a", metadata={"page": 3})])
     finch.ask(QUESTION, [Passage("The bridge.", "a")], store=store)

@@ -22,7 +22,7 @@ class OpenStores:
     """
 
     def __init__(self, open_store: Callable[[Path | None], PassageStore], model: Callable[[], str]) -> None:
-        self._open, self._model, self._lock = open_store, model, threading.Lock()
+        self._open, self._model, self._lock = open_store, model, threading.RLock()
         self._stores: dict[Path | None, PassageStore] = {}
 
     def at(self, place: StorePlace) -> PassageStore | None:
@@ -43,9 +43,23 @@ class OpenStores:
                     "engine's open_store"
                 )
             return place
-        folder = None if place is True else Path(place).expanduser().resolve()
+        folder = None if place is True else _folder(place)
         with self._lock:
             store = self._stores.get(folder)
             if store is None or store.closed:
                 store = self._stores[folder] = self._open(folder)
             return store
+
+    def keep(self, store: PassageStore) -> None:
+        """Lets calls that name a store's folder use it, as nobody else may write there.
+
+        Args:
+            store: Opened by this engine, in a folder, to be written.
+        """
+        if store.path is not None:
+            with self._lock:
+                self._stores[_folder(store.path)] = store
+
+
+def _folder(path: str | Path) -> Path:
+    return Path(path).expanduser().resolve()
