@@ -12,6 +12,7 @@ from .prompts.parsing import ParsedPrompt
 from .request import Cancelled
 from .settings import CallOptions, ReadingOptions, check_options
 from .sharing import release_engine, shared_engine
+from .store.opening import StorePlace
 from .streaming import AsyncAnswerStream
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ReadingOptions",
     "Render",
     "Selection",
+    "StorePlace",
     "can_force_json",
     "check_options",
     "kind_of",

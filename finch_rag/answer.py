@@ -59,7 +59,8 @@ class CompressionReport:
         kv_bytes_kept: Bytes that the kept ones take.
         chunks: Steps of the scan.
         prefill_seconds: Seconds spent reading passages; where several questions were read for together, this one's
-            part of them. On an accelerator the end of the last pass may count as decoding.
+            part of them. What is re-prefilled in the pass that reads the question counts as decoding, and so may, on an
+            accelerator, the end of the last pass before it.
         known_tokens: Tokens of passages that a store had read before; see `finch_rag.PassageStore`.
         stored_tokens: Tokens of passages that the store read for this call.
         store_seconds: Seconds of ``prefill_seconds`` that the store took to read them.

@@ -39,7 +39,7 @@ class EngineAttributes:
     @property
     def store(self) -> PassageStore | None:
         """The engine's own store, opened if need be; None where it scans."""
-        return self.runtime.stores.at(self.settings.store)
+        return self.runtime.stores.at(self.settings.store, self.settings.on_progress)
 
     @property
     def heads(self) -> Heads:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
@@ -26,8 +26,7 @@ from .request import Cancellation, Progress
 from .resolving import resolve, resolve_cached, resolve_parsed, with_store
 from .runtime import Runtime
 from .settings import CallOptions, EngineSettings, ReadingOptions, SamplingOptions, Settings
-from .store.opening import StorePlace
-from .store.reading import Precision
+from .store.opening import StoreOptions, StorePlace
 from .store.store import PassageStore
 from .streaming import AnswerStream, AsyncAnswerStream, in_thread
 
@@ -160,37 +159,21 @@ class Finch(EngineAttributes):
             settings["name"] = loaded.name
         return cls(loaded.model, ready, **settings)
 
-    def open_store(
-        self,
-        path: str | Path | None = None,
-        *,
-        max_bytes: int | None = None,
-        precision: Precision = "bfloat16",
-        read_only: bool = False,
-        heads: Literal["auto"] | Sequence[tuple[int, int]] = "auto",
-    ) -> PassageStore:
+    def open_store(self, path: str | Path | None = None, **options: Unpack[StoreOptions]) -> PassageStore:
         """Opens a store of passages that this model reads once and searches for every question.
 
         Args:
             path: A folder, made if it is missing; None keeps all in memory.
-            max_bytes: The most bytes of head keys: the least recently used passages go; None for no limit.
-            precision: Of the keys; "int8" takes half the bytes.
-            read_only: Open a folder beside its one writer.
-            heads: Those that search: the model's own for passages read alone, found at its first use, or (layer, head)
-                pairs.
+            options: ``max_bytes``, the most bytes of head keys: the least recently used passages go; None, the default,
+                for no limit. ``precision`` of the keys: "bfloat16", or "int8", which takes half the bytes.
+                ``read_only=True`` opens a folder beside its one writer. ``heads``, those that search: "auto", the
+                model's own for passages read alone, found at its first use, or (layer, head) pairs.
 
         Raises:
             SettingsError: If a setting cannot work.
             StoreError: If the folder cannot be opened, has another writer, or is of another model or precision.
         """
-        return self.runtime.open_store(
-            path,
-            max_bytes=max_bytes,
-            precision=precision,
-            read_only=read_only,
-            heads=heads,
-            on_progress=self.settings.on_progress,
-        )
+        return self.runtime.stores.open(path, on_progress=self.settings.on_progress, **options)
 
     def ask(self, question: str, passages: Iterable[str | Passage] = (), **options: Unpack[CallOptions]) -> Answer:
         """Answers a question from passages.

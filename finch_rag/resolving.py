@@ -34,7 +34,7 @@ def with_store(
     Raises:
         InputError: If the store is asked and has no passages.
     """
-    store = None if passages else runtime.stores.at(settings.store)
+    store = None if passages else runtime.stores.at(settings.store, settings.on_progress)
     if store is None:
         return passages, settings
     started = time.perf_counter()
@@ -148,8 +148,8 @@ def resolve_prompt(
     lengths = [len(passage) for passage in prompt.passages]
     _check_length(sum(lengths[: len(lengths) - older_turns]), reading.max_context_tokens)
     runtime.constraint(sampling)  # raises if an answer cannot be held to it
-    store = None if older_turns else runtime.stores.at(settings.store)
-    if store is not None and reading.selection != "passage":
+    asks_store = settings.store is not None and any(lengths) and not older_turns
+    if asks_store and reading.selection != "passage":
         raise InputError('a store ranks whole passages: use selection="passage", or store=None for this call')
     whole = reading.selection == "passage"
     fixed = fixed_tokens(prompt, replace(settings, sampling=sampling))
@@ -179,6 +179,7 @@ def resolve_prompt(
         cutoff=0.0 if reading.whole_text else CUTOFF,
         in_order=reading.whole_text,
     )
+    store = runtime.stores.at(settings.store, settings.on_progress) if asks_store else None
     return Request(
         question=question,
         passages=tuple(Passage("") for _ in lengths) if passages is None else tuple(passages),

@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,8 +18,8 @@ from .decode.constraint import JsonConstraint, JsonConstraints
 from .decode.cuda_graphs import CudaGraphs
 from .decode.generation import Decoder, Writer, end_tokens
 from .decode.sampling import Sampling
-from .errors import InputError, ModelError, NumericsError, SettingsError
-from .heads.pairs import Heads, check_heads, heads_by_layer
+from .errors import InputError, ModelError, NumericsError
+from .heads.pairs import Heads
 from .heads.stored import resolve_alone_heads, resolve_heads
 from .models import compiling
 from .models.attention import use_finch_attention
@@ -30,17 +28,14 @@ from .models.cached_document import CachedDocument, ReadingFigures
 from .models.fingerprint import fingerprint
 from .models.inspection import input_embedding, window_of
 from .models.rope import KeyRotation
-from .prefill.alone import AloneReader
 from .prefill.loop import prefill
 from .prefill.planning import PrefillPlan, RetrievalHeads, chunk_within, default_chunk_size
 from .prefill.scan import Prefilled, Steps
 from .prefill.shortlists import prefill_best, prefill_shortlists, shortlist_tokens
 from .prompts.builder import PromptBuilder
-from .prompts.passages import Passage
 from .request import Cancellation, Progress, Request
 from .store.figures import Added
 from .store.opening import OpenStores
-from .store.reading import Precision
 from .store.store import PassageStore
 
 if TYPE_CHECKING:
@@ -95,7 +90,7 @@ class Runtime:
         self._found_heads: tuple[RetrievalHeads | None] | None = None
         self._found_alone_heads: RetrievalHeads | None = None
         self._finding_heads = threading.Lock()
-        self.stores = OpenStores(self.open_store, lambda: self.fingerprint)
+        self.stores = OpenStores(self)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -156,45 +151,6 @@ class Runtime:
                     self.model, self.tokenizer, self.name, lambda done, total: on_progress("heads", done, total)
                 )
             return self._found_alone_heads
-
-    def open_store(
-        self,
-        path: str | Path | None = None,
-        *,
-        max_bytes: int | None = None,
-        precision: Precision = "bfloat16",
-        read_only: bool = False,
-        heads: Literal["auto"] | Sequence[tuple[int, int]] = "auto",
-        on_progress: Progress = lambda stage, done, total: None,
-    ) -> PassageStore:
-        """See `finch_rag.Finch.open_store`."""
-        if precision not in get_args(Precision):
-            raise SettingsError(f"precision is {precision!r}: use {' or '.join(map(repr, get_args(Precision)))}")
-        if max_bytes is not None and (not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 1):
-            raise SettingsError(f"max_bytes is {max_bytes!r}: pass a number of bytes above 0, or None")
-        if path is not None and not isinstance(path, (str, Path)):
-            raise SettingsError(f"path is {type(path).__name__}: pass a folder, or None for a store in memory")
-        if isinstance(heads, str):
-            if heads != "auto":
-                raise SettingsError(f'heads is {heads!r}: a store needs "auto" or a list of (layer, head) pairs')
-            chosen = self.alone_heads(on_progress)
-        else:
-            check_heads(heads, self.model.config, SettingsError)
-            chosen = heads_by_layer(heads)
-        prefix = self.prompts.build("x", [Passage("x")]).prefix  # Finch's own, so that keys hold for every call
-        store = PassageStore(
-            AloneReader(self.model, prefix, chosen),
-            self.prompts,
-            model=self.fingerprint,
-            window=self.window,
-            path=path,
-            max_bytes=max_bytes,
-            precision=precision,
-            read_only=read_only,
-        )
-        if not read_only:
-            self.stores.keep(store)
-        return store
 
     def plan(self, request: Request) -> PrefillPlan:
         """How a request's passages are read; finds the model's retrieval heads if need be.

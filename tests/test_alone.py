@@ -13,17 +13,8 @@ from finch_rag.models import packed
 from finch_rag.models.attention import causal_attention, use_finch_attention
 from finch_rag.models.cache import CompressedCache
 from finch_rag.models.forward import forward
-from finch_rag.prefill.alone import (
-    NEUTRAL,
-    AloneReader,
-    Asked,
-    KeyBlock,
-    Look,
-    attention_by_head,
-    attention_on,
-    quantised,
-    token_groups,
-)
+from finch_rag.prefill.alone import NEUTRAL, AloneReader, Asked, token_groups
+from finch_rag.prefill.head_keys import KeyBlock, Look, attention_by_head, attention_on, quantised
 from finch_rag.prompts.builder import Prompt
 
 from .small import ARCHITECTURES, small_model, small_prompt, texts

@@ -17,6 +17,7 @@ from finch_rag.bench.positions import by_method, places
 from finch_rag.cli.app import app
 from finch_rag.engine import Finch
 
+from .command_line import one_error
 from .small import small_finch, texts
 
 COUNT = 12
@@ -30,14 +31,6 @@ def last_line(result: Result) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
     parsed: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return parsed
-
-
-def one_error(result: Result) -> str:
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("Error: ")
-    return line
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from finch_rag import Finch, InputError, Passage, PassageStore, SettingsError, StoreError
+from finch_rag import Finch, InputError, NumericsError, Passage, PassageStore, SettingsError, StoreError
 from finch_rag.store import storage
 from finch_rag.store.fusion import fused
 
@@ -303,6 +305,41 @@ def test_a_place_is_opened_once_and_again_after_it_was_closed(
     assert len(second) == (0 if place is True else 5)
     second.close()
     assert finch.store is None
+
+
+def test_an_engine_that_nobody_holds_is_gone_at_once() -> None:
+    finch = new_finch()
+    finch.runtime._found_alone_heads = {0: [1]}
+    finch.ask(QUESTION, named(3), store=True)
+    stores, model = finch.runtime.stores, weakref.ref(finch.model)
+    gc.disable()  # a circle would keep the model's memory until some later time
+    try:
+        store = stores.at(True)
+        del finch
+        assert store is not None
+        with pytest.raises(StoreError, match="the engine of these stores is gone"):
+            stores.open()
+        del stores, store
+        assert model() is None
+    finally:
+        gc.enable()
+
+
+def test_nan_in_the_attention_is_no_ranking() -> None:
+    finch = new_finch()
+    with finch.open_store(heads=HEADS) as store:
+        store.add(named(3))
+        model: Any = finch.model
+        model.base_model.layers[1].self_attn.q_proj.weight.data.fill_(float("nan"))
+        for call in (lambda: store.search(QUESTION), lambda: finch.ask(QUESTION, named(3), store=store)):
+            with pytest.raises(NumericsError, match="attention is NaN"):
+                call()
+
+
+def test_a_call_without_passages_opens_no_store(tmp_path: Path) -> None:
+    finch = new_finch()
+    finch.chat("Hello!", store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_folder_that_the_engine_has_open_is_the_open_store(finch: Finch, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 
 from ..errors import InputError
 from ..models.attention import use_finch_attention
-from ..prefill.alone import NEUTRAL, AloneReader, Asked, KeyBlock, attention_by_head, token_groups
+from ..prefill.alone import NEUTRAL, AloneReader, Asked, token_groups
+from ..prefill.head_keys import KeyBlock, attention_by_head
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage
 from .examples import HeadExample, make_examples

@@ -1,35 +1,138 @@
-"""The stores that an engine has open, each once."""
+"""The stores of an engine: how they are opened, and each of them once."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, get_args
 
-from ..errors import StoreError
+from ..errors import SettingsError, StoreError
+from ..heads.pairs import check_heads, heads_by_layer
+from ..prefill.alone import AloneReader
+from ..prefill.planning import RetrievalHeads
+from ..prompts.builder import PromptBuilder
+from ..prompts.passages import Passage
+from .reading import Precision
 from .store import PassageStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 StorePlace = PassageStore | str | Path | bool | None
 """An open store, a folder, True for one in memory, None or False for none."""
 
+HeadsProgress = Callable[[str, int, int], None]
+
+
+class StoreOptions(TypedDict, total=False):
+    """How a store is opened; see `finch_rag.Finch.open_store`."""
+
+    max_bytes: int | None
+    precision: Precision
+    read_only: bool
+    heads: Literal["auto"] | Sequence[tuple[int, int]]
+
+
+class StoreModel(Protocol):
+    """What stores need of an engine's model."""
+
+    model: PreTrainedModel
+    prompts: PromptBuilder
+    window: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the model."""
+
+    def alone_heads(self, on_progress: HeadsProgress) -> RetrievalHeads:
+        """The heads that rank passages that were read alone."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
 
 class OpenStores:
-    """The stores of one engine by their places. Safe to share between threads.
+    """Opens the stores of one engine, and has them by their places. Safe to share between threads.
 
     Args:
-        open_store: Opens one in a folder, or in memory for None.
-        model: Tells the fingerprint of the engine's model.
+        model: Reads what they keep.
     """
 
-    def __init__(self, open_store: Callable[[Path | None], PassageStore], model: Callable[[], str]) -> None:
-        self._open, self._model, self._lock = open_store, model, threading.RLock()
+    def __init__(self, model: StoreModel) -> None:
+        self._has_model = weakref.ref(model)  # which has these stores: no circle shall keep its memory
+        self._lock = threading.RLock()
         self._stores: dict[Path | None, PassageStore] = {}
 
-    def at(self, place: StorePlace) -> PassageStore | None:
+    @property
+    def _model(self) -> StoreModel:
+        model = self._has_model()
+        if model is None:
+            raise StoreError("the engine of these stores is gone: keep it, or open the store with another one")
+        return model
+
+    def open(
+        self,
+        path: str | Path | None = None,
+        *,
+        max_bytes: int | None = None,
+        precision: Precision = "bfloat16",
+        read_only: bool = False,
+        heads: Literal["auto"] | Sequence[tuple[int, int]] = "auto",
+        on_progress: HeadsProgress = no_progress,
+    ) -> PassageStore:
+        """See `finch_rag.Finch.open_store`.
+
+        Args:
+            path: See there.
+            max_bytes: See there.
+            precision: See there.
+            read_only: See there.
+            heads: See there.
+            on_progress: Told of the stage "heads" where the model's have to be found.
+
+        Raises:
+            SettingsError: If a setting cannot work.
+            StoreError: If the folder cannot be opened, has another writer, or is of another model or precision.
+        """
+        if precision not in get_args(Precision):
+            raise SettingsError(f"precision is {precision!r}: use {' or '.join(map(repr, get_args(Precision)))}")
+        if max_bytes is not None and (not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 1):
+            raise SettingsError(f"max_bytes is {max_bytes!r}: pass a number of bytes above 0, or None")
+        if path is not None and not isinstance(path, (str, Path)):
+            raise SettingsError(f"path is {type(path).__name__}: pass a folder, or None for a store in memory")
+        model = self._model
+        if isinstance(heads, str):
+            if heads != "auto":
+                raise SettingsError(f'heads is {heads!r}: a store needs "auto" or a list of (layer, head) pairs')
+            chosen = model.alone_heads(on_progress)
+        else:
+            check_heads(heads, model.model.config, SettingsError)
+            chosen = heads_by_layer(heads)
+        prefix = model.prompts.build("x", [Passage("x")]).prefix  # Finch's own, so that keys hold for every call
+        store = PassageStore(
+            AloneReader(model.model, prefix, chosen),
+            model.prompts,
+            model=model.fingerprint,
+            window=model.window,
+            path=path,
+            max_bytes=max_bytes,
+            precision=precision,
+            read_only=read_only,
+        )
+        if store.path is not None and not read_only:
+            with self._lock:  # calls that name its folder use it, as nobody else may write there
+                self._stores[_folder(store.path)] = store
+        return store
+
+    def at(self, place: StorePlace, on_progress: HeadsProgress = no_progress) -> PassageStore | None:
         """The store at a place: opened at the first call, or again once it was closed; None where there is none.
 
         Args:
             place: Where it is; an open store is handed back.
+            on_progress: See `open`.
 
         Raises:
             StoreError: If it cannot be opened, or is another model's.
@@ -37,28 +140,18 @@ class OpenStores:
         if place is None or place is False:
             return None
         if isinstance(place, PassageStore):
-            if place.model != self._model():
+            if place.model != self._model.fingerprint:
                 raise StoreError(
-                    f"the store was filled by another model ({place.model}, not {self._model()}): open one with this "
-                    "engine's open_store"
+                    f"the store was filled by another model ({place.model}, not {self._model.fingerprint}): open one "
+                    "with this engine's open_store"
                 )
             return place
         folder = None if place is True else _folder(place)
         with self._lock:
             store = self._stores.get(folder)
             if store is None or store.closed:
-                store = self._stores[folder] = self._open(folder)
+                store = self._stores[folder] = self.open(folder, on_progress=on_progress)
             return store
-
-    def keep(self, store: PassageStore) -> None:
-        """Lets calls that name a store's folder use it, as nobody else may write there.
-
-        Args:
-            store: Opened by this engine, in a folder, to be written.
-        """
-        if store.path is not None:
-            with self._lock:
-                self._stores[_folder(store.path)] = store
 
 
 def _folder(path: str | Path) -> Path:

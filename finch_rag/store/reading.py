@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 
 from ..errors import DeviceMemoryError, InputError
-from ..prefill.alone import AloneReader, quantised, token_groups
+from ..prefill.alone import AloneReader, token_groups
+from ..prefill.head_keys import quantised
 from ..prompts.passages import Passage
 from .segments import Keys, joined
 

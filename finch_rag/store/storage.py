@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..errors import StoreError
-from ..prefill.alone import KeyBlock
+from ..prefill.head_keys import KeyBlock
 from .index import Reading, Segment, StoreIndex
 from .segments import FileSegments, Keys, MemorySegments, Segments, joined
 

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..answer import Citation
 from ..errors import InputError, StoreError
-from ..prefill.alone import NEUTRAL, AloneReader, Asked, KeyBlock, Look, attention_on, token_groups
+from ..prefill.alone import AloneReader, token_groups
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage, as_passages
 from .figures import Added, Retrieved, Shortlist, StoreInfo
 from .fusion import fused
 from .index import Reading
 from .reading import Precision, check_ids, hash_of, read_keys, with_unique_ids
-from .segments import Keys
-from .storage import Blocks, Storage, part_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from .searching import Search
+from .storage import Storage
 
 StoreProgress = Callable[[int, int], None]  # tokens read, and in all
 
@@ -79,6 +75,7 @@ class PassageStore:
         about = {"model": model, "heads": heads, "prefix": prefix, "precision": precision}
         self._storage = Storage(self.path, about, writes=not read_only)
         self._index = self._storage.index
+        self._search = Search(reader, prompts, self._storage, window)
         self.closed = False
 
     # What is in it
@@ -289,7 +286,7 @@ class PassageStore:
                 raise InputError(f"{name} is {value!r}: pass a whole number, the least is 1")
         if isinstance(fuse, str) or any(isinstance(ranking, str) for ranking in fuse):
             raise InputError("fuse holds ids: pass a list of rankings, each a list of ids, such as fuse=[ids]")
-        readings, attention = self._look_at_all(question)
+        readings, attention = self._everything(question)
         order = attention.argsort(descending=True, stable=True).tolist()
         if fuse:
             ids = self._index.ids()
@@ -305,7 +302,7 @@ class PassageStore:
             question: The question.
             tokens: The most tokens.
         """
-        readings, attention = self._look_at_all(question)
+        readings, attention = self._everything(question)
         chosen: dict[str, float] = {}
         filled = 0
         for place in attention.argsort(descending=True, stable=True).tolist():
@@ -334,36 +331,12 @@ class PassageStore:
         Raises:
             StoreError: If one of them is not there any more.
         """
-        wanted = {key for key in hashes if key}
-        by_hash: dict[str, float] = {}
         with self._lock:
-            blocks = self._storage.blocks(self._reader.device)
-            chosen = list(_only(blocks, wanted))
-            readings = [reading for found, _ in chosen for reading in found]
-            if missing := wanted - {reading.hash for reading in readings}:
-                raise StoreError(f"{len(missing)} passages are not in the store any more: add them again")
-            attention = attention_on(self._look(question, readings), (block for _, block in chosen))
-            by_hash = dict(zip((reading.hash for reading in readings), attention.tolist(), strict=True))
-        return torch.tensor([by_hash[key] if key else 0.0 for key in hashes])
+            return self._search.some(question, hashes)
 
-    def _look_at_all(self, question: str) -> tuple[list[Reading], torch.Tensor]:
+    def _everything(self, question: str) -> tuple[list[Reading], torch.Tensor]:
         with self._lock:
-            blocks = self._storage.blocks(self._reader.device)
-            readings = [reading for found, _ in blocks.values() for reading in found]
-            if not readings:
-                return [], torch.zeros(0)
-            return readings, attention_on(self._look(question, readings), (block for _, block in blocks.values()))
-
-    def _look(self, question: str, readings: Sequence[Reading]) -> Look:
-        asked = Asked.by(self._prompts, question)
-        longest = max(reading.tokens for reading in readings)
-        room = self._window - len(self._reader.prefix) - longest
-        if len(asked.tokens) > room:
-            raise InputError(
-                f"the question has {len(asked.tokens)} tokens, and behind the longest passage the model's window "
-                f"has room for {room}: shorten it, or split the passages"
-            )
-        return self._reader.look(asked, Asked.by(self._prompts, NEUTRAL), longest)
+            return self._search.everything(question)
 
     def _retrieved(
         self, readings: Sequence[Reading], attention: torch.Tensor, places: Sequence[int]
@@ -405,19 +378,3 @@ class PassageStore:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _only(blocks: Blocks, wanted: set[str]) -> Iterator[tuple[list[Reading], KeyBlock]]:
-    """The parts of blocks that hold some readings."""
-    for readings, block in blocks.values():
-        chosen = [reading for reading in readings if reading.hash in wanted]
-        if len(chosen) == len(readings):
-            yield readings, block
-        elif chosen:
-            starts, start = {}, 0
-            for reading, length in zip(readings, block.lengths, strict=True):
-                starts[reading.hash] = start
-                start += length
-            here = [Reading(r.hash, r.segment, starts[r.hash], r.tokens) for r in chosen]
-            keys = part_of(Keys(block.keys, block.scales), here)
-            yield chosen, KeyBlock(keys.keys, keys.scales, [reading.tokens for reading in chosen])

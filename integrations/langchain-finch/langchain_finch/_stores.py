@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import SkipValidation, WithJsonSchema
 
 from finch_rag import Passage, PassageStore, SettingsError
-
-StorePlace = PassageStore | str | Path | bool | None
-"""An open store, a folder, True for one in memory, False for none, None for another's own."""
+from finch_rag.adapters import StorePlace
 
 # Checked by finch-rag's own rule, whose message is one line; the schema is for what LangChain says of its runnables.
 StoreField = Annotated[StorePlace, SkipValidation, WithJsonSchema({"type": ["string", "boolean", "null"]})]

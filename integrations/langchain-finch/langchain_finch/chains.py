@@ -21,12 +21,12 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_core.runnables.utils import AddableDict
 
 from finch_rag import InputError, Passage, SettingsError
-from finch_rag.adapters import CONTEXT_MARK, QUESTION_MARK, Message, check_options, kind_of, parse_marked
+from finch_rag.adapters import CONTEXT_MARK, QUESTION_MARK, Message, StorePlace, check_options, kind_of, parse_marked
 
 from ._chat_of import as_chat, constant, parses
 from ._convert import conversation_of, passages_of
 from ._loops import StandIn, loop_over
-from ._stores import FormattedPassage, StorePlace, check_pickles
+from ._stores import FormattedPassage, check_pickles
 from .chat_models import ChatFinch
 from .llms import FinchLLM
 

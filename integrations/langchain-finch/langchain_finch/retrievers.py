@@ -16,10 +16,10 @@ from langchain_core.runnables import Runnable, run_in_executor
 from pydantic import ConfigDict, Field
 
 from finch_rag import FinchError, InputError, Passage, PassageStore, SettingsError
-from finch_rag.adapters import Cancelled, check_options
+from finch_rag.adapters import Cancelled, StorePlace, check_options
 
 from ._convert import SCORE, passages_of
-from ._stores import StoreField, StoreHolder, StorePlace, is_formatted, is_store
+from ._stores import StoreField, StoreHolder, is_formatted, is_store
 from .chat_models import ChatFinch
 from .llms import FinchLLM
 

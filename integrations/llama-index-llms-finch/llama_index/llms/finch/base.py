@@ -28,6 +28,7 @@ from finch_rag.adapters import (
     Message,
     Render,
     Selection,
+    StorePlace,
     check_options,
     shared_engine,
 )
@@ -36,7 +37,6 @@ from .messages import apieces, chat_piece, chat_response, completion_piece, comp
 from .prompting import PromptText
 from .rendering import completion_render, messages_render, unformatted
 from .settings import (
-    StorePlace,
     as_wrapper,
     call_options,
     checked_generate_kwargs,

@@ -13,11 +13,10 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.core.settings import Settings
 
 from finch_rag import InputError, SettingsError
-from finch_rag.adapters import ReadingOptions
+from finch_rag.adapters import ReadingOptions, StorePlace
 
 from .base import FinchLLM
 from .nodes import known_nodes, passage_of
-from .settings import StorePlace
 
 dispatcher = instrument.get_dispatcher(__name__)
 

@@ -14,10 +14,11 @@ from llama_index.core.settings import Settings
 from llama_index.core.storage.docstore.types import BaseDocumentStore
 
 from finch_rag import InputError, PassageStore, SettingsError
+from finch_rag.adapters import StorePlace
 
 from .base import FinchLLM
 from .nodes import known_nodes, node_of, passage_of
-from .settings import StorePlace, split_store
+from .settings import split_store
 
 
 class FinchRetriever(BaseRetriever):

@@ -11,13 +11,10 @@ from llama_index.core.bridge.pydantic import ValidationError
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 
 from finch_rag import PassageStore, SettingsError
-from finch_rag.adapters import check_options
+from finch_rag.adapters import StorePlace, check_options
 
 if TYPE_CHECKING:
     from .base import FinchLLM
-
-StorePlace = PassageStore | str | Path | bool | None
-"""An open store, a folder, True for one in memory, False for none, None for that of the LLM."""
 
 _GENERATE_KWARGS = ("do_sample", "max_new_tokens", "repetition_penalty", "seed", "temperature", "top_k", "top_p")
 _ACCELERATE_MAPS = ("balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out

@@ -9,10 +9,11 @@ from typing import Any, Self
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
 from finch_rag import Finch, Passage, PassageStore
+from finch_rag.adapters import StorePlace
 
 from .nodes import known_nodes
 from .prompting import PromptedLLM
-from .settings import StorePlace, split_store
+from .settings import split_store
 
 
 class StoringLLM(PromptedLLM):

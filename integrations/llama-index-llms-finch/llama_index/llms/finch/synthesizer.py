@@ -25,11 +25,11 @@ from llama_index.core.settings import Settings
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
 from finch_rag import Passage, SettingsError
+from finch_rag.adapters import StorePlace
 
 from .base import FinchLLM
 from .messages import PassagesMessage
 from .prompting import passages_messages, shows
-from .settings import StorePlace
 
 _TEMPLATE = "text_qa_template"
 

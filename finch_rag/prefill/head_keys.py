@@ -1,0 +1,140 @@
+"""What a question pays to passages, from the keys of a few heads that were kept of them: exact, in blocks.
+
+`finch_rag.prefill.alone` reads passages and questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..models.forward import on_device
+
+# Of the attention itself, so that passages are ranked too which get no more than from the neutral question.
+_RAW_PART = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a question looks for, and a neutral one beside it.
+
+    A row stands for a head and a token: for each head the question's own tokens, then those of the neutral question.
+
+    Attributes:
+        queries: Rotated queries, for each (layer, KV head) the heads that share it; zeros where a KV head has fewer
+            heads. Shape [groups, rows, head_dim].
+        present: Which heads are there, shape [groups, heads].
+        elsewhere: Log of what a row's attention outside of all passages sums to, before it is normalised, shape
+            [groups, rows], float32.
+        own_tokens: Rows of a head that are of the question; the rest are of the neutral one.
+        scaling: Factor on the products.
+    """
+
+    queries: torch.Tensor
+    present: torch.Tensor
+    elsewhere: torch.Tensor
+    own_tokens: int
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class KeyBlock:
+    """Head keys of some passages.
+
+    Attributes:
+        keys: Shape [groups, tokens, head_dim]; int8 where they are quantised.
+        scales: What int8 keys are multiplied by, shape [groups, tokens]; None for other dtypes.
+        lengths: Tokens of each passage, in their order, each at least 1.
+    """
+
+    keys: torch.Tensor
+    scales: torch.Tensor | None
+    lengths: Sequence[int]
+
+
+@torch.inference_mode()
+def attention_on(look: Look, blocks: Iterable[KeyBlock]) -> torch.Tensor:
+    """What a question pays to each passage beyond a neutral one, summed over heads and its own tokens; exact.
+
+    Args:
+        look: What the question looks for.
+        blocks: See `attention_by_head`.
+
+    Returns:
+        On the CPU, float32, shape [passages].
+    """
+    return torch.cat([by_head.sum((0, 1)) for by_head in _by_head(look, blocks)] or [torch.zeros(0)]).float().cpu()
+
+
+@torch.inference_mode()
+def attention_by_head(look: Look, blocks: Iterable[KeyBlock]) -> torch.Tensor:
+    """What each head pays to each passage for a question beyond a neutral one, summed over the question's own tokens.
+
+    Each block's products are normalised by their own greatest one; a running log-sum-exp joins the blocks. Of a block
+    only the sums of its passages stay, so memory is that of one block, and a number a row and passage.
+
+    Args:
+        look: What the question looks for.
+        blocks: Head keys, in the order of the passages.
+
+    Returns:
+        On the CPU, float32, shape [groups, heads of a group, passages]; zeros for heads that are not there.
+    """
+    return torch.cat(list(_by_head(look, blocks)), dim=-1).float().cpu()
+
+
+def _by_head(look: Look, blocks: Iterable[KeyBlock]) -> Iterator[torch.Tensor]:
+    """For each block, shape [groups, heads of a group, passages]."""
+    by_block = list(_rows_by_block(look, blocks))
+    total = look.elsewhere
+    for greatest, sums in by_block:
+        total = torch.logaddexp(total, greatest + sums.sum(-1).log())
+    own = look.own_tokens
+    for greatest, sums in by_block:
+        rows = (greatest - total).exp()[..., None].mul(sums).unflatten(1, (look.present.shape[1], -1))
+        asked, neutral = rows[:, :, :own].mean(2), rows[:, :, own:].mean(2)
+        beyond = (asked - neutral).relu() + _RAW_PART * asked
+        yield torch.where(look.present[..., None], own * beyond, 0)
+
+
+def _rows_by_block(look: Look, blocks: Iterable[KeyBlock]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each block the greatest product of each row, and the sums of each passage relative to it."""
+    device = look.queries.device
+    for block in blocks:
+        keys = block.keys.to(device, non_blocking=True)
+        exact = device.type == "cpu" or not keys.is_floating_point()
+        queries = look.queries.float() if exact and device.type == "cpu" else look.queries
+        keys = keys.to(queries.dtype)
+        products = torch.bmm(queries, keys.transpose(1, 2)).float().mul_(look.scaling)  # [groups, rows, tokens]
+        if block.scales is not None:
+            products.mul_(block.scales.to(device).float()[:, None])
+        greatest = products.amax(-1)
+        products.sub_(greatest[..., None]).exp_()
+        yield greatest, _sums(products, block.lengths)
+
+
+def _sums(weights: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Sums over the tokens of each passage, shape [groups, rows, passages]."""
+    if weights.device.type == "cpu":
+        import numpy as np
+
+        starts = np.cumsum([0, *lengths[:-1]])
+        return torch.from_numpy(np.add.reduceat(weights.numpy(), starts, axis=-1))
+    numbers = torch.arange(len(lengths), device=weights.device)
+    passage_of = torch.repeat_interleave(numbers, on_device(lengths, weights.device), output_size=weights.shape[-1])
+    return weights.new_zeros(*weights.shape[:-1], len(lengths)).index_add_(-1, passage_of, weights)
+
+
+def quantised(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Head keys as int8, with a scale for each token.
+
+    Args:
+        keys: Shape [groups, tokens, head_dim].
+
+    Returns:
+        Int8 of the same shape, and float32 scales of shape [groups, tokens].
+    """
+    scales = keys.float().abs().amax(-1).clamp_min(1e-12) / 127
+    return (keys.float() / scales[..., None]).round().to(torch.int8), scales
