@@ -20,6 +20,7 @@ import torch
 from finch_rag import Finch, InputError, NumericsError, Passage, PassageStore, SettingsError, StoreError
 from finch_rag.store import storage
 from finch_rag.store.fusion import fused
+from finch_rag.store.index import StoreIndex
 
 from .small import chat_tokenizer, small_finch, small_model, texts
 
@@ -357,6 +358,33 @@ def test_asking_about_a_passage_without_its_metadata_leaves_it(finch: Finch, sto
     assert store.passages()[0].metadata == {"page": 4}
     store.add([Passage("The canal.", "a")])
     assert store.passages()[0].metadata == {}
+
+
+def test_a_passage_that_is_known_is_not_written_again(
+    finch: Finch, store: PassageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add([Passage("The bridge.", "a", metadata={"page": 3})])
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("written again")
+
+    monkeypatch.setattr(StoreIndex, "add_passages", refuse)
+    for known in (Passage("The bridge.", "a", metadata={"page": 3}), Passage("The bridge.", "a")):
+        store.add([known])
+    with pytest.raises(AssertionError):
+        store.add([Passage("The bridge.", "a", metadata={"page": 4})])
+
+
+@pytest.mark.parametrize("passages", [[], named(30)])
+def test_a_known_question_takes_two_passes(passages: list[Passage]) -> None:
+    finch = new_finch()
+    with finch.open_store(heads=HEADS) as store:
+        store.add(named(30))
+        passes = counting(finch)
+        report = finch.ask(QUESTION, passages, store=store, shortlist_tokens=0, max_new_tokens=1).report
+        # The question and the neutral one; then what is kept together with the question.
+        assert len(passes) == 2
+        assert passes[1] == report.prefix_tokens + report.kept_tokens + report.question_tokens
 
 
 def test_another_models_open_store_is_refused(store: PassageStore) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from langchain_core.documents import Document
 from langchain_core.load import dumpd
+from langchain_core.prompts import PromptTemplate
 from langchain_finch import ChatFinch, FinchLLM, FinchReranker, FinchRetriever, create_finch_documents_chain
 from lc_support import OTHER_QUESTION, QUESTION, SETTINGS, one_line, texts_as_documents
 
@@ -130,6 +131,27 @@ def test_other_retrievers_are_fused(retriever: FinchRetriever, storing: ChatFinc
         for others, first in (([], best), ([other, other], last)):
             found = FinchRetriever(llm=storing, fuse=others, k=1).invoke(QUESTION)
             assert [document.id for document in found] == [first.id]
+
+
+def test_what_a_prompt_makes_of_a_document_does_not_take_its_place(
+    retriever: FinchRetriever, storing: ChatFinch, documents: list[Document]
+) -> None:
+    shown = PromptTemplate.from_template("[{source}] {page_content}")
+    chain = create_finch_documents_chain(storing, document_prompt=shown, with_citations=True)
+    found = retriever.invoke(QUESTION)
+    answered = chain.invoke({"context": found, "input": QUESTION})
+    assert {cited["passage_id"] for cited in answered["citations"]} <= {document.id for document in found}
+    own = {document.page_content for document in documents}
+    assert {document.page_content for document in retriever.invoke(QUESTION, k=100)} == own
+    assert chain.invoke({"context": found, "input": QUESTION})["report"]["stored_tokens"] == 0
+
+
+def test_a_retriever_that_finds_nothing_of_the_store_is_told(retriever: FinchRetriever, storing: ChatFinch) -> None:
+    with storing.engine.open_store() as store:
+        stranger = FinchRetriever.from_texts(["The well is dry."], store=store, llm=storing)
+        with pytest.warns(UserWarning, match="nothing that FinchRetriever found .* is in the store"):
+            found = FinchRetriever(llm=storing, fuse=[stranger], k=3).invoke(QUESTION)
+    assert [document.id for document in found] == [document.id for document in retriever.invoke(QUESTION)]
 
 
 def test_a_folder_survives_what_an_open_store_does_not(folder: str, tmp_path: Path) -> None:
