@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .decode.constraint import can_force_json
-from .prefill.planning import ChunkSize
+from .prefill.planning import ChunkSize, Strategy
 from .prefill.selection import Selection
 from .prompts.builder import INSTRUCTIONS
 from .prompts.chat_template import ASSISTANT, SYSTEM, USER, Message, Render
@@ -32,6 +32,7 @@ __all__ = [
     "Render",
     "Selection",
     "StorePlace",
+    "Strategy",
     "can_force_json",
     "check_options",
     "kind_of",

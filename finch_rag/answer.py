@@ -41,11 +41,12 @@ class CompressionReport:
 
     Attributes:
         model: Name of the model.
+        strategy: How passages were ranked: "loop" or "independent", which a store does too; "none" without passages.
         selection: "passage" or "token"; "none" when there were no passages and the model answered without context.
         reread: Whether the best passages are prefilled again where something was evicted.
         heads: The retrieval heads as (layer, head) pairs; empty where all heads were summed.
         budget: Document tokens that may be kept per layer.
-        chunk_size: Document tokens scanned per step.
+        chunk_size: Document tokens read per pass.
         chunk_size_planned: What it was at first; more than ``chunk_size`` where the device's memory ran out.
         passages: Passages read.
         passages_kept: Passages with tokens in the cache.
@@ -57,7 +58,7 @@ class CompressionReport:
         compression_ratio: Fraction of the context that was removed, as kvpress counts.
         kv_bytes_full: Bytes that the keys and values of all passages would take.
         kv_bytes_kept: Bytes that the kept ones take.
-        chunks: Steps of the scan.
+        chunks: Passes in which the passages were read.
         prefill_seconds: Seconds spent reading passages; where several questions were read for together, this one's
             part of them. What is re-prefilled in the pass that reads the question counts as decoding, and so may, on an
             accelerator, the end of the last pass before it.
@@ -76,6 +77,7 @@ class CompressionReport:
     """
 
     model: str
+    strategy: str
     selection: str
     reread: bool
     heads: tuple[tuple[int, int], ...]
@@ -176,6 +178,7 @@ def report(cache: CompressedCache, question_tokens: int) -> CompressionReport:
     context = sum(cache.document.passage_tokens)
     return CompressionReport(
         model=figures.model,
+        strategy=figures.strategy,
         selection=figures.selection,
         reread=figures.reread,
         heads=figures.heads,

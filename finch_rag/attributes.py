@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .heads.pairs import Heads
-from .prefill.planning import ChunkSize, RetrievalHeads
+from .heads.pairs import AloneHeads, Heads, HeadUse
+from .prefill.planning import ChunkSize, RetrievalHeads, Strategy
 from .prefill.selection import Selection
 from .prompts.builder import PromptBuilder
 from .request import Progress
@@ -32,8 +32,14 @@ class EngineAttributes:
         """Tokens of a text as Finch reads it."""
         return len(self.prompts.encode([text])[0])
 
-    def retrieval_heads(self) -> RetrievalHeads | None:
-        """The heads that rank passages, by layer; None when all are summed. Found on the first call if need be."""
+    def retrieval_heads(self, use: HeadUse = "loop") -> RetrievalHeads | None:
+        """The heads that rank passages, by layer; None when all are summed. Found on the first call if need be.
+
+        Args:
+            use: "loop", or "alone" for passages that are read alone.
+        """
+        if use == "alone":
+            return self.runtime.alone_reader(self.settings.on_progress).heads
         return self.runtime.retrieval_heads(self.settings.on_progress)
 
     @property
@@ -45,6 +51,11 @@ class EngineAttributes:
     def heads(self) -> Heads:
         """The heads as they were asked for; `retrieval_heads` says which ones they are."""
         return self.runtime.heads
+
+    @property
+    def alone_heads(self) -> AloneHeads:
+        """Those for passages read alone, as they were asked for."""
+        return self.runtime.alone_heads
 
     @property
     def fingerprint(self) -> str:
@@ -85,6 +96,11 @@ class EngineAttributes:
     def chunk_size(self) -> ChunkSize:
         """Document tokens scanned per step."""
         return self.settings.reading.chunk_size
+
+    @property
+    def strategy(self) -> Strategy:
+        """How passages are ranked."""
+        return self.settings.reading.strategy
 
     @property
     def selection(self) -> Selection:

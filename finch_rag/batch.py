@@ -16,6 +16,7 @@ from .prefill.planning import PrefillPlan
 from .prefill.shared import scan_shared, shares_scan
 from .prefill.shortlists import prefill_shortlists
 from .prompts.passages import Passage, as_passages
+from .reading import planned, rank, read_ranked, remember
 from .request import Cancellation, Request
 from .resolving import resolve, with_store
 from .runtime import Runtime
@@ -71,22 +72,41 @@ def answer_together(runtime: Runtime, requests: Sequence[Request], *, shared: bo
         NumericsError: If the model computes NaN.
         DeviceMemoryError: If the device runs out of memory.
     """
-    answers: list[Answer] = []
     if not requests:
-        return answers
+        return []
     requests[0].cancellation.check()
-    read = _reader(runtime, requests, shared)
-    for start in range(0, len(requests), GROUP):
-        group = range(start, min(start + GROUP, len(requests)))
-        answers += _generate(runtime, [requests[number] for number in group], read(group))
-    return answers
+    plans = [planned(runtime, request) for request in requests]
+    alone = [n for n, plan in enumerate(plans) if plan.strategy == "independent" and requests[n].passages]
+    by_loop = [n for n in range(len(requests)) if n not in set(alone)]
+    answers: dict[int, Answer] = {}
+    for numbers, reader in ((alone, _alone_reader), (by_loop, _loop_reader)):
+        own = [requests[number] for number in numbers]
+        if not own:
+            continue
+        read = reader(runtime, own, [plans[number] for number in numbers], shared)
+        for start in range(0, len(own), GROUP):
+            group = range(start, min(start + GROUP, len(own)))
+            found = _generate(runtime, own[group.start : group.stop], read(group))
+            answers |= zip(numbers[group.start : group.stop], found, strict=True)
+    return [answers[number] for number in range(len(requests))]
 
 
-def _reader(runtime: Runtime, requests: Sequence[Request], shared: bool) -> Callable[[range], list[CompressedCache]]:
-    """What reads for a group of requests; a long list that all of them share is scanned now."""
-    if any(request.store is not None for request in requests):  # what it knows is read for no question
-        return lambda group: [runtime.read(requests[number]) for number in group]
-    plans = [runtime.plan(request) for request in requests]
+Read = Callable[[range], list[CompressedCache]]  # reads for a group of requests
+
+
+def _alone_reader(runtime: Runtime, requests: Sequence[Request], plans: Sequence[PrefillPlan], shared: bool) -> Read:
+    """Each passage of all requests is read now, once."""
+    rankings = rank(runtime, requests)
+
+    def read(group: range) -> list[CompressedCache]:
+        own = slice(group.start, group.stop)
+        return read_ranked(runtime, requests[own], plans[own], rankings[own])
+
+    return read
+
+
+def _loop_reader(runtime: Runtime, requests: Sequence[Request], plans: Sequence[PrefillPlan], shared: bool) -> Read:
+    """A long list that all requests share is scanned now."""
     lengths = requests[0].passage_tokens
     smallest = min(plan.budget for plan in plans), min(plan.chunk_size for plan in plans)
     plan = replace(plans[0], budget=smallest[0], chunk_size=smallest[1])  # fits each of them
@@ -113,34 +133,32 @@ def _reader(runtime: Runtime, requests: Sequence[Request], shared: bool) -> Call
         )
         seconds = (time.perf_counter() - start) / len(members)
         return [
-            runtime.remember(request, own, found, seconds)
+            remember(runtime, request, own, found, seconds)
             for request, own, found in zip(members, own_plans, prefilled, strict=True)
         ]
 
     return read
 
 
-def _shared_reader(
-    runtime: Runtime, requests: Sequence[Request], plan: PrefillPlan
-) -> Callable[[range], list[CompressedCache]]:
+def _shared_reader(runtime: Runtime, requests: Sequence[Request], plan: PrefillPlan) -> Read:
     prompts = [request.prompt for request in requests]
     start = time.perf_counter()
     scan = scan_shared(runtime.model, prompts, plan, requests[0].on_step("prefill"))
     scan_seconds = (time.perf_counter() - start) / len(requests)
+    shortlist_plan = replace(plan, chunk_size=scan.steps.chunk_size)  # less where memory ran out
 
     def read(group: range) -> list[CompressedCache]:
         start = time.perf_counter()
         prefilled = prefill_shortlists(
             runtime.model,
             [prompts[number] for number in group],
-            scan.attention[group.start : group.stop],
-            scan.steps,
-            plan,
+            list(scan.attention[group.start : group.stop]),
+            [shortlist_plan] * len(group),
             runtime.rotation,
         )
         seconds = scan_seconds + (time.perf_counter() - start) / len(group)
         return [
-            runtime.remember(requests[number], plan, found, seconds)
+            remember(runtime, requests[number], plan, found._replace(steps=scan.steps), seconds)
             for number, found in zip(group, prefilled, strict=True)
         ]
 

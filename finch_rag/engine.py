@@ -14,14 +14,15 @@ from .attributes import EngineAttributes
 from .batch import answer_together, requests_of
 from .errors import SettingsError
 from .fitting import WindowRoom
-from .heads.pairs import Heads, check_heads
+from .heads.pairs import AloneHeads, Heads, check_alone_heads, check_heads
 from .models.cache import CompressedCache
 from .models.loading import load_model
-from .prefill.planning import ChunkSize
+from .prefill.planning import ChunkSize, Strategy
 from .prefill.selection import Selection
 from .prompts.chat_template import Message
 from .prompts.parsing import parse_prompt
 from .prompts.passages import Passage, as_passages
+from .reading import read
 from .request import Cancellation, Progress
 from .resolving import resolve, resolve_cached, resolve_parsed, with_store
 from .runtime import Runtime
@@ -48,13 +49,20 @@ class Finch(EngineAttributes):
         budget: Document tokens kept per layer; derived from the window and the longest passage when None.
         chunk_size: Document tokens scanned per step; "auto" derives it from device, free memory, model and window.
             Where the device's memory runs out, a scan goes on with half of it.
+        strategy: How passages are ranked. "loop" reads every chunk behind what was kept of those before it, under the
+            question, as in the paper. "independent" reads each passage alone, behind a short prefix, once for all
+            questions of a call, as a store does; it answers as well and takes less time (docs/benchmarks.md), and is
+            what "auto" takes for an answer. "auto" takes "loop" for `rank`, which it does more sharply; and where
+            nothing has to be left out, most passages are longer than the budget, single tokens are kept, older turns
+            of the conversation are read along, or ``heads`` are given.
         selection: "passage" keeps whole passages, "token" keeps tokens layer by layer as in the paper.
         reread: With passage selection, prefill the best passages that fit whole into the budget again at the end,
             and answer from them alone; those that are far below the best one are left out. Keys and values of the scan
             have seen the passages that were evicted since, and fragments lack their sentences; a model mixes both up
             in its answer.
-        heads: Heads that rank passages: "auto" (the model's retrieval heads, found at the first use of a model),
-            "all", or (layer, head) pairs. Token selection sums all heads.
+        heads: Heads that rank passages in the loop: "auto" (the model's retrieval heads, found at the first use of a
+            model), "all", or (layer, head) pairs. Token selection sums all heads.
+        alone_heads: Heads that rank passages read alone: "auto", or (layer, head) pairs.
         max_new_tokens: The most tokens of an answer.
         instructions: Read before the passages; a default that asks for a short answer when None.
         system_prompt: System message; a default when None, the chat template's own when empty.
@@ -65,8 +73,9 @@ class Finch(EngineAttributes):
         store: Asked in place of a scan: passages of a call are read once for all calls; a call without passages asks
             all that the store has. A folder, opened at the first use; True keeps it in memory; or what `open_store`
             returns. None scans the passages of each call.
-        shortlist_tokens: With a store, the most tokens of the passages that it ranks best, which the loop then scans;
-            0 reads the best ones at once; None scans about 4,096, and none on a CPU.
+        shortlist_tokens: Where passages are ranked independently or by a store, the most tokens of the best ones that
+            the loop then scans; 0 reads the best at once. None is 0, and about 4,096 on an accelerator where a whole
+            store was asked.
         on_progress: Called with a stage ("heads", "store", "prefill") and the steps done and in all.
 
     Attributes:
@@ -86,9 +95,11 @@ class Finch(EngineAttributes):
         name: str | None = None,
         budget: int | None = None,
         chunk_size: ChunkSize = "auto",
+        strategy: Strategy = "auto",
         selection: Selection = "passage",
         reread: bool = True,
         heads: Heads = "auto",
+        alone_heads: AloneHeads = "auto",
         max_new_tokens: int = 128,
         instructions: str | None = None,
         system_prompt: str | None = None,
@@ -98,12 +109,15 @@ class Finch(EngineAttributes):
         shortlist_tokens: int | None = None,
         on_progress: Progress | None = None,
     ) -> None:
-        if not isinstance(heads, str) and isinstance(heads, Iterable):
-            heads = list(heads)  # a copy, which the caller cannot change
+        # Copies, which the caller cannot change.
+        heads = list(heads) if not isinstance(heads, str) and isinstance(heads, Iterable) else heads
+        if not isinstance(alone_heads, str) and isinstance(alone_heads, Iterable):
+            alone_heads = list(alone_heads)
         self.settings = Settings().updated(
             {
                 "budget": budget,
                 "chunk_size": chunk_size,
+                "strategy": strategy,
                 "selection": selection,
                 "reread": reread,
                 "max_new_tokens": max_new_tokens,
@@ -117,7 +131,10 @@ class Finch(EngineAttributes):
             SettingsError,
         )
         check_heads(heads, model.config, SettingsError)
-        self.runtime = Runtime(model, tokenizer, name=name, heads=heads, compile_layers=compile_layers)
+        check_alone_heads(alone_heads, model.config, SettingsError)
+        self.runtime = Runtime(
+            model, tokenizer, name=name, heads=heads, alone_heads=alone_heads, compile_layers=compile_layers
+        )
 
     @classmethod
     def from_pretrained(
@@ -331,7 +348,7 @@ class Finch(EngineAttributes):
             options: What differs from the engine's settings for this call.
         """
         chosen, settings = with_store(self.runtime, question, as_passages(passages), self.settings.updated(options))
-        return self.runtime.read(resolve(self.runtime, question, chosen, settings)).fork(0)
+        return read(self.runtime, resolve(self.runtime, question, chosen, settings)).fork(0)
 
     def ask_cached(
         self, cache: CompressedCache, question: str | None = None, **options: Unpack[SamplingOptions]
@@ -366,4 +383,4 @@ class Finch(EngineAttributes):
         """
         chosen, settings = with_store(self.runtime, question, as_passages(passages), self.settings.updated(options))
         request = resolve(self.runtime, question, chosen, settings, ranks_only=True)
-        return citations(self.runtime.read(request))
+        return citations(read(self.runtime, request))

@@ -29,6 +29,7 @@ ROOMS = {
     "runtime": "executes requests on a model",
     "fitting": "what fits into the window: parsed prompts, a conversation's turns",
     "resolving": "question, passages and settings -> a request",
+    "reading": "a request -> the cache that it is answered from",
     "streaming": "an answer that arrives in pieces, to a thread or an event loop",
     "batch": "several requests, executed together",
     "attributes": "what an engine tells about itself",

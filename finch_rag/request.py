@@ -17,6 +17,10 @@ from .store.store import PassageStore
 Progress = Callable[[str, int, int], None]  # stage ("heads", "store" or "prefill"), done, total
 
 
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Tells nobody."""
+
+
 class Cancelled(Exception):  # noqa: N818 - not an error: it ends a reading whose answer nobody wants any more
     """The answer was cancelled while the passages were read."""
 
@@ -39,6 +43,20 @@ class Cancellation:
         """Raises `Cancelled` if the answer is not wanted any more."""
         if self.is_cancelled():
             raise Cancelled
+
+    def telling(self, stage: str, on_progress: Progress) -> Callable[[int, int], None]:
+        """What a stage calls after each step: tells of it, and raises `Cancelled` where nothing is wanted any more.
+
+        Args:
+            stage: Its name.
+            on_progress: Who is told.
+        """
+
+        def tell(done: int, total: int) -> None:
+            on_progress(stage, done, total)
+            self.check()
+
+        return tell
 
 
 class Searched(NamedTuple):
@@ -75,8 +93,8 @@ class Request:
         notes: What else the report says.
         older_turns: How many of the passages, the last, are older turns of the conversation.
         store: Has read the passages, or reads them now, and ranks them; None scans them.
-        shortlist_tokens: The most tokens of the best passages that are then scanned; 0 for none; None for about 4,096,
-            and for none on a CPU.
+        shortlist_tokens: The most tokens of the best passages that the loop then scans; 0 for none; None for a default,
+            see `finch_rag.Finch`.
         searched: The search of the whole store that found the passages, if there was one.
     """
 
@@ -115,9 +133,4 @@ class Request:
         Args:
             stage: "heads" or "prefill".
         """
-
-        def tell(done: int, total: int) -> None:
-            self.on_progress(stage, done, total)
-            self.cancellation.check()
-
-        return tell
+        return self.cancellation.telling(stage, self.on_progress)

@@ -10,7 +10,15 @@ from .decode.sampling import Sampling
 from .errors import InputError, WindowError
 from .fitting import build_fitting, fixed_tokens, own_settings
 from .models.cache import CompressedCache
-from .prefill.planning import CUTOFF, FixedTokens, PrefillPlan, check_fixed, default_budget, fit
+from .prefill.planning import (
+    CUTOFF,
+    FixedTokens,
+    PrefillPlan,
+    ReadingSettings,
+    check_fixed,
+    default_budget,
+    fit,
+)
 from .prefill.shortlists import shortlist_tokens
 from .prompts.builder import Prompt
 from .prompts.parsing import APART, ParsedPrompt
@@ -149,8 +157,8 @@ def resolve_prompt(
     _check_length(sum(lengths[: len(lengths) - older_turns]), reading.max_context_tokens)
     runtime.constraint(sampling)  # raises if an answer cannot be held to it
     asks_store = settings.store is not None and any(lengths) and not older_turns
-    if asks_store and reading.selection != "passage":
-        raise InputError('a store ranks whole passages: use selection="passage", or store=None for this call')
+    if any(lengths):
+        _check_strategy(reading, asks_store)
     whole = reading.selection == "passage"
     fixed = fixed_tokens(prompt, replace(settings, sampling=sampling))
     if not any(lengths):  # nothing is compressed, so that nothing has to stay free
@@ -180,6 +188,8 @@ def resolve_prompt(
         in_order=reading.whole_text,
     )
     store = runtime.stores.at(settings.store, settings.on_progress) if asks_store else None
+    if asks_store or (any(lengths) and _reads_alone(runtime, reading, plan, prompt, older_turns)):
+        plan = replace(plan, strategy="independent")
     return Request(
         question=question,
         passages=tuple(Passage("") for _ in lengths) if passages is None else tuple(passages),
@@ -237,6 +247,43 @@ def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | Non
         sampling=sampling,
         on_progress=Settings().on_progress,
     )
+
+
+def _check_strategy(reading: ReadingSettings, asks_store: bool) -> None:
+    """Raises an InputError where passages are to be read alone, and then as only the loop can."""
+    if not asks_store and reading.strategy != "independent":
+        return
+    reader = "a store" if asks_store else 'strategy="independent"'
+    cure = "store=None for this call" if asks_store else 'strategy="loop"'
+    if asks_store and reading.strategy == "loop":
+        raise InputError(f'a store reads each passage alone: use strategy="auto", or {cure}')
+    if reading.selection != "passage":
+        raise InputError(f'{reader} ranks whole passages: use selection="passage", or {cure}')
+    if not asks_store and not reading.reread:
+        raise InputError(f"{reader} reads the best passages again, and nothing else: use reread=True, or {cure}")
+
+
+def _reads_alone(
+    runtime: Runtime, reading: ReadingSettings, plan: PrefillPlan, prompt: Prompt, older_turns: int
+) -> bool:
+    """Whether passages that no store knows are read alone; `finch_rag.Finch` says when "auto" does so."""
+    lengths = [len(passage) for passage in prompt.passages]
+    prefix = len(runtime.alone_prefix)
+    room = runtime.window - prefix - max(prefix, len(prompt.question))
+    if reading.strategy == "independent":
+        if (longest := max(lengths)) > room:
+            raise WindowError(
+                f"passage {lengths.index(longest)} has {longest} tokens, and beside the question the model's window of "
+                f'{runtime.window} has room for {room} when it is read alone: split it, or use strategy="loop"'
+            )
+        return True
+    usual = runtime.heads == "auto" or runtime.alone_heads != "auto"
+    if reading.strategy == "loop" or not usual or reading.selection != "passage" or not reading.reread:
+        return False
+    if plan.ranks_only or reading.whole_text or older_turns:
+        return False
+    whole = sum(length <= plan.budget for length in lengths)
+    return max(lengths) <= room and sum(lengths) > plan.budget and 2 * whole > len(lengths)
 
 
 def _check_length(context_tokens: int, max_context_tokens: int | None) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar, get_args
 
 from .checks import (
     Refused,
@@ -24,8 +24,8 @@ from .checks import (
 )
 from .decode.sampling import Sampling
 from .errors import FinchError, InputError
-from .heads.pairs import Heads
-from .prefill.planning import ChunkSize, ReadingSettings
+from .heads.pairs import AloneHeads, Heads
+from .prefill.planning import ChunkSize, ReadingSettings, Strategy
 from .prefill.selection import SELECTIONS, Selection
 from .prompts.builder import PromptSettings
 from .prompts.chat_template import Render
@@ -42,9 +42,11 @@ class EngineSettings(TypedDict, total=False):
     name: str | None
     budget: int | None
     chunk_size: ChunkSize
+    strategy: Strategy
     selection: Selection
     reread: bool
     heads: Heads
+    alone_heads: AloneHeads
     max_new_tokens: int
     instructions: str | None
     system_prompt: str | None
@@ -75,6 +77,7 @@ class ReadingOptions(TypedDict, total=False):
     Attributes:
         budget: See `Finch`.
         chunk_size: See `Finch`.
+        strategy: See `Finch`.
         selection: See `Finch`.
         reread: See `Finch`.
         instructions: See `Finch`.
@@ -92,6 +95,7 @@ class ReadingOptions(TypedDict, total=False):
 
     budget: int | None
     chunk_size: ChunkSize
+    strategy: Strategy
     selection: Selection
     reread: bool
     instructions: str | None
@@ -172,6 +176,7 @@ def _history(name: str, value: Any) -> Any:
 RULES: Mapping[str, Rule] = {
     "budget": or_none(_budget),
     "chunk_size": _chunk_size,
+    "strategy": one_of(get_args(Strategy)),
     "selection": one_of(SELECTIONS),
     "reread": truth,
     "max_context_tokens": or_none(whole_number(unit=" token", cure=", or None for no limit")),

@@ -17,6 +17,7 @@ from .answer import Answer, citations, report
 from .errors import InputError
 from .models.cache import CompressedCache
 from .prompts.passages import Passage
+from .reading import read
 from .request import Cancelled, Request
 from .runtime import Runtime
 
@@ -97,7 +98,7 @@ def _answer(
 ) -> Generator[str, None, None]:
     """The deltas of an answer; at the end the answer is put into ``answers``."""
     try:
-        cache = runtime.read(request, ahead=True) if cache is None else cache
+        cache = read(runtime, request, ahead=True) if cache is None else cache
     except Cancelled:
         return
     cited = citations(cache, kept_only=True)
@@ -115,9 +116,9 @@ def _answer(
     if running.cancelled:
         return
     seconds += time.perf_counter() - started
-    read = report(cache, len(request.answer_prompt))  # now that all of it is read
+    figures = report(cache, len(request.answer_prompt))  # now that all of it is read
     new, reason = len(running.writer.token_ids), running.writer.stop_reason
-    told = replace(read, parse_mode=request.parse_mode, notes=request.notes)
+    told = replace(figures, parse_mode=request.parse_mode, notes=request.notes)
     answers.append(Answer(text, cited, replace(told, decode_seconds=seconds, new_tokens=new, stop_reason=reason)))
 
 

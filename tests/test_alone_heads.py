@@ -80,7 +80,7 @@ def test_heads_are_found_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     finch = Finch(roomy_model(), chat_tokenizer())
     with finch.open_store() as store, finch.open_store() as other:
         assert store.heads == other.heads == ((0, 3), (1, 2))
-    assert resolve_alone_heads(roomy_model(), chat_tokenizer(), "small") == {0: [3], 1: [2]}
+    assert resolve_alone_heads("auto", roomy_model(), chat_tokenizer(), "small") == {0: [3], 1: [2]}
     assert calls == [8]  # all that the model has in the lower two thirds of its layers
 
 

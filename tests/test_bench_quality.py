@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from finch_rag.answer import Answer, CompressionReport
 from finch_rag.bench import memory, quality
 from finch_rag.bench.bootstrap import bootstrap
 from finch_rag.bench.cases import DataSet, QualityCase, make_cases, read_cases, write_cases
@@ -93,25 +94,54 @@ def test_gold_that_is_not_in_the_corpus_is_refused(folder: Path) -> None:
         DataSet.read(folder)
 
 
-def test_every_method_answers_within_its_budget(data: DataSet) -> None:
-    finch = Finch(small_model(max_position_embeddings=2048), chat_tokenizer(), heads=[(0, 1)], chunk_size=128)
-    corpus = finch.open_store(heads=[(0, 1)])
+def test_every_method_answers_within_its_budget(data: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, alone = ((0, 1),), ((1, 2),)
+    model = small_model(max_position_embeddings=2048)
+    finch = Finch(model, chat_tokenizer(), heads=loop, alone_heads=alone, chunk_size=128)
+    asked: list[CompressionReport] = []
+    ask = finch.ask
+
+    def listening(*args: Any, **options: Any) -> Answer:
+        answer = ask(*args, **options)
+        asked.append(answer.report)
+        return answer
+
+    monkeypatch.setattr(finch, "ask", listening)
+    corpus = finch.open_store()
     corpus.add(data.passages)
-    contestant = Contestant(finch, 60, 4, corpus)
+    contestant = Contestant(finch, 64, 4, corpus)  # a budget in which every passage has room
     [case] = cases(data, limit=1, top_k=COUNT)
-    outcomes = {method: run(method, contestant, case) for method in METHODS}
+    outcomes, reports = {}, {}
+    for method in METHODS:
+        outcomes[method] = run(method, contestant, case)
+        reports[method] = asked[-1]
     total = sum(contestant.lengths(case.passages))
     assert outcomes["full"].kv_tokens == outcomes["truncate"].kv_tokens == total
-    assert all(outcomes[name].kv_tokens <= 60 for name in ("finch", "finch-scan", "finch-paper", "top-k"))
-    assert outcomes["finch-paper"].kv_tokens == 60
-    by_store = ("finch-store", "finch-store-best", "finch-corpus", "finch-corpus-best", "finch-fused")
-    assert all(0 < outcomes[name].kv_tokens <= 60 for name in by_store)
+    whole = ("finch", "finch-loop", "finch-shortlist", "top-k")
+    assert all(0 < outcomes[name].kv_tokens <= 64 for name in (*whole, "finch-scan", "finch-paper"))
+    assert outcomes["finch-paper"].kv_tokens == 64
+    by_store = ("finch-store", "finch-corpus", "finch-corpus-best", "finch-fused")
+    assert all(0 < outcomes[name].kv_tokens <= 64 for name in by_store)
+    # What ranks the passages, and the heads by which those in the cache were chosen.
+    assert {name: (found.strategy, found.heads) for name, found in reports.items() if name.startswith("finch")} == {
+        "finch": ("independent", alone),
+        "finch-loop": ("loop", loop),
+        "finch-shortlist": ("independent", loop),
+        "finch-scan": ("loop", loop),
+        "finch-paper": ("loop", ()),
+        "finch-store": ("independent", alone),
+        "finch-corpus": ("independent", loop),
+        "finch-corpus-best": ("independent", alone),
+        "finch-fused": ("loop", loop),
+    }
+    assert outcomes["finch-store"].kept_ids == outcomes["finch"].kept_ids
+    assert reports["finch-store"].known_tokens + reports["finch-store"].stored_tokens == total
     best = corpus.search(case.question.question, 1)[0].passage_id
     assert outcomes["finch-corpus-best"].kept_ids[0] == best
     assert outcomes["gold"].kept_ids == list(case.question.gold_ids)
-    packs = contestant.packs(case.passages, 60)
+    packs = contestant.packs(case.passages, 64)
     assert [passage for pack in packs for passage in pack] == case.passages
-    assert all(len(pack) == 1 or sum(contestant.lengths(pack)) <= 60 for pack in packs)
+    assert all(len(pack) == 1 or sum(contestant.lengths(pack)) <= 64 for pack in packs)
     assert outcomes["refine"].calls == len(packs) > 2
     assert outcomes["map-reduce"].calls > len(packs)
 

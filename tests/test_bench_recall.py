@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,13 @@ def test_shares_of_questions_are_counted() -> None:
 
 @pytest.mark.usefixtures("hashed")
 def test_every_ranker_is_measured(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finch = Finch(small_model(max_position_embeddings=4096), chat_tokenizer(), heads=[(0, 1)], chunk_size=256)
-    monkeypatch.setattr(finch.runtime, "_found_alone_heads", {0: [1], 1: [2]})
+    finch = Finch(
+        small_model(max_position_embeddings=4096),
+        chat_tokenizer(),
+        heads=[(0, 1)],
+        alone_heads=[(0, 1), (1, 2)],
+        chunk_size=256,
+    )
     monkeypatch.setattr(Finch, "from_pretrained", lambda model, **settings: finch)
     result = run("bench", "recall", data, "--rankers", ",".join(RANKERS), "--limit", 12)
     assert result.exit_code == 0, result.output
@@ -60,6 +66,14 @@ def test_every_ranker_is_measured(data: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found["rankers"]["bm25"]["first"][0] == 1  # each question's word is in its passage alone
     assert found["rankers"]["bm25"]["all"][0] == pytest.approx(11 / 12)
     assert "first @1" in result.stdout
+
+
+def test_help_names_every_ranker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = run("bench", "recall", "--help").stdout
+    listed = shown.partition("Of: ")[2].partition("[default")[0]
+    assert set(RANKERS) <= set(re.findall(r"[\w-]+", listed))
+    assert "finch" not in listed
 
 
 def test_what_cannot_be_measured_is_said_in_one_line(data: Path) -> None:

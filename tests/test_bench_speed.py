@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from finch_rag.bench import plots, speed
-from finch_rag.bench.readings import READINGS
-from finch_rag.bench.shapes import SHAPES, random_model, random_prompt, worst_heads
-from finch_rag.bench.timing import Measurement, SkippedError, SpeedCase, matrix_rate
+from finch_rag.bench.readings import READINGS, STORE_SHORTLISTS, STRATEGIES
+from finch_rag.bench.shapes import SHAPES, random_finch, random_model, random_prompt, worst_heads
+from finch_rag.bench.timing import Measurement, SkippedError, SpeedCase, Subject, matrix_rate
 from finch_rag.cli.app import app
 from finch_rag.errors import InputError, MissingExtraError
+from finch_rag.heads.alone import ALONE_HEADS
+from finch_rag.heads.search import HEADS
 
 CPU = torch.device("cpu")
 
@@ -81,7 +84,11 @@ def test_a_random_prompt_has_so_many_tokens(tokens: int) -> None:
 
 
 def test_the_heads_of_a_shape_are_laid_where_a_reading_ends_last() -> None:
-    assert worst_heads(tiny()) == [(0, 0), (1, 0), (2, 0)]  # of four layers the lower two thirds
+    assert worst_heads(tiny(), 3) == [(0, 0), (1, 0), (2, 0)]  # of four layers the lower two thirds
+    assert worst_heads(tiny(), 2) == [(1, 0), (2, 0)]
+    finch = random_finch("tiny")
+    assert list(finch.heads) == worst_heads(finch.model, HEADS)
+    assert list(finch.alone_heads) == worst_heads(finch.model, ALONE_HEADS)
 
 
 def test_shapes_have_the_sizes_of_their_models() -> None:
@@ -91,7 +98,7 @@ def test_shapes_have_the_sizes_of_their_models() -> None:
     assert sizes["qwen-1.5b"] == pytest.approx(1.54e9, rel=0.01)
 
 
-@pytest.mark.parametrize("method", ["full", "finch"])
+@pytest.mark.parametrize("method", ["full", "finch", "finch-loop"])
 def test_a_method_without_memory_is_skipped_with_the_reason(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     measurement = Measurement(SpeedCase(method=method, tokens=600, model="", shape="tiny", budget=128, chunk_size=256))
     run = measurement.run()
@@ -112,16 +119,29 @@ def test_the_measured_matrix_rate_is_one_of_a_computer() -> None:
     assert 1e7 < matrix_rate(tiny()) < 1e16
 
 
+def test_a_method_reads_by_its_strategy() -> None:
+    subject = Subject.of(model="", shape="tiny")
+    prompt = random_prompt(subject.finch.model, 1400)
+    found = {}
+    for method, strategy in STRATEGIES.items():
+        request = subject.request(prompt, budget=256, strategy=strategy, new_tokens=1)
+        found[method] = request.plan and request.plan.strategy
+    assert found == {"finch": "independent", "finch-compiled": "independent", "finch-loop": "loop"}
+
+
 def test_help_names_every_shape_and_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     shown = CliRunner().invoke(app, ["bench", "speed", "--help"]).stdout
-    assert all(name in shown for name in (*SHAPES, *READINGS))
+    words = set(re.findall(r"[\w.-]*\w", shown))
+    assert {*SHAPES, *READINGS, *STORE_SHORTLISTS} <= words
+    assert {word for word in words if word.startswith("finch-")} <= {*READINGS, *STORE_SHORTLISTS, "finch-rag"}
 
 
 def test_unknown_shapes_and_methods_are_named() -> None:
     with pytest.raises(InputError, match=r"shape 'llama-9b' is unknown: use llama-8b"):
         speed.main(shape="llama-9b")
-    with pytest.raises(InputError, match=r"method finsh is unknown: use full, finch, finch-compiled, kvpress"):
+    known = "full, finch, finch-compiled, finch-loop, kvpress, finch-store, finch-store-best"
+    with pytest.raises(InputError, match=rf"method finsh is unknown: use {known}$"):
         speed.main(shape="tiny", methods=["finsh"])
     with pytest.raises(InputError, match="at 0 repeats"):
         speed.main(shape="tiny", repeats=0)

@@ -9,6 +9,7 @@ import torch
 
 from finch_rag.engine import Finch
 from finch_rag.errors import FinchError, InputError, ModelError, SettingsError, WindowError
+from finch_rag.prefill.planning import Strategy
 from finch_rag.prompts.chat_template import Message
 from finch_rag.prompts.passages import Passage
 
@@ -507,7 +508,8 @@ def test_a_model_is_run_right_or_refused_when_the_engine_is_built(kind: str, cha
 
 
 @pytest.mark.embedded
-def test_the_embedded_model_finds_a_needle(embedded: Finch) -> None:
+@pytest.mark.parametrize(("asked", "strategy", "passes"), [("auto", "independent", 1), ("loop", "loop", 2)])
+def test_the_embedded_model_finds_a_needle(embedded: Finch, asked: Strategy, strategy: str, passes: int) -> None:
     passages = [
         f"The {name} Museum in {town} was opened in {year} by the painter {person}."
         for name, town, year, person in zip(
@@ -518,9 +520,10 @@ def test_the_embedded_model_finds_a_needle(embedded: Finch) -> None:
             strict=True,
         )
     ]
-    answer = embedded.ask("Who opened the Heron Museum?", passages, budget=96, chunk_size=128)
+    answer = embedded.ask("Who opened the Heron Museum?", passages, budget=96, chunk_size=128, strategy=asked)
     assert answer.citations[0].index == 4
-    assert answer.report.chunks >= 2
+    assert answer.report.strategy == strategy
+    assert answer.report.chunks >= passes
     assert answer.report.compression_factor > 1.5
     assert answer.text
 

@@ -244,7 +244,7 @@ def test_heads_are_not_looked_for_before_they_are_needed(finds: list[str]) -> No
     finch.ask("When?")
     finch.ask("When?", texts(3), selection="token")
     assert finds == []
-    answer = finch.ask("When?", texts(3))
+    answer = finch.ask("When?", texts(3), strategy="loop")
     assert finds == ["found"]
     assert answer.report.heads == ((0, 3), (1, 2))
 

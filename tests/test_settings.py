@@ -24,6 +24,7 @@ BAD: dict[str, list[Any]] = {
     "max_new_tokens": [0, -1, 1.5, NAN, "x", None, True, 2**70 * 1.0],
     "budget": [0, -3, 1.5, True, False, "many", [5], NAN],
     "chunk_size": [0, -3, 1.5, True, "large", [5]],
+    "strategy": ["best", None, 5, True, ["loop"]],
     "selection": ["best", None, 5, ["token"]],
     "reread": [None, 1, "yes"],
     "strict": ["yes", 1, None],
@@ -49,6 +50,7 @@ GOOD: dict[str, list[Any]] = {
     "max_new_tokens": [1, np.int64(2)],
     "budget": [None, 40, np.int32(40)],
     "chunk_size": [None, "auto", 64],
+    "strategy": ["auto", "loop", "independent"],
     "selection": ["passage", "token"],
     "reread": [True, False],
     "strict": [True, False],
@@ -111,7 +113,8 @@ def test_a_bad_setting_is_a_settings_error(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("name", "value"), cases(GOOD))
 def test_a_good_option_is_taken(finch: Finch, name: str, value: Any) -> None:
-    options: Any = {"max_new_tokens": 2, name: value}
+    reread = name == "strategy"  # passages that are read alone are always read again
+    options: Any = {"max_new_tokens": 2, "reread": reread, name: value}
     assert finch.ask(QUESTION, texts(2), **options).report.new_tokens <= 2
 
 
@@ -160,6 +163,12 @@ def test_a_chat_that_is_no_text_is_an_input_error(finch: Finch, messages: Any) -
         {"heads": [(True, 0)]},
         {"heads": [(0.0, 0)]},
         {"heads": 5},
+        {"alone_heads": "all"},
+        {"alone_heads": [(True, 0)]},
+        {"alone_heads": [(0, 99)]},
+        {"alone_heads": []},
+        {"alone_heads": 5},
+        {"strategy": "best"},
     ],
 )
 def test_an_engine_is_not_built_with_what_cannot_work(settings: dict[str, Any]) -> None:

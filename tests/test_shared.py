@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,7 +47,9 @@ class Setup:
 
 def prefill_shared(setup: Setup, prompts: Sequence[Prompt], plan: PrefillPlan, *progress: Any) -> list[Prefilled]:
     scan = scan_shared(setup.model, prompts, plan, *progress)
-    return prefill_shortlists(setup.model, prompts, scan.attention, scan.steps, plan, setup.rotation)
+    plans = [replace(plan, chunk_size=scan.steps.chunk_size)] * len(prompts)
+    read = prefill_shortlists(setup.model, prompts, list(scan.attention), plans, setup.rotation)
+    return [found._replace(steps=scan.steps) for found in read]
 
 
 def same(found: Sequence[Prefilled], expected: Sequence[Prefilled]) -> None:

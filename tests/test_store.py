@@ -131,7 +131,7 @@ def test_progress_is_told_and_may_stop_what_was_read_stays(
     store: PassageStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("finch_rag.store.store._SEGMENT_TOKENS", 60)
-    monkeypatch.setattr("finch_rag.store.reading._TOKENS_PER_PASS", {"cpu": 40})
+    monkeypatch.setattr("finch_rag.prefill.alone._TOKENS_PER_PASS", {"cpu": 40})
     told: list[tuple[int, int]] = []
 
     def stop(done: int, total: int) -> None:
@@ -287,8 +287,15 @@ def test_a_place_is_opened_once_and_again_after_it_was_closed(
     finch: Finch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    own = Finch(finch.model, finch.tokenizer, heads=HEADS, budget=60, max_new_tokens=4, store=place)
-    own.runtime._found_alone_heads = {0: [1], 1: [2]}
+    own = Finch(
+        finch.model,
+        finch.tokenizer,
+        heads=HEADS,
+        alone_heads=[(0, 1), (1, 2)],
+        budget=60,
+        max_new_tokens=4,
+        store=place,
+    )
     assert own.ask(QUESTION, named(5)).report.known_tokens == 0
     assert own.ask(QUESTION, store=False).report.context_tokens == 0
     first = own.store
@@ -309,8 +316,7 @@ def test_a_place_is_opened_once_and_again_after_it_was_closed(
 
 
 def test_an_engine_that_nobody_holds_is_gone_at_once() -> None:
-    finch = new_finch()
-    finch.runtime._found_alone_heads = {0: [1]}
+    finch = new_finch(alone_heads=[(0, 1)])
     finch.ask(QUESTION, named(3), store=True)
     stores, model = finch.runtime.stores, weakref.ref(finch.model)
     gc.disable()  # a circle would keep the model's memory until some later time
@@ -530,7 +536,7 @@ def test_another_models_store_is_refused(finch: Finch, tmp_path: Path) -> None:
         ({"max_bytes": 0}, "max_bytes is 0"),
         ({"path": 5}, "path is int"),
         ({"max_bytes": "1G"}, "max_bytes is '1G'"),
-        ({"heads": "all"}, "heads is 'all'"),
+        ({"heads": "all"}, "heads for passages read alone are 'all'"),
         ({"heads": [(9, 9)]}, "does not exist"),
     ],
 )

@@ -17,6 +17,7 @@ from ..answer import Answer
 from ..batch import answer_together
 from ..errors import InputError
 from ..prefill.shared import shares_scan
+from ..reading import planned
 from ..streaming import AnswerStream
 from ..terminal.output import out, say_json
 from .shapes import SHAPES
@@ -74,7 +75,7 @@ def main(
     rng = random.Random(0)
     prompts = [replace(prompt, question=rng.sample(prompt.question, len(prompt.question))) for _ in range(questions)]
     requests = [subject.request(own, budget=budget, new_tokens=new_tokens) for own in prompts]
-    plan = runtime.plan(requests[0])
+    plan = planned(runtime, requests[0])
     shared = shares_scan(plan, requests[0].passage_tokens, questions)
 
     def one_after_another() -> list[Answer]:

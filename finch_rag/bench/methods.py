@@ -109,8 +109,19 @@ def finch(contestant: Contestant, case: QualityCase) -> Outcome:
     return contestant.ask(case, case.passages)
 
 
+def finch_loop(contestant: Contestant, case: QualityCase) -> Outcome:
+    """Finch by the loop of the paper, with whole passages."""
+    return contestant.ask(case, case.passages, strategy="loop")
+
+
+def finch_shortlist(contestant: Contestant, case: QualityCase) -> Outcome:
+    """Each passage alone, and then the loop over the best of them."""
+    most = shortlist_tokens(contestant.budget)
+    return contestant.ask(case, case.passages, strategy="independent", shortlist_tokens=most)
+
+
 def finch_scan(contestant: Contestant, case: QualityCase) -> Outcome:
-    """Finch without the re-prefill."""
+    """Finch by the loop without the re-prefill."""
     return contestant.ask(case, case.passages, reread=False)
 
 
@@ -120,18 +131,13 @@ def finch_paper(contestant: Contestant, case: QualityCase) -> Outcome:
 
 
 def finch_store(contestant: Contestant, case: QualityCase) -> Outcome:
-    """The retrieved passages by a store, which reads each once for all cases."""
+    """The same as `finch` by a store, which reads each passage once for all cases."""
     return contestant.ask(case, case.passages, store=True)
 
 
-def finch_store_best(contestant: Contestant, case: QualityCase) -> Outcome:
-    """The same without the loop: the store's best passages that fit into the budget."""
-    return contestant.ask(case, case.passages, store=True, shortlist_tokens=0)
-
-
 def finch_corpus(contestant: Contestant, case: QualityCase) -> Outcome:
-    """The store of all passages, without a retriever."""
-    return contestant.ask(case, (), store=contestant.corpus)
+    """The store of all passages, without a retriever, and the loop over its best."""
+    return contestant.ask(case, (), store=contestant.corpus, shortlist_tokens=shortlist_tokens(contestant.budget))
 
 
 def finch_corpus_best(contestant: Contestant, case: QualityCase) -> Outcome:
@@ -146,7 +152,8 @@ def finch_fused(contestant: Contestant, case: QualityCase) -> Outcome:
     ids = [passage.id for passage in case.ranked if passage.id is not None]
     found = contestant.corpus.retrieve(case.question.question, _FUSED, fuse=[ids])
     most = shortlist_tokens(contestant.budget)
-    return contestant.ask(case, contestant.first_that_fit([each.passage for each in found], most))
+    passages = contestant.first_that_fit([each.passage for each in found], most)
+    return contestant.ask(case, passages, strategy="loop")
 
 
 def full(contestant: Contestant, case: QualityCase) -> Outcome:
@@ -214,10 +221,11 @@ def _small_call(contestant: Contestant, case: QualityCase, pack: list[Passage], 
 
 METHODS: dict[str, Method] = {
     "finch": finch,
+    "finch-loop": finch_loop,
+    "finch-shortlist": finch_shortlist,
     "finch-scan": finch_scan,
     "finch-paper": finch_paper,
     "finch-store": finch_store,
-    "finch-store-best": finch_store_best,
     "finch-corpus": finch_corpus,
     "finch-corpus-best": finch_corpus_best,
     "finch-fused": finch_fused,

@@ -137,6 +137,7 @@ def loader(model: str, bars: ProgressBars) -> Callable[[], Finch]:
 
     def load() -> Finch:
         finch = load_finch(model, bars)
+        finch.retrieval_heads("alone")
         finch.retrieval_heads()  # found now, so that no question's seconds and memory hold the search
         return finch
 

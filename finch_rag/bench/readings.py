@@ -1,7 +1,9 @@
 """Ways to read a document whose speed is measured.
 
 full              one plain forward pass (SDPA) and its steps, as transformers runs them
-finch             chunk by chunk into a small cache, and CUDA graphs where there is a GPU: what `Finch.ask` executes
+finch             each passage alone, the best into a small cache, and CUDA graphs where there is a GPU: `Finch.ask`
+finch-compiled    the same with compiled layers
+finch-loop        chunk by chunk under the question, as in the paper
 finch-store       a store that has read the document before: its search, then the loop over a shortlist
 finch-store-best  the same without the loop: the passages that it ranks best are read at once
 kvpress           kvpress' FinchPress: one forward pass, each layer compressed after it; needs its own environment
@@ -9,7 +11,7 @@ kvpress           kvpress' FinchPress: one forward pass, each layer compressed a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,10 @@ from transformers import DynamicCache
 from ..engine import Finch
 from ..errors import InputError, MissingExtraError
 from ..models.forward import on_device
+from ..prefill.planning import Strategy
 from ..prefill.shortlists import shortlist_tokens
 from ..prompts.builder import Prompt
+from ..reading import read
 from ..request import Request
 from ..resolving import resolve, with_store
 from ..settings import Settings
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COMPILED = "finch-compiled"
+STRATEGIES: Mapping[str, Strategy] = {"finch": "auto", COMPILED: "auto", "finch-loop": "loop"}  # Finch without a store
 STORE_SHORTLISTS = {"finch-store": shortlist_tokens, "finch-store-best": lambda budget: 0}  # of a budget
 
 
@@ -61,16 +66,17 @@ def full(finch: Finch, request: Request) -> Reading:
 
 
 def by_finch(finch: Finch, request: Request) -> Reading:
-    """Finch's scan and re-prefill.
+    """Finch's reading of all passages, and its re-prefill.
 
     Args:
         finch: The engine.
         request: What is read.
     """
-    cache = finch.runtime.read(request, ahead=True)
+    cache = read(finch.runtime, request, ahead=True)
     prompt, figures = request.prompt, cache.document.figures
     document = sum(request.passage_tokens)
-    scanned = len(prompt.prefix) + document + figures.chunks * len(prompt.question)
+    questions = 2 if figures.strategy == "independent" else figures.chunks  # the neutral one is read beside it
+    scanned = len(prompt.prefix) + document + questions * len(prompt.question)
     layer_tokens = scanned * figures.scanned_layers
     if cache.kept_tokens < document:
         layer_tokens += cache.length * _layers(finch.model)
@@ -88,7 +94,7 @@ def from_store(finch: Finch, store: PassageStore, question: str, settings: Setti
     """
     passages, found = with_store(finch.runtime, question, [], replace(settings, store=store))
     request = resolve(finch.runtime, question, passages, found)
-    cache = finch.runtime.read(request, ahead=True)
+    cache = read(finch.runtime, request, ahead=True)
     return Reading(None, finch.runtime.decoder(cache.fork(request.room), request).steps().__next__)
 
 
@@ -119,8 +125,7 @@ def kvpress(finch: Finch, request: Request) -> Reading:
 
 READINGS: dict[str, Callable[[Finch, Request], Reading]] = {
     "full": full,
-    "finch": by_finch,
-    COMPILED: by_finch,
+    **dict.fromkeys(STRATEGIES, by_finch),
     "kvpress": kvpress,
 }
 

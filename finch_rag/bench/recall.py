@@ -1,11 +1,12 @@
 """How often a ranking has the passages that answer a question among its first.
 
-bm25        words
-dense       MiniLM embeddings
-store       the head keys of a store that has read all passages, see `finch_rag.PassageStore`
-store-int8  the same with int8 keys
-fused       the store and BM25, by reciprocal rank fusion
-finch       the loop over BM25's best passages, see `finch_rag.Finch.rank`
+bm25         words
+dense        MiniLM embeddings
+store        the head keys of a store that has read all passages, see `finch_rag.PassageStore`
+store-int8   the same with int8 keys
+fused        the store and BM25, by reciprocal rank fusion
+loop         the loop over BM25's best 100, see `finch_rag.Finch.rank`
+independent  BM25's best 100 read alone
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rich.text import Text
 from ..corpus.reading import Question
 from ..engine import Finch
 from ..errors import InputError
+from ..prefill.planning import Strategy
 from ..prompts.passages import Passage
 from ..store.reading import Precision
 from ..terminal.loading import check_positive
@@ -125,15 +127,18 @@ def _by_store(precision: Precision = "bfloat16", fuse: bool = False) -> Ranker:
     return ranker
 
 
-def _by_loop(passages: Sequence[Passage], load: Callable[[], Finch]) -> Ranking:
-    words, finch = _by_words(passages, load), load()
-    by_id = {passage.id: passage for passage in passages}
+def _among_the_best(strategy: Strategy) -> Ranker:
+    def ranker(passages: Sequence[Passage], load: Callable[[], Finch]) -> Ranking:
+        words, finch = _by_words(passages, load), load()
+        by_id = {passage.id: passage for passage in passages}
 
-    def rank(question: str) -> list[str]:
-        cited = finch.rank(question, [by_id[own] for own in words(question)])
-        return [str(each.passage_id) for each in cited]
+        def rank(question: str) -> list[str]:
+            cited = finch.rank(question, [by_id[own] for own in words(question)], strategy=strategy)
+            return [str(each.passage_id) for each in cited]
 
-    return rank
+        return rank
+
+    return ranker
 
 
 def _ids(passages: Sequence[Passage], places: Sequence[int]) -> list[str]:
@@ -146,7 +151,8 @@ RANKERS: Mapping[str, Ranker] = {
     "store": _by_store(),
     "store-int8": _by_store("int8"),
     "fused": _by_store(fuse=True),
-    "finch": _by_loop,
+    "loop": _among_the_best("loop"),
+    "independent": _among_the_best("independent"),
 }
 
 

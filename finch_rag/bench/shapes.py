@@ -26,6 +26,7 @@ from transformers import (
 
 from ..engine import Finch
 from ..errors import FinchError, InputError
+from ..heads.alone import ALONE_HEADS
 from ..heads.examples import make_examples
 from ..heads.pairs import layers_to_search
 from ..heads.search import HEADS
@@ -109,7 +110,14 @@ def random_finch(shape: str, compile_layers: bool = False) -> Finch:
     """
     device = resolve_device("auto")
     model = random_model(shape, device, resolve_dtype("auto", device, None))
-    return Finch(model, byte_tokenizer(), name=shape, heads=worst_heads(model), compile_layers=compile_layers)
+    return Finch(
+        model,
+        byte_tokenizer(),
+        name=shape,
+        heads=worst_heads(model, HEADS),
+        alone_heads=worst_heads(model, ALONE_HEADS),
+        compile_layers=compile_layers,
+    )
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -121,8 +129,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def worst_heads(model: PreTrainedModel, count: int = HEADS) -> list[tuple[int, int]]:
-    """As many heads as `find_heads` returns, where scoring costs most and the scan ends last.
+def worst_heads(model: PreTrainedModel, count: int) -> list[tuple[int, int]]:
+    """So many heads where scoring costs most and the reading ends last.
 
     Each is in a layer of its own, the last of them in the last layer that heads are looked for in.
 

@@ -9,15 +9,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..engine import Finch
 from ..errors import FinchError
-from ..heads.alone import ALONE_HEADS
 from ..models.forward import memory_guard
 from ..models.inspection import window_of
+from ..prefill.planning import Strategy
 from ..prompts.builder import Prompt
 from ..prompts.passages import Passage
 from ..request import Request
@@ -25,7 +25,7 @@ from ..resolving import resolve_prompt
 from ..settings import Settings
 from .clock import Clock
 from .memory import in_use, peak_memory
-from .readings import COMPILED, READINGS, STORE_SHORTLISTS, Reading, from_store
+from .readings import COMPILED, READINGS, STORE_SHORTLISTS, STRATEGIES, Reading, from_store
 from .shapes import (
     QUESTION,
     made_passages,
@@ -33,7 +33,6 @@ from .shapes import (
     random_passages,
     random_prompt,
     text_prompt,
-    worst_heads,
 )
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class SpeedCase:
     @property
     def by_finch(self) -> bool:
         """Whether Finch reads, with its attention and its CUDA graphs."""
-        return self.method in ("finch", COMPILED) or self.by_store
+        return self.method in STRATEGIES or self.by_store
 
     @property
     def by_store(self) -> bool:
@@ -113,13 +112,11 @@ class Subject:
         finch: On a loaded model, or on one with random weights.
         prompt: Tokens of all passages -> a prompt.
         passages: The same for the passages of a store.
-        store_heads: The heads that search it.
     """
 
     finch: Finch
     prompt: Callable[[int], Prompt]
     passages: Callable[[int], list[Passage]]
-    store_heads: Literal["auto"] | list[tuple[int, int]] = "auto"
 
     @classmethod
     def of(cls, *, model: str, shape: str, compile_layers: bool = False) -> Subject:
@@ -132,34 +129,51 @@ class Subject:
         """
         if shape:
             finch = random_finch(shape, compile_layers)
-            heads = worst_heads(finch.model, ALONE_HEADS)
-            return cls(finch, lambda tokens: random_prompt(finch.model, tokens), random_passages, heads)
+            return cls(finch, lambda tokens: random_prompt(finch.model, tokens), random_passages)
         finch = Finch.from_pretrained(model, compile_layers=compile_layers)
+        finch.retrieval_heads("alone")
         finch.retrieval_heads()  # found now, so that no measurement holds the search
         return cls(finch, lambda tokens: text_prompt(finch, tokens), lambda tokens: made_passages(finch, tokens))
 
-    def settings(self, *, budget: int, chunk_size: int | None = None, new_tokens: int) -> Settings:
+    def settings(
+        self, *, budget: int, chunk_size: int | None = None, strategy: Strategy = "auto", new_tokens: int
+    ) -> Settings:
         """Settings of a call whose answer has all of its tokens: where a model would end it, it goes on.
 
         Args:
             budget: Document tokens kept.
             chunk_size: Document tokens of a step; the default when None.
+            strategy: See `finch_rag.Finch`.
             new_tokens: Tokens of the answer.
         """
-        options = {"budget": budget, "chunk_size": chunk_size, "max_new_tokens": new_tokens}
+        options = {
+            "budget": budget,
+            "chunk_size": chunk_size,
+            "strategy": strategy,
+            "max_new_tokens": new_tokens,
+        }
         settings = self.finch.settings.updated(options)
         return replace(settings, sampling=replace(settings.sampling, ignore_eos=True))
 
-    def request(self, prompt: Prompt, *, budget: int, chunk_size: int | None = None, new_tokens: int) -> Request:
+    def request(
+        self,
+        prompt: Prompt,
+        *,
+        budget: int,
+        chunk_size: int | None = None,
+        strategy: Strategy = "auto",
+        new_tokens: int,
+    ) -> Request:
         """A request to answer from a prompt, see `settings`.
 
         Args:
             prompt: What is read.
             budget: See `settings`.
             chunk_size: See `settings`.
+            strategy: See `settings`.
             new_tokens: See `settings`.
         """
-        settings = self.settings(budget=budget, chunk_size=chunk_size, new_tokens=new_tokens)
+        settings = self.settings(budget=budget, chunk_size=chunk_size, strategy=strategy, new_tokens=new_tokens)
         return resolve_prompt(self.finch.runtime, prompt, settings)
 
 
@@ -184,7 +198,7 @@ class Measurement:
         self._device: torch.device = model.device
         self._rate = matrix_rate(model)
         if case.by_store:
-            self._store = self.subject.finch.open_store(heads=self.subject.store_heads)
+            self._store = self.subject.finch.open_store()
             self._store.add(self.subject.passages(_WARM_UP_TOKENS))
             self._measure(self._from_store)
             self._store.clear()
@@ -226,7 +240,13 @@ class Measurement:
 
     def _request(self, prompt: Prompt) -> Request:
         case = self._case
-        return self.subject.request(prompt, budget=case.budget, chunk_size=case.chunk_size, new_tokens=_DECODED + 1)
+        return self.subject.request(
+            prompt,
+            budget=case.budget,
+            chunk_size=case.chunk_size,
+            strategy=STRATEGIES.get(case.method, "auto"),
+            new_tokens=_DECODED + 1,
+        )
 
     @torch.inference_mode()
     def _measure(self, read: Callable[[], Reading]) -> tuple[float, float, float, int | None]:

@@ -25,6 +25,21 @@ class SelectionName(StrEnum):
         return "passage" if self is SelectionName.PASSAGE else "token"
 
 
+class StrategyName(StrEnum):
+    """How passages are ranked."""
+
+    AUTO = "auto"
+    LOOP = "loop"
+    INDEPENDENT = "independent"
+
+    @property
+    def literal(self) -> Literal["auto", "loop", "independent"]:
+        """The name as the engine takes it."""
+        if self is StrategyName.AUTO:
+            return "auto"
+        return "loop" if self is StrategyName.LOOP else "independent"
+
+
 class PrecisionName(StrEnum):
     """How a store keeps its keys."""
 
@@ -59,7 +74,7 @@ StoreOption = Annotated[
 NoStoreOption = Annotated[
     bool,
     typer.Option(
-        "--no-store", help="Scan the passages for this question alone; what was read before is not used, nothing kept."
+        "--no-store", help="Read the passages for this question alone; what was read before is not used, nothing kept."
     ),
 ]
 ModelOption = Annotated[

@@ -22,6 +22,7 @@ from .arguments import (
     QuestionArgument,
     SelectionName,
     StoreOption,
+    StrategyName,
     TopKOption,
     check_source,
 )
@@ -46,6 +47,10 @@ def ask(
     selection: Annotated[
         SelectionName, typer.Option(help="Keep whole passages, or single tokens layer by layer as in the Finch paper.")
     ] = SelectionName.PASSAGE,
+    strategy: Annotated[
+        StrategyName,
+        typer.Option(help="Read each passage alone (independent), or all of them in turn under the question (loop)."),
+    ] = StrategyName.AUTO,
     max_new_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="The longest answer.")] = 128,
     no_store: NoStoreOption = False,
     as_json: JsonOption = False,
@@ -68,11 +73,12 @@ def ask(
     check_positive(budget=budget, chunk_size=chunk_size, max_new_tokens=max_new_tokens)
     session.check_question(question)
     passages = [] if corpus is None else session.read_passages(question, corpus, top_k)
-    keep = not no_store and selection is SelectionName.PASSAGE
+    keep = not no_store and selection is SelectionName.PASSAGE and strategy is not StrategyName.LOOP
     with ProgressBars() as bars:
         finch = load_finch(
             model,
             bars,
+            strategy=strategy.literal,
             selection=selection.literal,
             budget=budget,
             chunk_size=chunk_size,

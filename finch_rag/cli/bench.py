@@ -58,11 +58,13 @@ MethodsOption = Annotated[
     typer.Option(
         "--methods",
         metavar="NAME,...",
-        help="Of: finch, finch-scan (kept passages are not prefilled again), finch-paper (tokens instead of passages), "
-        "finch-store (a store reads each passage once; finch-store-best: no loop), finch-corpus (a store of all "
-        "passages, no retriever; finch-corpus-best: no loop), finch-fused (that store and the retriever, fused), "
-        "full (everything, no compression), truncate (what fits the window), top-k (the retriever's best that fit the "
-        "budget), refine and map-reduce (many calls, as LlamaIndex does it), gold (the answer's passage alone).",
+        help="Of: finch (each passage is read alone), finch-loop (chunk by chunk under the question), finch-shortlist "
+        "(each alone, then the loop over the best), finch-scan (the loop; kept passages are not prefilled again), "
+        "finch-paper (the loop; tokens instead of passages), finch-store (a store reads each passage once), "
+        "finch-corpus (a store of all passages, no retriever; finch-corpus-best: no loop), finch-fused (that store and "
+        "the retriever, fused), full (everything, no compression), truncate (what fits the window), top-k (the "
+        "retriever's best that fit the budget), refine and map-reduce (many calls, as LlamaIndex does it), gold (the "
+        "answer's passage alone).",
     ),
 ]
 ShardOption = Annotated[
@@ -98,9 +100,9 @@ def bench_speed(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="Of: full (one plain forward pass), finch, finch-compiled (norms and MLPs fused), finch-store (the "
-            "passages are known to a store), finch-store-best (the same without the loop), kvpress (needs the "
-            "environment of make bench-peers).",
+            help="Of: full (one plain forward pass), finch, finch-compiled (norms and MLPs fused), finch-loop (chunk "
+            "by chunk under the question), finch-store (the passages are known to a store), finch-store-best (the same "
+            "without the loop), kvpress (needs the environment of make bench-peers).",
         ),
     ] = "full,finch",
     shape: ShapeOption = None,
@@ -269,7 +271,7 @@ def bench_recall(
         typer.Option(
             metavar="NAME,...",
             help="Of: bm25, dense (MiniLM embeddings), store (a store that has read all passages), store-int8, fused "
-            "(the store and BM25), finch (the loop over BM25's best 100).",
+            "(the store and BM25), loop (the loop over BM25's best 100), independent (each of them is read alone).",
         ),
     ] = "bm25,dense,store,fused",
     limit: LimitOption = 100,

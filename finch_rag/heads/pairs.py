@@ -8,6 +8,21 @@ from typing import Any, Literal
 from ..errors import FinchError, InputError
 
 Heads = Literal["auto", "all"] | Sequence[tuple[int, int]]
+HeadUse = Literal["loop", "alone"]
+AloneHeads = Literal["auto"] | Sequence[tuple[int, int]]  # of passages that are read alone
+
+
+def check_alone_heads(heads: Any, config: Any, error: type[FinchError] = InputError) -> None:
+    """Raises ``error`` if ``heads`` is not "auto" or pairs of (layer, head) that the model has.
+
+    Args:
+        heads: What a user passed.
+        config: The model's configuration.
+        error: What to raise.
+    """
+    if heads != "auto" and (isinstance(heads, str) or not isinstance(heads, Iterable) or not list(heads)):
+        raise error(f'the heads for passages read alone are {heads!r}: use "auto" or a list of (layer, head) pairs')
+    check_heads(heads, config, error)
 
 
 def check_heads(heads: Any, config: Any, error: type[FinchError] = InputError) -> None:

@@ -7,14 +7,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..models.fingerprint import fingerprint
 from ..paths import cache_folder, write_atomically
 from ..prefill.planning import RetrievalHeads
 from .alone import find_alone_heads, usual_alone_heads
-from .pairs import Heads, check_heads, heads_by_layer, layers_to_search
+from .pairs import AloneHeads, Heads, HeadUse, check_heads, heads_by_layer, layers_to_search
 from .search import EXAMPLES, HEADS, HeadScore, find_heads
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 
-Use = Literal["loop", "alone"]
-_KEYS: Mapping[Use, str] = {"loop": "heads", "alone": "alone_heads"}  # in the file
+_KEYS: Mapping[HeadUse, str] = {"loop": "heads", "alone": "alone_heads"}  # in the file
 
 _log = logging.getLogger(__name__)
 
@@ -56,14 +55,16 @@ def resolve_heads(
 
 
 def resolve_alone_heads(
+    heads: AloneHeads,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RetrievalHeads:
-    """The heads to rank passages with that were read alone; looked up, or found at the first use of a model.
+    """The heads to rank passages with that were read alone.
 
     Args:
+        heads: "auto" looks them up and finds them at the first use of a model, (layer, head) pairs are taken as given.
         model: The model.
         tokenizer: Its tokenizer.
         name: What to call the model in messages.
@@ -72,11 +73,13 @@ def resolve_alone_heads(
     Returns:
         Heads by layer.
     """
-    return _known_or_found("alone", model, tokenizer, name, on_progress)
+    if isinstance(heads, str):
+        return _known_or_found("alone", model, tokenizer, name, on_progress)
+    return heads_by_layer(heads)
 
 
 def _known_or_found(
-    use: Use,
+    use: HeadUse,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
@@ -105,7 +108,7 @@ def _known_or_found(
     return heads_by_layer(pairs)
 
 
-def load_heads(model: PreTrainedModel, use: Use = "loop") -> list[tuple[int, int]] | None:
+def load_heads(model: PreTrainedModel, use: HeadUse = "loop") -> list[tuple[int, int]] | None:
     """The heads stored for a model by the user or shipped with the package, None if there are none.
 
     Args:
@@ -127,7 +130,7 @@ def load_heads(model: PreTrainedModel, use: Use = "loop") -> list[tuple[int, int
     return None
 
 
-def save_heads(model: PreTrainedModel, name: str, heads: Sequence[HeadScore], use: Use = "loop") -> Path:
+def save_heads(model: PreTrainedModel, name: str, heads: Sequence[HeadScore], use: HeadUse = "loop") -> Path:
     """Stores a model's heads in the user's cache, beside those for the other use.
 
     Args:

@@ -13,6 +13,7 @@ class ReadingFigures:
 
     Attributes:
         model: Name of the model.
+        strategy: How passages were ranked: "loop" or "independent"; "none" when there were none.
         selection: "passage" or "token"; "none" when there were no passages.
         reread: Whether the best passages are prefilled again where something was evicted.
         heads: The retrieval heads as (layer, head) pairs; empty where all heads were summed.
@@ -30,6 +31,7 @@ class ReadingFigures:
     """
 
     model: str = ""
+    strategy: str = "none"
     selection: str = "none"
     reread: bool = False
     heads: tuple[tuple[int, int], ...] = ()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from ..errors import DeviceMemoryError
 from ..models.attention import SeenEnough
 from ..models.cache import CompressedCache
 from ..models.forward import forward, forward_packed, forward_varlen, on_device
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NEUTRAL = "What is it?"  # a question that any passage answers as well as another; measured in docs/benchmarks.md
+
+_TOKENS_PER_PASS = {"cuda": 16384, "cpu": 1024}
 
 
 class Asked(NamedTuple):
@@ -137,7 +140,26 @@ class AloneReader:
         forward_packed(self.model, tokens, positions, batch)
         return torch.stack([keys[group] for group in self.groups])
 
-    @torch.inference_mode()
+    def encode_in_parts(self, passages: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Like `encode`, in halves from where the device's memory runs out.
+
+        Args:
+            passages: See `encode`.
+
+        Returns:
+            Of all passages, one after another, each part of shape [groups, tokens, head_dim].
+
+        Raises:
+            DeviceMemoryError: If the device has no memory for a single passage.
+        """
+        try:
+            return [self.encode(passages)]
+        except DeviceMemoryError:
+            if len(passages) == 1:
+                raise
+        middle = len(passages) // 2
+        return [*self.encode_in_parts(passages[:middle]), *self.encode_in_parts(passages[middle:])]
+
     def look(self, question: Asked, neutral: Asked, longest_passage: int) -> Look:
         """What a question looks for, by one forward pass of it and the neutral one up to the last retrieval head.
 
@@ -146,16 +168,34 @@ class AloneReader:
             neutral: See `NEUTRAL`.
             longest_passage: Tokens of the longest passage that it is to look at.
         """
-        observers, sequences = [], []
-        for asked in (question, neutral):
-            observer = _LookObserver(self._heads_of, asked, self._last)
-            start = len(self.prefix) + longest_passage
-            positions = torch.arange(start, start + len(asked.tokens), device=self.device)
-            tokens = on_device(asked.tokens, self.device)
-            observers.append(observer)
-            sequences.append(VarlenSequence(tokens, positions, self._behind_prefix(), observer))
+        return self.look_together([question], neutral, [longest_passage])[0]
+
+    @torch.inference_mode()
+    def look_together(self, questions: Sequence[Asked], neutral: Asked, longest_passages: Sequence[int]) -> list[Look]:
+        """What questions look for, by one forward pass of all of them and the neutral ones.
+
+        Args:
+            questions: The questions.
+            neutral: See `NEUTRAL`; read once for all questions that stand at one position.
+            longest_passages: Tokens of the longest passage that each question is to look at.
+        """
+        observers: dict[tuple[int, int], _LookObserver] = {}  # by the number of the question, or -1, and its place
+        sequences = []
+        for number, longest in enumerate(longest_passages):
+            for asked, key in ((questions[number], (number, longest)), (neutral, (-1, longest))):
+                if key in observers:
+                    continue
+                observers[key] = _LookObserver(self._heads_of, asked, self._last)
+                start = len(self.prefix) + longest
+                positions = torch.arange(start, start + len(asked.tokens), device=self.device)
+                tokens = on_device(asked.tokens, self.device)
+                sequences.append(VarlenSequence(tokens, positions, self._behind_prefix(), observers[key]))
         forward_varlen(self.model, sequences)
-        return _joined(observers, list(self._heads_of.values()), self.device)
+        heads = list(self._heads_of.values())
+        return [
+            _joined([observers[number, longest], observers[-1, longest]], heads, self.device)
+            for number, longest in enumerate(longest_passages)
+        ]
 
 
 class _LookObserver(StopAt):
@@ -205,6 +245,15 @@ def _joined(observers: Sequence[_LookObserver], heads: Sequence[Sequence[int]], 
 def _kv_heads(model: PreTrainedModel) -> int:
     config = model.config
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def tokens_per_pass(device_type: str) -> int:
+    """Tokens of passages that a kind of device reads well in one pass.
+
+    Args:
+        device_type: torch's name for it, such as "cpu" or "cuda".
+    """
+    return _TOKENS_PER_PASS.get(device_type, 4096)
 
 
 def token_groups(lengths: Sequence[int], tokens: int) -> Iterator[range]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -53,24 +55,44 @@ class KeyBlock:
     scales: torch.Tensor | None
     lengths: Sequence[int]
 
+    def of(self, places: Sequence[int]) -> KeyBlock:
+        """Those of some passages, without copying where they stand side by side.
+
+        Args:
+            places: Of the passages in the block, ascending, at least one.
+        """
+        ends = list(accumulate(self.lengths))
+        runs: list[list[int]] = []
+        for place in places:
+            start = ends[place] - self.lengths[place]
+            if runs and runs[-1][1] == start:
+                runs[-1][1] = ends[place]
+            else:
+                runs.append([start, ends[place]])
+
+        def cut(numbers: torch.Tensor) -> torch.Tensor:
+            pieces = [numbers[:, start:stop] for start, stop in runs]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+        scales = None if self.scales is None else cut(self.scales)
+        return KeyBlock(cut(self.keys), scales, [self.lengths[place] for place in places])
+
+
+class PassageRows(NamedTuple):
+    """What each row pays to the passages of a block, before all blocks are joined.
+
+    Attributes:
+        greatest: The greatest product of each row, shape [groups, rows], float32.
+        sums: Of each passage, relative to it, shape [groups, rows, passages], float32.
+    """
+
+    greatest: torch.Tensor
+    sums: torch.Tensor
+
 
 @torch.inference_mode()
 def attention_on(look: Look, blocks: Iterable[KeyBlock]) -> torch.Tensor:
     """What a question pays to each passage beyond a neutral one, summed over heads and its own tokens; exact.
-
-    Args:
-        look: What the question looks for.
-        blocks: See `attention_by_head`.
-
-    Returns:
-        On the CPU, float32, shape [passages].
-    """
-    return torch.cat([by_head.sum((0, 1)) for by_head in _by_head(look, blocks)] or [torch.zeros(0)]).float().cpu()
-
-
-@torch.inference_mode()
-def attention_by_head(look: Look, blocks: Iterable[KeyBlock]) -> torch.Tensor:
-    """What each head pays to each passage for a question beyond a neutral one, summed over the question's own tokens.
 
     Each block's products are normalised by their own greatest one; a running log-sum-exp joins the blocks. Of a block
     only the sums of its passages stay, so memory is that of one block, and a number a row and passage.
@@ -80,14 +102,38 @@ def attention_by_head(look: Look, blocks: Iterable[KeyBlock]) -> torch.Tensor:
         blocks: Head keys, in the order of the passages.
 
     Returns:
+        On the CPU, float32, shape [passages].
+    """
+    return summed(look, [rows_on(look, block) for block in blocks])
+
+
+@torch.inference_mode()
+def attention_by_head(look: Look, blocks: Iterable[KeyBlock]) -> torch.Tensor:
+    """What each head pays to each passage for a question beyond a neutral one, summed over the question's own tokens.
+
+    Args:
+        look: What the question looks for.
+        blocks: See `attention_on`.
+
+    Returns:
         On the CPU, float32, shape [groups, heads of a group, passages]; zeros for heads that are not there.
     """
-    return torch.cat(list(_by_head(look, blocks)), dim=-1).float().cpu()
+    return torch.cat(list(_by_head(look, [rows_on(look, block) for block in blocks])), dim=-1).float().cpu()
 
 
-def _by_head(look: Look, blocks: Iterable[KeyBlock]) -> Iterator[torch.Tensor]:
+@torch.inference_mode()
+def summed(look: Look, by_block: Sequence[PassageRows]) -> torch.Tensor:
+    """What `attention_on` returns, from what `rows_on` found in each block.
+
+    Args:
+        look: What the question looks for.
+        by_block: Of each block, in the order of the passages.
+    """
+    return torch.cat([by_head.sum((0, 1)) for by_head in _by_head(look, by_block)] or [torch.zeros(0)]).float().cpu()
+
+
+def _by_head(look: Look, by_block: Sequence[PassageRows]) -> Iterator[torch.Tensor]:
     """For each block, shape [groups, heads of a group, passages]."""
-    by_block = list(_rows_by_block(look, blocks))
     total = look.elsewhere
     for greatest, sums in by_block:
         total = torch.logaddexp(total, greatest + sums.sum(-1).log())
@@ -99,20 +145,25 @@ def _by_head(look: Look, blocks: Iterable[KeyBlock]) -> Iterator[torch.Tensor]:
         yield torch.where(look.present[..., None], own * beyond, 0)
 
 
-def _rows_by_block(look: Look, blocks: Iterable[KeyBlock]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each block the greatest product of each row, and the sums of each passage relative to it."""
+@torch.inference_mode()
+def rows_on(look: Look, block: KeyBlock) -> PassageRows:
+    """What each row pays to the passages of a block.
+
+    Args:
+        look: What the question looks for.
+        block: Head keys.
+    """
     device = look.queries.device
-    for block in blocks:
-        keys = block.keys.to(device, non_blocking=True)
-        exact = device.type == "cpu" or not keys.is_floating_point()
-        queries = look.queries.float() if exact and device.type == "cpu" else look.queries
-        keys = keys.to(queries.dtype)
-        products = torch.bmm(queries, keys.transpose(1, 2)).float().mul_(look.scaling)  # [groups, rows, tokens]
-        if block.scales is not None:
-            products.mul_(block.scales.to(device).float()[:, None])
-        greatest = products.amax(-1)
-        products.sub_(greatest[..., None]).exp_()
-        yield greatest, _sums(products, block.lengths)
+    keys = block.keys.to(device, non_blocking=True)
+    exact = device.type == "cpu" or not keys.is_floating_point()
+    queries = look.queries.float() if exact and device.type == "cpu" else look.queries
+    keys = keys.to(queries.dtype)
+    products = torch.bmm(queries, keys.transpose(1, 2)).float().mul_(look.scaling)  # [groups, rows, tokens]
+    if block.scales is not None:
+        products.mul_(block.scales.to(device).float()[:, None])
+    greatest = products.amax(-1)
+    products.sub_(greatest[..., None]).exp_()
+    return PassageRows(greatest, _sums(products, block.lengths))
 
 
 def _sums(weights: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

@@ -28,6 +28,11 @@ CUTOFF = 0.25
 ChunkSize = int | Literal["auto"] | None  # None says the same as "auto"
 
 
+# "loop": every chunk is read behind what was kept of those before it, under the question. "independent": each passage
+# is read alone. "auto": the one that answers better, see docs/benchmarks.md.
+Strategy = Literal["auto", "loop", "independent"]
+
+
 @dataclass(frozen=True, slots=True)
 class ReadingSettings:
     """How passages are read, as it was asked for.
@@ -35,6 +40,7 @@ class ReadingSettings:
     Attributes:
         budget: Document tokens kept per layer; None derives it from the window and the longest passage.
         chunk_size: Document tokens scanned per step; "auto" or None derives it from device, memory, model and window.
+        strategy: How the passages are ranked, see `Strategy`.
         selection: What is kept: whole passages, or tokens layer by layer.
         reread: Whether the best passages are prefilled again at the end, and answered from alone.
         max_context_tokens: Refuse passages that have more tokens than this; None for no limit.
@@ -44,6 +50,7 @@ class ReadingSettings:
 
     budget: int | None = None
     chunk_size: ChunkSize = "auto"
+    strategy: Strategy = "auto"
     selection: Selection = "passage"
     reread: bool = True
     max_context_tokens: int | None = None
@@ -69,6 +76,7 @@ class PrefillPlan:
         ranks_only: Nothing is answered from the cache, so nothing is prefilled again.
         cutoff: Leave out of the re-prefill what got less than this part of the best passage's attention.
         in_order: Passages of the re-prefill stay in their order; else the best one comes last.
+        strategy: How the passages are ranked, see `Strategy`; a store has read them independently.
     """
 
     budget: int
@@ -79,6 +87,7 @@ class PrefillPlan:
     ranks_only: bool = False
     cutoff: float = CUTOFF
     in_order: bool = False
+    strategy: Literal["loop", "independent"] = "loop"
 
     def chooses_only(self, passage_tokens: Sequence[int]) -> bool:
         """Whether the scan only chooses passages, so that nothing of its cache is answered from.

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import DeviceMemoryError
 from ..models.cache import CompressedCache
-from ..models.forward import forward_in_chunks, on_device
+from ..models.forward import forward_in_chunks, forward_varlen, on_device
 from ..models.inspection import input_embedding
 from ..models.rope import KeyRotation
+from ..models.varlen import VarlenSequence
 from ..prompts.builder import Prompt
+from .alone import token_groups
 from .batched import prefill_batched
 from .planning import PrefillPlan
 from .scan import Prefilled, Steps
@@ -40,49 +43,47 @@ def shortlist_tokens(budget: int) -> int:
 def prefill_shortlists(
     model: PreTrainedModel,
     prompts: Sequence[Prompt],
-    attention: torch.Tensor,
-    steps: Steps,
-    plan: PrefillPlan,
+    attention: Sequence[torch.Tensor],
+    plans: Sequence[PrefillPlan],
     rotation: KeyRotation,
-    tokens: int | None = None,
+    tokens: Sequence[int] | None = None,
     *,
     ahead: bool = False,
 ) -> list[Prefilled]:
-    """Reads for each of several questions the passages that a shared scan, or a store, ranks best.
+    """Reads for each of several questions, by the loop, the passages that something has ranked best.
 
     Args:
         model: A model that runs Finch's attention.
-        prompts: One a question, with the same prefix and passages.
-        attention: What each question pays to each passage, on the CPU, float32, shape [questions, passages].
-        steps: Of what ranked them.
-        plan: How one question is read for.
+        prompts: One a question.
+        attention: What each question pays to each of its passages, on the CPU, float32, each of shape [passages].
+        plans: One a question.
         rotation: How the model rotates keys.
-        tokens: The most tokens of a shortlist; see `shortlist_tokens` when None.
+        tokens: The most tokens of each shortlist; see `shortlist_tokens` when None.
         ahead: See `prefill_batched`.
 
     Returns:
-        What was read, for each question; ``steps`` are those of the shared scan.
+        What was read, for each question.
 
     Raises:
         DeviceMemoryError: If the device has no memory for the smallest step.
     """
-    passages = prompts[0].passages
-    most = shortlist_tokens(plan.budget) if tokens is None else tokens
-    shortlists = [_shortlist(paid, passages, most) for paid in attention]
+    most = [shortlist_tokens(plan.budget) for plan in plans] if tokens is None else tokens
+    shortlists = [
+        _shortlist(paid, prompt.passages, room) for paid, prompt, room in zip(attention, prompts, most, strict=True)
+    ]
     shorter = [
-        replace(prompt, passages=[passages[i] for i in shortlist])
+        replace(prompt, passages=[prompt.passages[i] for i in shortlist])
         for prompt, shortlist in zip(prompts, shortlists, strict=True)
     ]
-    starts = [0, *accumulate(map(len, passages))]
-    plans = [replace(plan, chunk_size=steps.chunk_size)] * len(prompts)  # less where memory ran out
     prefilled = []
-    for paid, shortlist, found in zip(
-        attention, shortlists, prefill_batched(model, shorter, plans, rotation, ahead=ahead), strict=True
+    for prompt, paid, shortlist, found in zip(
+        prompts, attention, shortlists, prefill_batched(model, shorter, plans, rotation, ahead=ahead), strict=True
     ):
+        starts = [0, *accumulate(map(len, prompt.passages))]
         positions = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in shortlist])
         found.cache.kept = positions[found.cache.kept]
         paid = paid.index_copy(0, torch.tensor(shortlist), found.attention)
-        prefilled.append(Prefilled(found.cache, paid, steps))
+        prefilled.append(Prefilled(found.cache, paid, found.steps))
     return prefilled
 
 
@@ -96,26 +97,52 @@ def _shortlist(attention: torch.Tensor, passages: Sequence[Sequence[int]], token
 @torch.inference_mode()
 def prefill_best(
     model: PreTrainedModel,
-    prompt: Prompt,
-    attention: torch.Tensor,
-    plan: PrefillPlan,
-    steps: Steps,
+    prompts: Sequence[Prompt],
+    attention: Sequence[torch.Tensor],
+    plans: Sequence[PrefillPlan],
     *,
     ahead: bool = False,
-) -> Prefilled:
-    """Reads the best passages that fit into the budget, and them alone, as a re-prefill does.
+) -> list[Prefilled]:
+    """Reads for each of several questions the best passages that fit into its budget, and them alone.
 
     Args:
         model: A model that runs Finch's attention.
-        prompt: Prefix, passages and question as token ids.
-        attention: What the question pays to each passage, on the CPU, float32, shape [passages].
-        plan: Budget and cutoff.
-        steps: Of what ranked them.
-        ahead: See `finch_rag.prefill.loop.prefill`.
+        prompts: One a question: prefix, passages and question as token ids.
+        attention: What each question pays to each of its passages, on the CPU, float32, each of shape [passages].
+        plans: One a question.
+        ahead: Of a question that is read for alone: leave the last tokens to the pass that comes next, see
+            `finch_rag.prefill.loop.prefill`.
+
+    Returns:
+        What was read, for each question; nothing where a plan only ranks.
 
     Raises:
         DeviceMemoryError: If the device has no memory for them.
     """
+    device = input_embedding(model).device
+    prefilled: list[Prefilled] = []
+    batch: list[tuple[CompressedCache, torch.Tensor]] = []
+    for prompt, paid, plan in zip(prompts, attention, plans, strict=True):
+        steps = Steps(0, plan.chunk_size, 0)
+        if plan.ranks_only:
+            prefilled.append(Prefilled(CompressedCache(0, 0), paid, steps))
+            continue
+        chosen = _best(prompt, paid, plan)
+        document = [token for passage in prompt.passages for token in passage]
+        tokens = on_device([*prompt.prefix, *(document[place] for place in chosen.tolist())], device)
+        cache = CompressedCache(int(model.config.num_hidden_layers), len(tokens))
+        cache.prefix, cache.kept = len(prompt.prefix), chosen[None]
+        prefilled.append(Prefilled(cache, paid, steps))
+        batch.append((cache, tokens))
+    if len(batch) == 1:
+        forward_in_chunks(model, batch[0][1], batch[0][0], plans[0].chunk_size, ahead=ahead)
+    elif batch:
+        _side_by_side(model, batch, min(plan.chunk_size for plan in plans))
+    return prefilled
+
+
+def _best(prompt: Prompt, attention: torch.Tensor, plan: PrefillPlan) -> torch.Tensor:
+    """Document positions of the best passages, in the order in which they are read."""
     lengths = torch.tensor([len(passage) for passage in prompt.passages])
     passage_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     everything = torch.arange(len(passage_of))
@@ -123,11 +150,22 @@ def prefill_best(
     if not len(chosen):  # the best passage is longer than the budget: its beginning
         best = int(attention.argmax())
         start = int(lengths[:best].sum())
-        chosen = torch.arange(start, start + plan.budget)
-    document = [token for passage in prompt.passages for token in passage]
-    device = input_embedding(model).device
-    tokens = on_device([*prompt.prefix, *(document[place] for place in chosen.tolist())], device)
-    cache = CompressedCache(int(model.config.num_hidden_layers), len(tokens))
-    cache.prefix, cache.kept = len(prompt.prefix), chosen[None]
-    forward_in_chunks(model, tokens, cache, plan.chunk_size, ahead=ahead)
-    return Prefilled(cache, attention, steps)
+        return torch.arange(start, start + plan.budget)
+    return chosen.sort().values if plan.in_order else chosen
+
+
+def _side_by_side(
+    model: PreTrainedModel, batch: Sequence[tuple[CompressedCache, torch.Tensor]], chunk_size: int
+) -> None:
+    """Reads tokens into caches of their own, as many in a pass as fit into one step."""
+    for group in token_groups([len(tokens) for _, tokens in batch], chunk_size):
+        members = batch[group.start : group.stop]
+        if len(members) > 1:
+            try:
+                forward_varlen(model, [VarlenSequence.onto(cache, tokens) for cache, tokens in members])
+                continue
+            except DeviceMemoryError:  # one by one it takes less
+                for cache, _ in members:
+                    cache.crop_to(0)
+        for cache, tokens in members:
+            forward_in_chunks(model, tokens, cache, chunk_size)

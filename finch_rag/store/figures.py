@@ -15,11 +15,13 @@ class Added(NamedTuple):
         hashes: Of the passages' token ids, in their order; empty for passages without text.
         known_tokens: Tokens of passages that had been read before.
         read_tokens: Tokens of passages that were read now.
+        read: Hashes of the passages that were read now.
     """
 
     hashes: list[str]
     known_tokens: int
     read_tokens: int
+    read: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

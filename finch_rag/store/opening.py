@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, get_args
+from typing import TYPE_CHECKING, Protocol, TypedDict, get_args
 
 from ..errors import SettingsError, StoreError
-from ..heads.pairs import check_heads, heads_by_layer
+from ..heads.pairs import AloneHeads, check_alone_heads, heads_by_layer
 from ..prefill.alone import AloneReader
 from ..prefill.planning import RetrievalHeads
 from ..prompts.builder import PromptBuilder
-from ..prompts.passages import Passage
 from .reading import Precision
 from .store import PassageStore
 
@@ -32,7 +31,7 @@ class StoreOptions(TypedDict, total=False):
     max_bytes: int | None
     precision: Precision
     read_only: bool
-    heads: Literal["auto"] | Sequence[tuple[int, int]]
+    heads: AloneHeads
 
 
 class StoreModel(Protocol):
@@ -46,8 +45,11 @@ class StoreModel(Protocol):
     def fingerprint(self) -> str:
         """Identifies the model."""
 
-    def alone_heads(self, on_progress: HeadsProgress) -> RetrievalHeads:
-        """The heads that rank passages that were read alone."""
+    def alone_reader(self, on_progress: HeadsProgress) -> AloneReader:
+        """What reads passages alone, with the model's heads for that."""
+
+    def reader_with(self, heads: RetrievalHeads) -> AloneReader:
+        """What reads passages alone, with some heads."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
@@ -80,7 +82,7 @@ class OpenStores:
         max_bytes: int | None = None,
         precision: Precision = "bfloat16",
         read_only: bool = False,
-        heads: Literal["auto"] | Sequence[tuple[int, int]] = "auto",
+        heads: AloneHeads = "auto",
         on_progress: HeadsProgress = no_progress,
     ) -> PassageStore:
         """See `finch_rag.Finch.open_store`.
@@ -104,16 +106,10 @@ class OpenStores:
         if path is not None and not isinstance(path, (str, Path)):
             raise SettingsError(f"path is {type(path).__name__}: pass a folder, or None for a store in memory")
         model = self._model
-        if isinstance(heads, str):
-            if heads != "auto":
-                raise SettingsError(f'heads is {heads!r}: a store needs "auto" or a list of (layer, head) pairs')
-            chosen = model.alone_heads(on_progress)
-        else:
-            check_heads(heads, model.model.config, SettingsError)
-            chosen = heads_by_layer(heads)
-        prefix = model.prompts.build("x", [Passage("x")]).prefix  # Finch's own, so that keys hold for every call
+        check_alone_heads(heads, model.model.config, SettingsError)
+        reader = model.alone_reader(on_progress) if isinstance(heads, str) else model.reader_with(heads_by_layer(heads))
         store = PassageStore(
-            AloneReader(model.model, prefix, chosen),
+            reader,
             model.prompts,
             model=model.fingerprint,
             window=model.window,

@@ -10,15 +10,13 @@ from typing import Literal
 
 import torch
 
-from ..errors import DeviceMemoryError, InputError
-from ..prefill.alone import AloneReader, token_groups
+from ..errors import InputError
+from ..prefill.alone import AloneReader, token_groups, tokens_per_pass
 from ..prefill.head_keys import quantised
 from ..prompts.passages import Passage
 from .segments import Keys, joined
 
 Precision = Literal["bfloat16", "int8"]
-
-_TOKENS_PER_PASS = {"cuda": 16384, "cpu": 1024}
 
 
 def hash_of(tokens: Sequence[int]) -> str:
@@ -49,23 +47,11 @@ def read_keys(
     """
     lengths = [len(tokens) for tokens in passages]
     parts: list[Keys] = []
-    for group in token_groups(lengths, _TOKENS_PER_PASS.get(reader.device.type, 4096)):
-        parts += _in_one_pass(reader, passages[group.start : group.stop], precision)
+    for group in token_groups(lengths, tokens_per_pass(reader.device.type)):
+        for keys in reader.encode_in_parts(passages[group.start : group.stop]):
+            parts.append(Keys(*quantised(keys)) if precision == "int8" else Keys(keys.to(torch.bfloat16), None))
         on_progress(sum(lengths[group.start : group.stop]))
     return joined(parts)
-
-
-def _in_one_pass(reader: AloneReader, passages: Sequence[Sequence[int]], precision: Precision) -> list[Keys]:
-    """Head keys of passages, in halves from where the device's memory runs out."""
-    try:
-        keys = reader.encode(passages)
-    except DeviceMemoryError:
-        if len(passages) == 1:
-            raise
-        middle = len(passages) // 2
-        halves = passages[:middle], passages[middle:]
-        return [keys for half in halves for keys in _in_one_pass(reader, half, precision)]
-    return [Keys(*quantised(keys)) if precision == "int8" else Keys(keys.to(torch.bfloat16), None)]
 
 
 def check_ids(passages: Sequence[Passage], hashes: Sequence[str]) -> None:

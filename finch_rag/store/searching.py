@@ -11,8 +11,7 @@ from ..prefill.alone import NEUTRAL, AloneReader, Asked
 from ..prefill.head_keys import KeyBlock, attention_on
 from ..prompts.builder import PromptBuilder
 from .index import Reading
-from .segments import Keys
-from .storage import Blocks, Storage, part_of
+from .storage import Blocks, Storage
 
 
 class Search:
@@ -38,64 +37,69 @@ class Search:
             InputError: If the question does not fit behind the longest passage.
             NumericsError: If the model computes NaN.
         """
-        return self._attention(question, list(self._storage.blocks(self._reader.device).values()))
+        blocks = list(self._storage.blocks(self._reader.device).values())
+        readings, looked_at = [reading for found, _ in blocks for reading in found], [block for _, block in blocks]
+        return readings, self._attention([(question, readings, looked_at)])[0]
 
-    def some(self, question: str, hashes: Sequence[str]) -> torch.Tensor:
-        """What a question pays to some readings, as if there were no others.
+    def some(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[torch.Tensor]:
+        """What questions pay to some readings each, as if there were no others.
 
         Args:
-            question: The question.
-            hashes: Of the readings; 0 for an empty one.
+            asked: Questions, each with the hashes of its readings; 0 for an empty one.
 
         Returns:
-            On the CPU, float32, shape [hashes].
+            For each on the CPU, float32, shape [hashes].
 
         Raises:
             InputError: See `everything`.
             NumericsError: See `everything`.
             StoreError: If one of them is not there any more.
         """
-        wanted = {key for key in hashes if key}
-        chosen = list(_only(self._storage.blocks(self._reader.device), wanted))
-        found = {reading.hash for readings, _ in chosen for reading in readings}
-        if missing := wanted - found:
-            raise StoreError(f"{len(missing)} passages are not in the store any more: add them again")
-        readings, attention = self._attention(question, chosen)
-        by_hash = dict(zip((reading.hash for reading in readings), attention.tolist(), strict=True))
-        return torch.tensor([by_hash[key] if key else 0.0 for key in hashes])
+        blocks = self._storage.blocks(self._reader.device)
+        looks = []
+        for question, hashes in asked:
+            wanted = {key for key in hashes if key}
+            chosen = list(_only(blocks, wanted))
+            readings = [reading for found, _ in chosen for reading in found]
+            if missing := wanted - {reading.hash for reading in readings}:
+                raise StoreError(f"{len(missing)} passages are not in the store any more: add them again")
+            looks.append((question, readings, [block for _, block in chosen]))
+        paid = []
+        for (_, hashes), (_, readings, _), attention in zip(asked, looks, self._attention(looks), strict=True):
+            by_hash = dict(zip((reading.hash for reading in readings), attention.tolist(), strict=True))
+            paid.append(torch.tensor([by_hash[key] if key else 0.0 for key in hashes]))
+        return paid
 
-    def _attention(
-        self, question: str, blocks: Sequence[tuple[list[Reading], KeyBlock]]
-    ) -> tuple[list[Reading], torch.Tensor]:
-        readings = [reading for found, _ in blocks for reading in found]
-        if not readings:
-            return [], torch.zeros(0)
-        asked = Asked.by(self._prompts, question)
-        longest = max(reading.tokens for reading in readings)
-        room = self._window - len(self._reader.prefix) - longest
-        if len(asked.tokens) > room:
-            raise InputError(
-                f"the question has {len(asked.tokens)} tokens, and behind the longest passage the model's window "
-                f"has room for {room}: shorten it, or split the passages"
-            )
-        look = self._reader.look(asked, Asked.by(self._prompts, NEUTRAL), longest)
-        attention = attention_on(look, (block for _, block in blocks))
-        if attention.isnan().any():
-            raise NumericsError("the model's attention is NaN: use dtype float32 or bfloat16, and check its weights")
-        return readings, attention
+    def _attention(self, asked: Sequence[tuple[str, Sequence[Reading], Sequence[KeyBlock]]]) -> list[torch.Tensor]:
+        """What questions pay to their readings, all of whose blocks each looks at."""
+        longest = [max((reading.tokens for reading in readings), default=0) for _, readings, _ in asked]
+        questions = [Asked.by(self._prompts, question) for question, _, _ in asked]
+        for question, behind in zip(questions, longest, strict=True):
+            if len(question.tokens) > (room := self._window - len(self._reader.prefix) - behind):
+                raise InputError(
+                    f"the question has {len(question.tokens)} tokens, and behind the longest passage the model's "
+                    f"window has room for {room}: shorten it, or split the passages"
+                )
+        looking = [number for number, tokens in enumerate(longest) if tokens]
+        attention = [torch.zeros(0)] * len(asked)
+        if not looking:
+            return attention
+        looks = self._reader.look_together(
+            [questions[number] for number in looking],
+            Asked.by(self._prompts, NEUTRAL),
+            [longest[number] for number in looking],
+        )
+        for number, look in zip(looking, looks, strict=True):
+            attention[number] = attention_on(look, asked[number][2])
+            if attention[number].isnan().any():
+                raise NumericsError(
+                    "the model's attention is NaN: use dtype float32 or bfloat16, and check its weights"
+                )
+        return attention
 
 
 def _only(blocks: Blocks, wanted: set[str]) -> Iterator[tuple[list[Reading], KeyBlock]]:
     """The parts of blocks that hold some readings."""
     for readings, block in blocks.values():
-        chosen = [reading for reading in readings if reading.hash in wanted]
-        if len(chosen) == len(readings):
-            yield readings, block
-        elif chosen:
-            starts, start = {}, 0
-            for reading, length in zip(readings, block.lengths, strict=True):
-                starts[reading.hash] = start
-                start += length
-            here = [Reading(r.hash, r.segment, starts[r.hash], r.tokens) for r in chosen]
-            keys = part_of(Keys(block.keys, block.scales), here)
-            yield chosen, KeyBlock(keys.keys, keys.scales, [reading.tokens for reading in chosen])
+        if places := [place for place, reading in enumerate(readings) if reading.hash in wanted]:
+            yield [readings[place] for place in places], block.of(places)

@@ -12,6 +12,7 @@ import torch
 from ..answer import Citation
 from ..errors import InputError, StoreError
 from ..prefill.alone import AloneReader, token_groups
+from ..prefill.planning import RetrievalHeads
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage, as_passages
 from .figures import Added, Retrieved, Shortlist, StoreInfo
@@ -84,6 +85,11 @@ class PassageStore:
     def heads(self) -> tuple[tuple[int, int], ...]:
         """The retrieval heads as (layer, head) pairs."""
         return tuple((layer, head) for layer, heads in sorted(self._reader.heads.items()) for head in sorted(heads))
+
+    @property
+    def heads_by_layer(self) -> RetrievalHeads:
+        """The same by layer."""
+        return self._reader.heads
 
     def __len__(self) -> int:
         return self._index.count()
@@ -184,7 +190,7 @@ class PassageStore:
                 )
             self._storage.use(tokens)
         total, read = sum(tokens.values()), sum(map(len, new.values()))
-        return Added(hashes, total - read, read)
+        return Added(hashes, total - read, read, frozenset(new))
 
     def _check_lengths(self, passages: Sequence[Passage], encoded: Sequence[Sequence[int]]) -> None:
         room = self._window - 2 * len(self._reader.prefix)
@@ -319,20 +325,28 @@ class PassageStore:
         )
 
     def attention_to(self, question: str, hashes: Sequence[str]) -> torch.Tensor:
-        """What a question pays to some passages, as if there were no others.
+        """What a question pays to some passages, see `attention_to_many`.
 
         Args:
             question: The question.
-            hashes: Of the passages, as `Added` has them; 0 for an empty one.
+            hashes: Of the passages.
+        """
+        return self.attention_to_many([(question, hashes)])[0]
+
+    def attention_to_many(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[torch.Tensor]:
+        """What questions pay to passages of their own, as if there were no others.
+
+        Args:
+            asked: Questions, each with the hashes of its passages, as `Added` has them; 0 for an empty one.
 
         Returns:
-            On the CPU, float32, shape [hashes].
+            For each on the CPU, float32, shape [hashes].
 
         Raises:
             StoreError: If one of them is not there any more.
         """
         with self._lock:
-            return self._search.some(question, hashes)
+            return self._search.some(asked)
 
     def _everything(self, question: str) -> tuple[list[Reading], torch.Tensor]:
         with self._lock:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finch_rag import Finch, FinchError, InputError, Passage, SettingsError
-from finch_rag.adapters import INSTRUCTIONS, ChunkSize, Selection, check_options
+from finch_rag.adapters import INSTRUCTIONS, ChunkSize, Selection, Strategy, check_options
 
 from ._convert import NO_DOCUMENTS, passages_of
 from ._engines import EngineSource
@@ -28,6 +28,11 @@ _HOW = ("stream",)  # options of a call that say how LangChain runs it, not what
 # Tokens of an answer whose form is asked for, where nobody says how many: JSON that is cut off is no JSON. A smaller
 # part of the window where that has no room for them.
 _FORMED_TOKENS, _FORMED_PART = 512, 4
+# What an answer of a given engine depends on.
+_ENGINE_SETTINGS = (
+    *("alone_heads", "budget", "chunk_size", "heads", "instructions", "max_new_tokens", "reread", "selection"),
+    *("strategy", "system_prompt"),
+)
 # Standard parameters of LangChain that concern a server, which a local model has none of.
 _OF_SERVERS = ("api_key", "base_url", "max_retries", "timeout")
 
@@ -39,6 +44,7 @@ class CallSettings(BaseModel):
 
     budget: int | None = Field(default=None, description="Document tokens kept per layer.")
     chunk_size: ChunkSize = Field(default=None, description='Document tokens scanned per step; "auto" chooses.')
+    strategy: Strategy | None = Field(default=None, description='How passages are ranked; "auto" chooses.')
     selection: Selection | None = Field(default=None, description='What is kept: "passage" (whole ones) or "token".')
     reread: bool | None = Field(default=None, description="Whether kept passages are prefilled again at the end.")
     instructions: str | None = Field(default=None, description="Read before the passages.")
@@ -56,7 +62,7 @@ class CallSettings(BaseModel):
     )
     store: StoreField = Field(default=None, description="Keeps what is read, so that it is read once for all calls.")
     shortlist_tokens: int | None = Field(
-        default=None, description="With a store, the most tokens of its best passages that are scanned; 0 for none."
+        default=None, description="The most tokens of the best passages that the loop then scans; 0 for none."
     )
 
 
@@ -162,10 +168,9 @@ class FinchSettings(StoreHolder, CallSettings):
         if "store" in identity:
             identity["store"] = store_identity(self.store)
         if (engine := self._source.given) is not None:  # its settings hold where the model has none
-            names = ("budget", "chunk_size", "selection", "reread", "max_new_tokens", "instructions", "system_prompt")
-            own = {name: getattr(engine, name) for name in names}
+            own = {name: getattr(engine, name) for name in _ENGINE_SETTINGS}
             own |= {"store": store_identity(engine.settings.store), "shortlist": engine.settings.shortlist_tokens}
-            identity["engine"] = {"fingerprint": engine.fingerprint, "heads": engine.heads, **own}
+            identity["engine"] = {"fingerprint": engine.fingerprint, **own}
         return identity
 
     def _differing(self, names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,6 @@ from llama_index.llms.finch import FinchLLM, FinchRerank, FinchRetriever, FinchS
 
 from finch_rag import Finch, InputError, Passage, PassageStore, SettingsError, StoreError
 from finch_rag.prompts.parsing import ParsedPrompt
-from finch_rag.runtime import Runtime
 from tests.small import texts
 
 HEADS = {0: (1,), 1: (2,)}
@@ -60,7 +59,7 @@ THIRD_QUESTION = "which river feeds the mill?"
 @pytest.fixture(autouse=True)
 def heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of random weights have no heads that find passages."""
-    monkeypatch.setattr(Runtime, "alone_heads", lambda *_: HEADS)
+    monkeypatch.setattr("finch_rag.runtime.resolve_alone_heads", lambda *_: HEADS)
 
 
 @pytest.fixture

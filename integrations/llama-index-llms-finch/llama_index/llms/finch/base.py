@@ -29,6 +29,7 @@ from finch_rag.adapters import (
     Render,
     Selection,
     StorePlace,
+    Strategy,
     check_options,
     shared_engine,
 )
@@ -69,6 +70,8 @@ class FinchLLM(StoringLLM):
         max_new_tokens: The most tokens of an answer; a given engine's own when None, else 256.
         budget: Document tokens kept per layer; derived from the window when None.
         chunk_size: Document tokens scanned per step; "auto" or None derives it from device, memory, model and window.
+        strategy: How passages are ranked: "auto", "loop" or "independent", see `finch_rag.Finch`; a given engine's own
+            when None.
         selection: "passage" keeps whole passages, "token" single tokens; a given engine's own when None.
         max_context_tokens: What Finch reads in one call; LlamaIndex packs nodes by it.
         context_window: What LlamaIndex packs nodes by instead; several calls where they have more tokens.
@@ -78,7 +81,7 @@ class FinchLLM(StoringLLM):
         repetition_penalty: Above 1, makes tokens less likely that the answer has already.
         store: Where passages are kept that were read, so that each is read once for all questions: a folder, True for
             memory, or an open `PassageStore`; False for none; a given engine's own when None.
-        shortlist_tokens: With a store, the most tokens of its best passages that are scanned; see `finch_rag.Finch`.
+        shortlist_tokens: The most tokens of the best passages that the loop then scans; see `finch_rag.Finch`.
         generate_kwargs: do_sample, temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens of each call.
         model_kwargs: Handed to transformers' ``from_pretrained``.
         tokenizer_kwargs: The same for the tokenizer.
@@ -102,6 +105,7 @@ class FinchLLM(StoringLLM):
     max_new_tokens: int = Field(default=DEFAULT_NUM_OUTPUTS, description="The most tokens of an answer.")
     budget: int | None = Field(default=None, description="Document tokens kept per layer.")
     chunk_size: ChunkSize = Field(default=None, description='Document tokens read per step; "auto" chooses.')
+    strategy: str | None = Field(default=None, description='"auto", "loop" or "independent".')
     selection: str = Field(default="passage", description='"passage" or "token".')
     max_context_tokens: int = Field(default=1_000_000, description="Document tokens that one call reads.", gt=0)
     context_window: int | None = Field(default=None, description="What LlamaIndex packs nodes by.", gt=0)
@@ -130,6 +134,7 @@ class FinchLLM(StoringLLM):
         max_new_tokens: int | None = None,
         budget: int | None = None,
         chunk_size: ChunkSize = None,
+        strategy: Strategy | None = None,
         selection: Selection | None = None,
         max_context_tokens: int = 1_000_000,
         context_window: int | None = None,
@@ -164,6 +169,7 @@ class FinchLLM(StoringLLM):
                 "max_new_tokens": max_new_tokens,
                 "budget": budget,
                 "chunk_size": chunk_size,
+                "strategy": "auto" if strategy is None else strategy,
                 "selection": selection,
                 "max_context_tokens": max_context_tokens,
                 "instructions": instructions,
@@ -196,6 +202,7 @@ class FinchLLM(StoringLLM):
             max_new_tokens=max_new_tokens,
             budget=budget,
             chunk_size=chunk_size,
+            strategy=strategy,
             selection=selection,
             max_context_tokens=max_context_tokens,
             context_window=context_window,

@@ -91,6 +91,7 @@ def call_options(llm: FinchLLM, call: Mapping[str, Any]) -> dict[str, Any]:
         "selection",
         "shortlist_tokens",
         "stop",
+        "strategy",
         "strict",
     )
     own = {name: getattr(llm, name) for name in names}

@@ -20,7 +20,7 @@ class StoringLLM(PromptedLLM):
     """An LLM with a store for the passages that it has read."""
 
     store: str | bool | None = Field(default=None, description="Folder of passages read once; True for memory.")
-    shortlist_tokens: int | None = Field(default=None, description="Tokens of the best passages that are scanned.")
+    shortlist_tokens: int | None = Field(default=None, description="Tokens of the best passages that the loop scans.")
 
     _is_given: bool = PrivateAttr(default=False)  # the engine; else it can be loaded again
     _given_store: PassageStore | None = PrivateAttr(default=None)  # an open one, in place of a folder
