@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Finch(EngineAttributes):
-    """Reads any number of passages in one chunked prefill and answers from a small cache.
+    """Reads any number of passages and answers from a small cache.
 
     Safe to share between threads: a call keeps nothing in the engine.
 
@@ -270,10 +270,10 @@ class Finch(EngineAttributes):
     ) -> list[Answer]:
         """Answers several questions, faster than one by one.
 
-        The answers are written side by side, and short lists of passages are read side by side, with the same outcome
-        as one by one, up to rounding. A long list that all questions share is read once for all of them, and each
-        question then reads the part of it that got most of its attention, see `finch_rag.prefill.shared`. For exactly
-        what `ask` reads, pass ``[passages] * len(questions)``.
+        Each passage of all lists is read once, and the answers are written side by side, with the same outcome as one
+        by one, up to rounding. By ``strategy="loop"`` short lists are read side by side; a long one that all questions
+        share is scanned once for all of them, and each then scans the part that got most of its attention, see
+        `finch_rag.prefill.shared`; for exactly what `ask` reads, pass ``[passages] * len(questions)``.
 
         Args:
             questions: The questions.

@@ -19,7 +19,7 @@ ROOMS = {
     "jsonl": "JSON lines",
     "prompts": "messages, passages and question as token ids; flat prompts of frameworks taken apart",
     "models": "loading, attention that can be observed, re-rotation, the cache, forward passes",
-    "prefill": "the loop: scan a chunk under the question, evict, go on; re-prefill",
+    "prefill": "which passages matter: each read alone, or the loop (scan a chunk, evict, go on); re-prefill",
     "heads": "which attention heads find passages",
     "decode": "sampling, JSON by a schema, text deltas, CUDA graphs, fused kernels",
     "answer": "answer, citations, figures",

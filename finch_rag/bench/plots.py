@@ -37,10 +37,14 @@ _STYLES = {
     "refine": ("#009E73", "v"),
     "map-reduce": ("#009E73", "<"),
     "finch-scan": ("#E69F00", "h"),
+    "finch-loop": ("#E69F00", "X"),
+    "finch-store": ("#009E73", "d"),
+    "finch-store-best": ("#0072B2", "p"),
 }
 _OTHERS = (("#56B4E9", "X"), ("#E69F00", "p"), ("#CC79A7", ">"), ("#0072B2", "d"))  # for peers, in their order
 _GREY = "#555555"
 _MOST_TICKS = 7
+_QUESTIONS = (1, 2, 4, 8, 16, 32, 64)  # over the same passages, one after another
 _ASIDE = 0.012  # of the axis, so that the intervals at one place do not hide each other
 
 
@@ -109,6 +113,9 @@ def plot_positions(summary: Mapping[str, Any], file: Path) -> None:
 def plot_speed(summary: Mapping[str, Any], file: Path) -> None:
     """Draws seconds to the first token, and memory, against the length of the passages.
 
+    Where a store was measured, also how long several questions over the same passages wait: what the store took to read
+    them before the first one counts there.
+
     Args:
         summary: What the JSON line of `finch_rag.bench.speed` holds.
         file: Where to store the figure.
@@ -118,24 +125,41 @@ def plot_speed(summary: Mapping[str, Any], file: Path) -> None:
         if "skipped" not in row:
             rows.setdefault(row["method"], []).append(row)
     title = f"{summary['model']}, {summary['device']}, budget {summary['budget']:,}, medians of {summary['repeats']}"
-    figure, axes = _figure(2, title, share_y=False)
+    repeated = any("add_seconds" in row for of_method in rows.values() for row in of_method)
+    figure, axes = _figure(3 if repeated else 2, title, share_y=False)
     panels = {"first_token_seconds": "seconds to the first token", "peak_mib": "peak memory beyond the model (MiB)"}
     lengths = [row["tokens"] for of_method in rows.values() for row in of_method]
-    for (name, heading), axis in zip(panels.items(), axes, strict=True):
-        axis.set_title(heading, loc="left")
-        axis.set_xlabel("passage tokens")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        _label_powers_of_two(axis, lengths)
-        for method, (colour, mark) in _styles(rows).items():
+    for (name, heading), axis in zip(panels.items(), axes, strict=False):
+        _log_axes(axis, heading, "passage tokens", lengths)
+        for method, style in _styles(rows).items():
             of_method = sorted(rows[method], key=lambda row: int(row["tokens"]))
-            places, values = [row["tokens"] for row in of_method], [row[name] for row in of_method]
-            width, front = (2.4, 3) if method == "finch" else (1.4, 2)
-            axis.plot(places, values, label=method, color=colour, marker=mark, linewidth=width, zorder=front)
+            _line(axis, method, style, [row["tokens"] for row in of_method], [row[name] for row in of_method])
+    if repeated:
+        longest = max(lengths)
+        _log_axes(axes[-1], "seconds until all have begun", f"questions over {longest:,} tokens", _QUESTIONS)
+        for method, style in _styles(rows).items():
+            for row in rows[method]:
+                if row["tokens"] == longest:
+                    first, reading = row["first_token_seconds"], row.get("add_seconds", 0.0)
+                    _line(axes[-1], method, style, _QUESTIONS, [reading + n * first for n in _QUESTIONS])
     _store(figure, axes, file)
+
+
+def _log_axes(axis: Axes, title: str, label: str, places: Sequence[float]) -> None:
+    axis.set_title(title, loc="left")
+    axis.set_xlabel(label)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    _label_powers_of_two(axis, places)
+
+
+def _line(axis: Axes, method: str, style: tuple[str, str], places: Sequence[float], values: Sequence[float]) -> None:
+    colour, mark = style
+    width, front = (2.4, 3) if method == "finch" else (1.4, 2)
+    axis.plot(places, values, label=method, color=colour, marker=mark, linewidth=width, zorder=front)
 
 
 def _method(label: str) -> str:
