@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .models.cache import CompressedCache
+from .models.kept_cache import KeptCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ class Answer:
         }
 
 
-def citations(cache: CompressedCache, kept_only: bool = False) -> list[Citation]:
+def citations(cache: KeptCache, kept_only: bool = False) -> list[Citation]:
     """The passages that were read into a cache, by falling share of the question's attention; no older turns.
 
     Args:
@@ -167,7 +167,7 @@ def citations(cache: CompressedCache, kept_only: bool = False) -> list[Citation]
     return sorted(cited, key=lambda citation: -citation.share)
 
 
-def report(cache: CompressedCache, question_tokens: int) -> CompressionReport:
+def report(cache: KeptCache, question_tokens: int) -> CompressionReport:
     """What reading into a cache took; decoding adds its own figures.
 
     Args:
@@ -203,7 +203,7 @@ def report(cache: CompressedCache, question_tokens: int) -> CompressionReport:
     )
 
 
-def _kept_by_passage(cache: CompressedCache) -> list[int]:
+def _kept_by_passage(cache: KeptCache) -> list[int]:
     """Tokens kept of each passage; where layers differ, their mean, rounded up so that none kept means none."""
     lengths = torch.tensor(cache.document.passage_tokens, dtype=torch.long)
     passage = torch.bucketize(cache.kept, lengths.cumsum(0), right=True)  # [layers or 1, kept]

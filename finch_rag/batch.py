@@ -10,13 +10,14 @@ from typing import Any
 from .answer import Answer, citations, report
 from .decode.generation import decode_many
 from .errors import InputError
-from .models.cache import CompressedCache
+from .models.kept_cache import KeptCache
 from .prefill.batched import prefill_batched
 from .prefill.planning import PrefillPlan
 from .prefill.shared import scan_shared, shares_scan
 from .prefill.shortlists import prefill_shortlists
 from .prompts.passages import Passage, as_passages
 from .reading import planned, rank, read_ranked, remember
+from .reading import read as read_alone
 from .request import Cancellation, Request
 from .resolving import resolve, with_store
 from .runtime import Runtime
@@ -91,14 +92,14 @@ def answer_together(runtime: Runtime, requests: Sequence[Request], *, shared: bo
     return [answers[number] for number in range(len(requests))]
 
 
-Read = Callable[[range], list[CompressedCache]]  # reads for a group of requests
+Read = Callable[[range], list[KeptCache]]  # reads for a group of requests
 
 
 def _alone_reader(runtime: Runtime, requests: Sequence[Request], plans: Sequence[PrefillPlan], shared: bool) -> Read:
     """Each passage of all requests is read now, once."""
     rankings = rank(runtime, requests)
 
-    def read(group: range) -> list[CompressedCache]:
+    def read(group: range) -> list[KeptCache]:
         own = slice(group.start, group.stop)
         return read_ranked(runtime, requests[own], plans[own], rankings[own])
 
@@ -107,6 +108,8 @@ def _alone_reader(runtime: Runtime, requests: Sequence[Request], plans: Sequence
 
 def _loop_reader(runtime: Runtime, requests: Sequence[Request], plans: Sequence[PrefillPlan], shared: bool) -> Read:
     """A long list that all requests share is scanned now."""
+    if runtime.no_loop:
+        return lambda group: [read_alone(runtime, requests[number]) for number in group]
     lengths = requests[0].passage_tokens
     smallest = min(plan.budget for plan in plans), min(plan.chunk_size for plan in plans)
     plan = replace(plans[0], budget=smallest[0], chunk_size=smallest[1])  # fits each of them
@@ -119,7 +122,7 @@ def _loop_reader(runtime: Runtime, requests: Sequence[Request], plans: Sequence[
     for request in requests:
         ends.append(ends[-1] + sum(request.passage_tokens))
 
-    def read(group: range) -> list[CompressedCache]:
+    def read(group: range) -> list[KeptCache]:
         members = [requests[number] for number in group]
         own_plans = [plans[number] for number in group]
         tell = members[0].on_step("prefill")
@@ -147,7 +150,7 @@ def _shared_reader(runtime: Runtime, requests: Sequence[Request], plan: PrefillP
     scan_seconds = (time.perf_counter() - start) / len(requests)
     shortlist_plan = replace(plan, chunk_size=scan.steps.chunk_size)  # less where memory ran out
 
-    def read(group: range) -> list[CompressedCache]:
+    def read(group: range) -> list[KeptCache]:
         start = time.perf_counter()
         prefilled = prefill_shortlists(
             runtime.model,
@@ -165,7 +168,7 @@ def _shared_reader(runtime: Runtime, requests: Sequence[Request], plan: PrefillP
     return read
 
 
-def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[CompressedCache]) -> Iterator[Answer]:
+def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[KeptCache]) -> Iterator[Answer]:
     prompts = [request.answer_prompt for request in requests]
     cited = [citations(cache, kept_only=True) for cache in caches]
     reports = [

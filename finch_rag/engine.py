@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from .answer import Answer, Citation, citations
 from .attributes import EngineAttributes
 from .batch import answer_together, requests_of
-from .errors import SettingsError
+from .errors import InputError, SettingsError
 from .fitting import WindowRoom
 from .heads.pairs import AloneHeads, Heads, check_alone_heads, check_heads
 from .models.cache import CompressedCache
@@ -346,9 +346,15 @@ class Finch(EngineAttributes):
             question: Decides what is kept.
             passages: See `ask`.
             options: What differs from the engine's settings for this call.
+
+        Raises:
+            InputError: Also if Finch cannot move the model's keys.
         """
         chosen, settings = with_store(self.runtime, question, as_passages(passages), self.settings.updated(options))
-        return read(self.runtime, resolve(self.runtime, question, chosen, settings)).fork(0)
+        cache = read(self.runtime, resolve(self.runtime, question, chosen, settings)).fork(0)
+        if not isinstance(cache, CompressedCache):
+            raise InputError(f"{self.name} keeps passages in a cache of its own ({self.runtime.no_loop}): use ask")
+        return cache
 
     def ask_cached(
         self, cache: CompressedCache, question: str | None = None, **options: Unpack[SamplingOptions]

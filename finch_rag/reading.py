@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from .errors import InputError, NumericsError
-from .models.cache import CompressedCache
 from .models.cached_document import CachedDocument, ReadingFigures
 from .models.inspection import input_embedding
+from .models.kept_cache import KeptCache
 from .prefill.alone import NEUTRAL, Asked
 from .prefill.independent import AloneQuestion, rank_independently
 from .prefill.loop import prefill
@@ -61,7 +61,7 @@ def planned(runtime: Runtime, request: Request) -> PrefillPlan:
     return replace(request.plan, heads=runtime.retrieval_heads(request.on_progress, request.cancellation))
 
 
-def read(runtime: Runtime, request: Request, *, ahead: bool = False) -> CompressedCache:
+def read(runtime: Runtime, request: Request, *, ahead: bool = False) -> KeptCache:
     """Reads the passages of a request into a cache that remembers them for citations and report.
 
     Args:
@@ -79,6 +79,10 @@ def read(runtime: Runtime, request: Request, *, ahead: bool = False) -> Compress
         rankings = rank(runtime, [request])
         return read_ranked(runtime, [request], [plan], rankings, ahead=ahead)[0]
     start = time.perf_counter()
+    if runtime.no_loop:  # there is nothing to rank
+        nothing = torch.zeros(len(request.passages))
+        found = prefill_best(runtime.model, [request.prompt], [nothing], [plan], ahead=ahead)[0]
+        return remember(runtime, request, plan, found, time.perf_counter() - start)
     prefilled = prefill(runtime.model, request.prompt, plan, runtime.rotation, request.on_step("prefill"), ahead=ahead)
     return remember(runtime, request, plan, prefilled, time.perf_counter() - start)
 
@@ -171,7 +175,7 @@ def read_ranked(
     rankings: Sequence[Ranking],
     *,
     ahead: bool = False,
-) -> list[CompressedCache]:
+) -> list[KeptCache]:
     """Reads of each request what is ranked best: a shortlist by the loop, or the best at once.
 
     Args:
@@ -237,7 +241,7 @@ def _shortlist(runtime: Runtime, request: Request, plan: PrefillPlan, attention:
     Passages that a retriever has chosen are answered as well from the best at once (docs/benchmarks.md). Where the best
     one is longer than the budget, the loop keeps what matters of it.
     """
-    if plan.ranks_only:
+    if plan.ranks_only or runtime.no_loop:
         return 0
     if request.shortlist_tokens is not None:
         return request.shortlist_tokens
@@ -249,7 +253,7 @@ def _shortlist(runtime: Runtime, request: Request, plan: PrefillPlan, attention:
 
 def remember(
     runtime: Runtime, request: Request, plan: PrefillPlan, prefilled: Prefilled, seconds: float, **figures: Any
-) -> CompressedCache:
+) -> KeptCache:
     """The cache of what was read, with the record of it.
 
     Args:

@@ -159,6 +159,7 @@ def resolve_prompt(
     asks_store = settings.store is not None and any(lengths) and not older_turns
     if any(lengths):
         _check_strategy(reading, asks_store)
+        _check_no_loop(runtime, settings)
     whole = reading.selection == "passage"
     fixed = fixed_tokens(prompt, replace(settings, sampling=sampling))
     if not any(lengths):  # nothing is compressed, so that nothing has to stay free
@@ -190,6 +191,8 @@ def resolve_prompt(
     store = runtime.stores.at(settings.store, settings.on_progress) if asks_store else None
     if asks_store or (any(lengths) and _reads_alone(runtime, reading, plan, prompt, older_turns)):
         plan = replace(plan, strategy="independent")
+    if runtime.no_loop and sum(lengths) <= plan.budget:  # everything fits: as the loop, which then leaves nothing out
+        plan = replace(plan, cutoff=0.0, in_order=True)
     return Request(
         question=question,
         passages=tuple(Passage("") for _ in lengths) if passages is None else tuple(passages),
@@ -263,6 +266,21 @@ def _check_strategy(reading: ReadingSettings, asks_store: bool) -> None:
         raise InputError(f"{reader} reads the best passages again, and nothing else: use reread=True, or {cure}")
 
 
+def _check_no_loop(runtime: Runtime, settings: Settings) -> None:
+    """Raises an InputError where a call needs the loop, and the model cannot run it."""
+    reading = settings.reading
+    needs = {
+        'strategy="loop"': reading.strategy == "loop",
+        'selection="token"': reading.selection == "token",
+        "reread=False": not reading.reread,
+        "shortlist_tokens": bool(settings.shortlist_tokens),
+    }
+    if runtime.no_loop and (asked := [name for name, asks in needs.items() if asks]):
+        raise InputError(
+            f"{asked[0]} needs the loop, and {runtime.name} cannot run it ({runtime.no_loop}): leave it out"
+        )
+
+
 def _reads_alone(
     runtime: Runtime, reading: ReadingSettings, plan: PrefillPlan, prompt: Prompt, older_turns: int
 ) -> bool:
@@ -270,11 +288,12 @@ def _reads_alone(
     lengths = [len(passage) for passage in prompt.passages]
     prefix = len(runtime.alone_prefix)
     room = runtime.window - prefix - max(prefix, len(prompt.question))
-    if reading.strategy == "independent":
+    if reading.strategy == "independent" or runtime.no_loop:
         if (longest := max(lengths)) > room:
             raise WindowError(
                 f"passage {lengths.index(longest)} has {longest} tokens, and beside the question the model's window of "
-                f'{runtime.window} has room for {room} when it is read alone: split it, or use strategy="loop"'
+                f"{runtime.window} has room for {room} when it is read alone: split it"
+                + ("" if runtime.no_loop else ', or use strategy="loop"')
             )
         return True
     usual = runtime.heads == "auto" or runtime.alone_heads != "auto"

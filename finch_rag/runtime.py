@@ -14,17 +14,20 @@ from .decode.constraint import JsonConstraint, JsonConstraints
 from .decode.cuda_graphs import CudaGraphs
 from .decode.generation import Decoder, Writer, end_tokens
 from .decode.sampling import Sampling
-from .errors import ModelError
+from .errors import InputError, ModelError
 from .heads.found_once import FoundOnce
 from .heads.pairs import AloneHeads, Heads
 from .heads.stored import resolve_alone_heads, resolve_heads
 from .models import compiling
 from .models.attention import use_finch_attention
-from .models.cache import CompressedCache
 from .models.fingerprint import fingerprint
-from .models.inspection import input_embedding, window_of
+from .models.inspection import input_embedding, positions_of, window_of
+from .models.kept_cache import KeptCache
+from .models.own_attention import use_own_attention
+from .models.own_cache import check_own_cache
 from .models.rope import KeyRotation
 from .prefill.alone import AloneReader
+from .prefill.own_reader import reader_of
 from .prefill.planning import RetrievalHeads, chunk_within, default_chunk_size
 from .prompts.builder import PromptBuilder
 from .prompts.passages import Passage
@@ -39,8 +42,8 @@ class Runtime:
     """Executes requests on one model. A request keeps nothing in it.
 
     Args:
-        model: A decoder-only transformers model with rotary positions. It is switched to Finch's attention function,
-            which computes what SDPA computes.
+        model: A decoder-only transformers model. It is switched to Finch's attention function, which computes what SDPA
+            computes; where Finch cannot move its keys, to a window in front of its own.
         tokenizer: Its tokenizer.
         name: Name in reports; the model's own when None.
         heads: Heads that rank passages, checked; see `finch_rag.Finch`.
@@ -48,8 +51,9 @@ class Runtime:
         compile_layers: See `finch_rag.Finch`.
 
     Attributes:
-        window: Positions in which the model's attention is plain causal attention.
-        rotation: How the model rotates keys.
+        window: Positions of the model; those in which its attention is plain causal attention, where the loop runs.
+        no_loop: Why the loop cannot run, so that passages are read alone by the model's own attention; empty where it
+            can.
         prompts: Builds its prompts.
         graphs: Its decoding steps as CUDA graphs.
         stores: The stores that calls name by their folders.
@@ -73,9 +77,17 @@ class Runtime:
         self.model, self.tokenizer = model, tokenizer
         self.heads, self.alone_heads = heads, alone_heads
         self.name = name or str(getattr(model, "name_or_path", "") or type(model).__name__)
-        self.window = window_of(model.config)
-        self.rotation = KeyRotation.of(model, self.window)
-        use_finch_attention(model)
+        self.no_loop = ""
+        self._rotation: KeyRotation | None = None
+        try:
+            self.window = window_of(model.config)
+            rotation = KeyRotation.of(model, self.window)
+            use_finch_attention(model)
+            self._rotation = rotation
+        except ModelError as reason:
+            use_own_attention(model)
+            check_own_cache(model)
+            self.no_loop, self.window = str(reason), positions_of(model.config)
         self.prompts = PromptBuilder(tokenizer)
         self.graphs = CudaGraphs(model)
         self._constraints = JsonConstraints(self.prompts, self._end_tokens)
@@ -84,6 +96,17 @@ class Runtime:
         self._loop_heads: FoundOnce[RetrievalHeads | None] = FoundOnce()
         self._alone_reader: FoundOnce[AloneReader] = FoundOnce()
         self.stores = OpenStores(self)
+
+    @property
+    def rotation(self) -> KeyRotation:
+        """How the model rotates keys.
+
+        Raises:
+            InputError: If its keys cannot be moved.
+        """
+        if self._rotation is None:
+            raise InputError(f"{self.name} cannot be read by the loop: {self.no_loop}")
+        return self._rotation
 
     @cached_property
     def fingerprint(self) -> str:
@@ -150,7 +173,7 @@ class Runtime:
         Args:
             heads: By layer.
         """
-        return AloneReader(self.model, self.alone_prefix, heads)
+        return reader_of(self.model, self.alone_prefix, heads)
 
     def constraint(self, sampling: Sampling) -> JsonConstraint | None:
         """What holds one answer to a JSON schema; None where it is free text.
@@ -173,7 +196,7 @@ class Runtime:
         """
         return Writer(sampling, self._end_tokens, self.prompts.decode, self.constraint(sampling))
 
-    def decoder(self, cache: CompressedCache, request: Request) -> Decoder:
+    def decoder(self, cache: KeptCache, request: Request) -> Decoder:
         """The generation of a request's answer.
 
         Args:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from .answer import Answer, citations, report
 from .errors import InputError
-from .models.cache import CompressedCache
+from .models.kept_cache import KeptCache
 from .prompts.passages import Passage
 from .reading import read
 from .request import Cancelled, Request
@@ -39,7 +39,7 @@ class AnswerStream(Iterator[str]):
         passages: What is read; a citation's ``index`` is a place in it.
     """
 
-    def __init__(self, runtime: Runtime, request: Request, cache: CompressedCache | None = None) -> None:
+    def __init__(self, runtime: Runtime, request: Request, cache: KeptCache | None = None) -> None:
         self.passages: Sequence[Passage] = request.passages
         self._cancellation = request.cancellation
         self._lock = threading.RLock()
@@ -94,7 +94,7 @@ def _is_running(deltas: Generator[str, None, None]) -> bool:
 
 
 def _answer(
-    runtime: Runtime, request: Request, cache: CompressedCache | None, answers: list[Answer]
+    runtime: Runtime, request: Request, cache: KeptCache | None, answers: list[Answer]
 ) -> Generator[str, None, None]:
     """The deltas of an answer; at the end the answer is put into ``answers``."""
     try:

@@ -12,6 +12,8 @@ from finch_rag.errors import FinchError, InputError, ModelError, SettingsError, 
 from finch_rag.prefill.planning import Strategy
 from finch_rag.prompts.chat_template import Message
 from finch_rag.prompts.passages import Passage
+from finch_rag.reading import read
+from finch_rag.resolving import resolve
 
 from .small import ARCHITECTURES, chat_tokenizer, model_of, small_config, small_finch, small_model, texts
 
@@ -493,7 +495,8 @@ def test_a_sliding_window_is_respected() -> None:
 def test_a_model_is_run_right_or_refused_when_the_engine_is_built(kind: str, changes: dict[str, Any]) -> None:
     try:
         model = model_of(small_config(kind, **changes), "eager")
-        finch = Finch(model, chat_tokenizer(), heads="all", budget=200, chunk_size=90, max_new_tokens=4)
+        heads: dict[str, Any] = {"heads": "all", "alone_heads": [(0, 0)]}
+        finch = Finch(model, chat_tokenizer(), budget=200, chunk_size=90, max_new_tokens=4, **heads)
     except ModelError as error:
         assert "\n" not in str(error)  # noqa: PT017
         return
@@ -501,7 +504,9 @@ def test_a_model_is_run_right_or_refused_when_the_engine_is_built(kind: str, cha
     tokens = [*prompt.prefix, *(t for passage in prompt.passages for t in passage), *prompt.question, *prompt.tail]
     with torch.inference_mode():
         expected = model_of(small_config(kind, **changes), "eager")(torch.tensor([tokens])).logits[0, -1]
-        cache = finch.compress(QUESTION, texts(4))
+        # Everything fits, so that nothing is chosen and all of it is read.
+        request = resolve(finch.runtime, QUESTION, [Passage(text) for text in texts(4)], finch.settings)
+        cache = read(finch.runtime, request)
         ending = torch.tensor([[*prompt.question, *prompt.tail]])
         found = finch.model(ending, past_key_values=cache.fork(ending.shape[1])).logits[0, -1]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -211,9 +211,16 @@ def test_an_encoder_decoder_folder_is_a_model_error(tmp_path: Path) -> None:
     assert "encoder-decoder" in refusal(saved(tmp_path / "t5", AutoModelForSeq2SeqLM.from_config(config)))
 
 
-def test_a_gpt2_folder_is_a_model_error(tmp_path: Path) -> None:
+def test_a_gpt2_folder_answers_without_the_loop(tmp_path: Path) -> None:
     model = model_of(small_config("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=512))
-    assert "rotary" in refusal(saved(tmp_path / "gpt2", model))
+    settings: dict[str, Any] = {"alone_heads": [(0, 1)], "budget": 60, "max_new_tokens": 4, "device": "cpu"}
+    finch = Finch.from_pretrained(saved(tmp_path / "gpt2", model), **settings)
+    assert finch.ask("When?", texts(20)).report.strategy == "independent"
+
+
+def test_a_mamba_folder_is_a_model_error(tmp_path: Path) -> None:
+    model = model_of(small_config("mamba"), "eager")
+    assert "no layer whose softmax attention" in refusal(saved(tmp_path / "mamba", model))
 
 
 def test_an_unknown_device_is_a_model_error(llama_folder: Path) -> None:

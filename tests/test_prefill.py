@@ -39,10 +39,12 @@ class Reader:
         self, prompt: Prompt, budget: int, chunk_size: int, selection: Selection, heads: Any = None, **rest: Any
     ) -> tuple[CompressedCache, torch.Tensor]:
         plan = PrefillPlan(budget, chunk_size, selection, heads)
-        return prefill(self.model, prompt, plan, self.rotation, **rest)[:2]
+        cache, attention, _ = prefill(self.model, prompt, plan, self.rotation, **rest)
+        assert isinstance(cache, CompressedCache)
+        return cache, attention
 
 
-def in_use(cache: CompressedCache, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def in_use(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's keys and values, each [kv_heads, tokens, head_dim]."""
     keys, values = cache.layers[layer].in_use()
     return keys[0], values[0]

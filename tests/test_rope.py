@@ -173,10 +173,11 @@ def test_two_hundred_evictions_in_bfloat16_leave_one_rounding() -> None:
         assert bool(((found[:, place] - fresh).abs() <= fresh.abs() * 2**-8 + 1e-4).all())
 
 
-def test_a_model_without_rotary_positions_is_refused() -> None:
+def test_a_model_without_rotary_positions_has_no_rotation() -> None:
     config = small_config("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=512)
     with pytest.raises(ModelError, match="no rotary positions"):
-        Finch(model_of(config), chat_tokenizer())
+        KeyRotation.of(model_of(config), 512)
+    assert "no rotary positions" in Finch(model_of(config), chat_tokenizer()).runtime.no_loop
 
 
 def test_an_encoder_decoder_is_refused() -> None:
@@ -201,15 +202,15 @@ def test_a_rotation_that_is_not_known_is_refused() -> None:
     assert torch.equal(model.model.rotary_emb.inv_freq, unlike)
 
 
-def test_different_frequencies_by_layer_are_refused() -> None:
+def test_different_frequencies_by_layer_are_no_rotation() -> None:
     config = small_config(
         "gemma3_text",
         num_hidden_layers=2,
         layer_types=["sliding_attention", "full_attention"],
         sliding_window=64,
     )
-    with pytest.raises(ModelError, match="rotary"):
-        Finch(model_of(config), chat_tokenizer())
+    with pytest.raises(ModelError, match="2 different sets of rotary frequencies"):
+        KeyRotation.of(model_of(config), 512)
 
 
 def test_models_with_alibi_instead_of_positions_are_refused() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from finch_rag.models.attention import use_finch_attention
+from finch_rag.models.cache import CompressedLayer
 from finch_rag.models.rope import KeyRotation
 from finch_rag.prefill.batched import prefill_batched
 from finch_rag.prefill.chunking import plan_chunks
@@ -58,6 +59,8 @@ def same(found: Sequence[Prefilled], expected: Sequence[Prefilled]) -> None:
         torch.testing.assert_close(mine.attention, theirs.attention, atol=1e-4, rtol=1e-4)
         assert (mine.cache.prefix, mine.cache.length) == (theirs.cache.prefix, theirs.cache.length)
         for layer, other in zip(mine.cache.layers, theirs.cache.layers, strict=True):
+            assert isinstance(layer, CompressedLayer)
+            assert isinstance(other, CompressedLayer)
             torch.testing.assert_close(layer.in_use(), other.in_use(), atol=1e-4, rtol=1e-4)
 
 
@@ -173,6 +176,8 @@ def test_a_shared_list_is_read_once_and_each_question_reads_its_shortlist(monkey
         places = [starts[n] + i for n in chosen for i in range(len(passages[n]))]
         assert found.cache.kept.tolist() == [[places[i] for i in expected.cache.kept[0].tolist()]]
         for layer, other in zip(found.cache.layers, expected.cache.layers, strict=True):
+            assert isinstance(layer, CompressedLayer)
+            assert isinstance(other, CompressedLayer)
             torch.testing.assert_close(layer.in_use(), other.in_use(), atol=1e-4, rtol=1e-4)
         for number, share in enumerate(found.attention.tolist()):
             later = dict(zip(chosen, expected.attention.tolist(), strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -12,11 +12,13 @@ from ..errors import NumericsError
 from ..models.cache import CompressedCache
 from ..models.forward import memory_guard, on_device, varlen_logits
 from ..models.inspection import input_embedding
+from ..models.kept_cache import KeptCache
 from ..models.varlen import VarlenSequence
 from .constraint import JsonConstraint
 from .cuda_graphs import CudaGraphs
 from .detokenising import StopStrings, TextStream, strip_stream
 from .sampling import Sampling, sampler
+from .static_step import StaticStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -134,7 +136,7 @@ class Decoder:
     def __init__(
         self,
         model: PreTrainedModel,
-        cache: CompressedCache,
+        cache: KeptCache,
         prompt: Sequence[int],
         writer: Writer,
         *,
@@ -173,11 +175,16 @@ class Decoder:
         for start in range(0, len(tokens), most):
             logits = self._forward(tokens[start : start + most])
         yield logits
-        graphs = self._graphs
-        with nullcontext() if graphs is None else graphs.lend([self._cache], self._new_tokens - 1) as step:
+        with self._lent() as step:
             while True:
                 token = self.writer.token_ids[-1]
                 yield self._forward([token]) if step is None else step([token])
+
+    def _lent(self) -> AbstractContextManager[StaticStep | None]:
+        """A captured step; none for a cache of the model's own kind, which grows."""
+        if self._graphs is None or not isinstance(self._cache, CompressedCache):
+            return nullcontext()
+        return self._graphs.lend([self._cache], self._new_tokens - 1)
 
     @torch.inference_mode()
     def _forward(self, token_ids: list[int]) -> torch.Tensor:
@@ -197,7 +204,7 @@ class Decoder:
 @torch.inference_mode()
 def decode_many(
     model: PreTrainedModel,
-    caches: Sequence[CompressedCache],
+    caches: Sequence[KeptCache],
     prompts: Sequence[Sequence[int]],
     writers: Sequence[Writer],
     *,
@@ -219,17 +226,20 @@ def decode_many(
     Returns:
         The answers' texts.
     """
+    joinable = [cache for cache in caches if isinstance(cache, CompressedCache)]
+    if len(joinable) < len(caches):  # caches of the model's own kind share no pass
+        return _one_by_one(model, caches, prompts, writers, check)
     device = input_embedding(model).device
 
     def forward(answers: Sequence[int], tokens: Sequence[Sequence[int]]) -> dict[int, torch.Tensor]:
         ids = [on_device(token_ids, device) for token_ids in tokens]
-        batch = [VarlenSequence.onto(caches[answer], own) for answer, own in zip(answers, ids, strict=True)]
+        batch = [VarlenSequence.onto(joinable[answer], own) for answer, own in zip(answers, ids, strict=True)]
         return dict(zip(answers, varlen_logits(model, batch).split(1), strict=True))
 
     deltas: list[list[str]] = [[] for _ in writers]
     running = list(range(len(writers)))
     logits = forward(running, prompts)
-    with graphs.lend(caches, new_tokens - 1) as step:
+    with graphs.lend(joinable, new_tokens - 1) as step:
         while True:
             for answer in running:
                 deltas[answer].append(writers[answer].push(logits[answer]))
@@ -241,3 +251,20 @@ def decode_many(
                 logits = forward(running, [writers[answer].token_ids[-1:] for answer in running])
             else:  # its shape is fixed: answers that have ended run on, unseen
                 logits = dict(enumerate(step([writer.token_ids[-1] for writer in writers]).split(1)))
+
+
+def _one_by_one(
+    model: PreTrainedModel,
+    caches: Sequence[KeptCache],
+    prompts: Sequence[Sequence[int]],
+    writers: Sequence[Writer],
+    check: Callable[[], None],
+) -> list[str]:
+    texts = []
+    for cache, prompt, writer in zip(caches, prompts, writers, strict=True):
+        deltas = []
+        for delta in Decoder(model, cache, prompt, writer, new_tokens=0):
+            check()
+            deltas.append(delta)
+        texts.append("".join(deltas))
+    return texts

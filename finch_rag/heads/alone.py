@@ -14,13 +14,14 @@ import torch
 
 from ..errors import InputError
 from ..models.attention import use_finch_attention
-from ..prefill.alone import NEUTRAL, AloneReader, Asked, token_groups
+from ..models.own_attention import runs_own_attention
+from ..prefill.alone import NEUTRAL, Asked, token_groups
 from ..prefill.head_keys import KeyBlock, attention_by_head
+from ..prefill.own_reader import layers_that_look, reader_of
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage
 from .examples import HeadExample, make_examples
-from .pairs import layers_to_search
-from .search import EXAMPLES, PASSAGES, HeadScore, searched_heads
+from .search import EXAMPLES, PASSAGES, HeadScore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +37,18 @@ def usual_alone_heads(model: PreTrainedModel) -> int:
     Args:
         model: The model.
     """
-    return min(ALONE_HEADS, layers_to_search(model.config) * int(model.config.num_attention_heads))
+    return min(ALONE_HEADS, sum(searched_alone(model).values()))
+
+
+def searched_alone(model: PreTrainedModel) -> dict[int, int]:
+    """Query heads of each layer in which heads are looked for: of those that see all passages, the lower two thirds.
+
+    Args:
+        model: The model.
+    """
+    looking = layers_that_look(model)
+    searched = -(-2 * len(looking) // 3)
+    return {layer: looking[layer] for layer in sorted(looking)[:searched]}
 
 
 def find_alone_heads(
@@ -64,15 +76,21 @@ def find_alone_heads(
     Raises:
         InputError: If ``n`` is not between 1 and the number of heads in those layers, or there is no example.
     """
-    layers, per_layer = searched_heads(n, model.config)
-    use_finch_attention(model)
+    if not runs_own_attention(model):
+        use_finch_attention(model)
+    per_layer = searched_alone(model)
+    there = sum(per_layer.values())
+    if not 1 <= n <= there:
+        raise InputError(
+            f"n is {n}: the model has {there} heads in the lower two thirds of its layers, ask for 1 to {there}"
+        )
     builder = PromptBuilder(tokenizer)
     chosen = make_examples(examples, PASSAGES) if isinstance(examples, int) else list(examples)
     if not chosen:
         raise InputError("there are no examples: pass at least one")
     pooled = [Passage(text) for example in chosen for text in example.passages]
     prompt = builder.build("x", pooled)
-    reader = AloneReader(model, prompt.prefix, {layer: range(per_layer) for layer in range(layers)})
+    reader = reader_of(model, prompt.prefix, {layer: range(heads) for layer, heads in per_layer.items()})
     lengths = [len(tokens) for tokens in prompt.passages]
     blocks = [
         KeyBlock(reader.encode(prompt.passages[group.start : group.stop]), None, lengths[group.start : group.stop])
@@ -89,7 +107,6 @@ def find_alone_heads(
         first += len(example.passages)
         on_progress(number, len(chosen))
     best = scores.flatten().topk(n)  # groups are in the order of layers and KV heads, so this is the order of heads
-    return [
-        HeadScore(index // per_layer, index % per_layer, value)
-        for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+    pairs = [(layer, head) for layer, heads in per_layer.items() for head in range(heads)]
+    found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [HeadScore(pairs[index][0], pairs[index][1], value) for index, value in found]

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import InputError
 from .attention import AppendedLength
 from .cached_document import CachedDocument
+from .kept_cache import KeptCache
 from .rope import KeyRotation
 
 _FORMAT = "finch-cache-2"
@@ -132,41 +132,25 @@ class CompressedLayer(CacheLayerMixin):
         return self.keys, self.values
 
 
-class CompressedCache(Cache):
+class CompressedCache(KeptCache):
     """A transformers cache of fixed capacity that holds a prefix and the kept tokens of a document.
 
     Args:
         layers: Layers of the model.
         capacity: Tokens that a layer has room for.
-
-    Attributes:
-        prefix: Tokens at the start that are never evicted.
-        kept: Document positions of the kept tokens in the cache's order: shape [layers, kept] where each layer chose
-            its own, [1, kept] where all keep the same.
-        document: The passages that were read, for citations.
-        unread: Token ids that belong behind those in use, shape [tokens]: the next pass takes them along, because a
-            pass of its own costs an accelerator's host as much as a long one. None where there are none.
     """
 
     layers: list[CompressedLayer]  # type: ignore[assignment]  # narrower than transformers' own
 
     def __init__(self, layers: int, capacity: int) -> None:
         super().__init__(layers=[CompressedLayer(capacity) for _ in range(layers)])
-        self.prefix = 0
-        self.kept = torch.empty(1, 0, dtype=torch.long)
+        self._keep_nothing()
         self._positions = self.kept  # of the reference keys, of the same shape
-        self.document = CachedDocument()
-        self.unread: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
         """Tokens in use, the same in every layer."""
         return self.layers[0].length
-
-    @property
-    def kept_tokens(self) -> int:
-        """Document tokens kept in every layer."""
-        return self.kept.shape[1]
 
     @property
     def bytes_per_token(self) -> int:
@@ -176,11 +160,6 @@ class CompressedCache(Cache):
             for buffer in (layer.keys, layer.values):
                 total += buffer.shape[1] * buffer.shape[3] * buffer.element_size() if buffer is not None else 0
         return total
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values in use."""
-        return self.bytes_per_token * self.length
 
     def document_positions(self, appended: range) -> torch.Tensor:
         """Document positions of all evictable tokens, in the cache's order.
@@ -239,14 +218,8 @@ class CompressedCache(Cache):
         capacity = self.length + (0 if self.unread is None else len(self.unread)) + room
         copy = CompressedCache(len(self.layers), capacity)
         copy.layers = [layer.fork(capacity) for layer in self.layers]
-        copy.prefix, copy.kept, copy.document, copy.unread = self.prefix, self.kept, self.document, self.unread
+        copy._take_record(self)
         return copy
-
-    def take_unread(self) -> list[int]:
-        """The token ids that the next pass must take along; it is the caller's now to run them."""
-        taken = [] if self.unread is None else self.unread.tolist()
-        self.unread = None
-        return taken
 
     def save(self, path: str | Path) -> None:
         """Writes the cache as one safetensors file.

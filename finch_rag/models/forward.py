@@ -11,8 +11,9 @@ from transformers import Cache
 
 from ..errors import DeviceMemoryError
 from .attention import Observer, SeenEnough, VarlenAttention
-from .cache import CompressedCache
 from .inspection import input_embedding
+from .kept_cache import KeptCache
+from .own_attention import OwnObserver
 from .varlen import PassingLayer, VarlenBatch, VarlenSequence
 
 if TYPE_CHECKING:
@@ -50,6 +51,29 @@ def forward_packed(
     device = input_embedding(model).device
     with memory_guard(device, f"{len(token_ids)} tokens of several sequences"), suppress(SeenEnough):
         model.base_model(**_joined(model, token_ids, positions, attention))
+
+
+@torch.inference_mode()
+def forward_own(
+    model: PreTrainedModel, token_ids: torch.Tensor, observer: OwnObserver, positions: torch.Tensor | None = None
+) -> None:
+    """One forward pass of a batch by the model's own attention, without a cache and without computing logits.
+
+    Args:
+        model: See `finch_rag.models.own_attention`.
+        token_ids: On the CPU, shape [batch, tokens].
+        observer: Is shown each layer's queries and keys, and may end the pass by raising `SeenEnough`.
+        positions: Of the tokens where they do not follow each other, of the same shape.
+
+    Raises:
+        DeviceMemoryError: If the device has no memory for it.
+    """
+    device = input_embedding(model).device
+    options: dict[str, Any] = {}
+    if positions is not None:  # with a mask of its own: transformers takes a gap for the border of another sequence
+        options = {"position_ids": positions.to(device), "attention_mask": torch.ones_like(token_ids).to(device)}
+    with memory_guard(device, f"{token_ids.numel()} tokens in {len(token_ids)} sequences"), suppress(SeenEnough):
+        model.base_model(input_ids=token_ids.to(device), use_cache=False, finch_observer=observer, **options)
 
 
 def varlen_logits(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -> torch.Tensor:
@@ -99,7 +123,7 @@ def _guard(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -> Itera
 
 
 def forward(
-    model: PreTrainedModel, token_ids: torch.Tensor, cache: CompressedCache, observer: Observer | None = None
+    model: PreTrainedModel, token_ids: torch.Tensor, cache: KeptCache, observer: Observer | None = None
 ) -> None:
     """Appends tokens to the cache, without computing logits.
 
@@ -113,13 +137,12 @@ def forward(
         return
     device = input_embedding(model).device
     with memory_guard(device, f"{len(token_ids)} tokens on a cache of {cache.length}"), suppress(SeenEnough):
-        model.base_model(
-            input_ids=token_ids[None].to(device), past_key_values=cache, use_cache=True, finch_observer=observer
-        )
+        options = {} if observer is None else {"finch_observer": observer}
+        model.base_model(input_ids=token_ids[None].to(device), past_key_values=cache, use_cache=True, **options)
 
 
 def forward_in_chunks(
-    model: PreTrainedModel, token_ids: torch.Tensor, cache: CompressedCache, chunk_size: int, *, ahead: bool = False
+    model: PreTrainedModel, token_ids: torch.Tensor, cache: KeptCache, chunk_size: int, *, ahead: bool = False
 ) -> None:
     """Appends tokens to the cache in several passes.
 

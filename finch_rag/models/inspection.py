@@ -20,6 +20,22 @@ def input_embedding(model: PreTrainedModel) -> torch.Tensor:
     return weight
 
 
+def positions_of(config: Any) -> int:
+    """Positions that a model was trained on.
+
+    Args:
+        config: The model's configuration.
+
+    Raises:
+        ModelError: If it does not say.
+    """
+    text = config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if not positions:
+        raise ModelError(f"the model's configuration ({config.model_type}) names no window: use a rotary model")
+    return int(positions)
+
+
 def window_of(config: Any) -> int:
     """Positions in which a model's attention is the plain causal attention that Finch runs.
 
@@ -29,10 +45,7 @@ def window_of(config: Any) -> int:
     Args:
         config: The model's configuration.
     """
-    positions = getattr(config, "max_position_embeddings", None)
-    if not positions:
-        raise ModelError(f"the model's configuration ({config.model_type}) names no window: use a rotary model")
-    limits = [int(positions)]
+    limits = [positions_of(config)]
     sliding = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
     if sliding and getattr(config, "use_sliding_window", True) and "sliding_attention" in layer_types:

@@ -30,7 +30,7 @@ from ..models.packed import PackedBatch
 from ..models.varlen import Extend, VarlenSequence
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage
-from .head_keys import Look
+from .head_keys import Look, capped
 from .planning import RetrievalHeads
 from .scoring import StopAt
 
@@ -65,6 +65,18 @@ class Asked(NamedTuple):
         return cls(prompt.question, prompt.own_tokens)
 
 
+class Reading(NamedTuple):
+    """A question, and where it is read.
+
+    Attributes:
+        asked: The question.
+        position: Of its first token.
+    """
+
+    asked: Asked
+    position: int
+
+
 class AloneReader:
     """Reads passages and questions alone, each behind the same prefix.
 
@@ -75,11 +87,13 @@ class AloneReader:
 
     Attributes:
         groups: The (layer, KV head) pairs whose keys are kept, in their order.
+        per_group: Query heads that share a KV head.
+        head_dim: Of a head.
     """
 
     def __init__(self, model: PreTrainedModel, prefix: Sequence[int], heads: RetrievalHeads) -> None:
         self.model, self.prefix, self.heads = model, list(prefix), heads
-        self.per_group = int(model.config.num_attention_heads) // _kv_heads(model)
+        self.per_group, self.head_dim = self._sizes()
         by_group: dict[tuple[int, int], list[int]] = {}
         for layer in sorted(heads):
             for head in sorted(heads[layer]):
@@ -88,8 +102,12 @@ class AloneReader:
         self.groups = tuple(by_group)
         self._last = max(heads)
         self.device = input_embedding(model).device
-        config = model.config
-        self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    def _sizes(self) -> tuple[int, int]:
+        """Query heads that share a KV head, and the dimension of each."""
+        config = self.model.config
+        head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        return int(config.num_attention_heads) // _kv_heads(self.model), head_dim
 
     @cached_property
     def _prefix_states(self) -> CompressedCache:
@@ -179,27 +197,36 @@ class AloneReader:
             neutral: See `NEUTRAL`; read once for all questions that stand at one position.
             longest_passages: Tokens of the longest passage that each question is to look at.
         """
-        observers: dict[tuple[int, int], _LookObserver] = {}  # by the number of the question, or -1, and its place
-        sequences = []
+        readings: dict[tuple[int, int], Reading] = {}  # by the number of the question, or -1, and the longest passage
         for number, longest in enumerate(longest_passages):
-            for asked, key in ((questions[number], (number, longest)), (neutral, (-1, longest))):
-                if key in observers:
-                    continue
-                observers[key] = _LookObserver(self._heads_of, asked, self._last)
-                start = len(self.prefix) + longest
-                positions = torch.arange(start, start + len(asked.tokens), device=self.device)
-                tokens = on_device(asked.tokens, self.device)
-                sequences.append(VarlenSequence(tokens, positions, self._behind_prefix(), observers[key]))
-        forward_varlen(self.model, sequences)
+            readings[number, longest] = Reading(questions[number], len(self.prefix) + longest)
+            readings.setdefault((-1, longest), Reading(neutral, len(self.prefix) + longest))
+        observers = {key: LookObserver(self._heads_of, each.asked, self._last) for key, each in readings.items()}
+        self._read(list(readings.values()), list(observers.values()))
         heads = list(self._heads_of.values())
         return [
             _joined([observers[number, longest], observers[-1, longest]], heads, self.device)
             for number, longest in enumerate(longest_passages)
         ]
 
+    def _read(self, readings: Sequence[Reading], observers: Sequence[LookObserver]) -> None:
+        """Forwards questions behind the prefix, each shown to its observer."""
+        sequences = []
+        for (asked, start), observer in zip(readings, observers, strict=True):
+            positions = torch.arange(start, start + len(asked.tokens), device=self.device)
+            tokens = on_device(asked.tokens, self.device)
+            sequences.append(VarlenSequence(tokens, positions, self._behind_prefix(), observer))
+        forward_varlen(self.model, sequences)
 
-class _LookObserver(StopAt):
-    """Takes the queries of a question's own tokens, and what they pay to prefix and question, for each group."""
+
+class LookObserver(StopAt):
+    """Takes the queries of a question's own tokens, and what they pay to prefix and question, for each group.
+
+    Args:
+        heads_of: Query heads by (layer, KV head).
+        asked: The question, whose tokens are the last ones.
+        last: The layer at which the forward pass ends.
+    """
 
     def __init__(self, heads_of: dict[tuple[int, int], list[int]], asked: Asked, last: int) -> None:
         super().__init__(last)
@@ -209,10 +236,20 @@ class _LookObserver(StopAt):
         self.queries: dict[tuple[int, int], torch.Tensor] = {}  # [heads, own, head_dim]
         self.elsewhere: dict[tuple[int, int], torch.Tensor] = {}  # [heads, own]
         self.scaling = 1.0
+        self.softcap: float | None = None
 
-    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
-        """See `finch_rag.models.attention.Observer`."""
-        self.scaling = scaling
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        """See `finch_rag.models.own_attention.OwnObserver`."""
+        self.scaling, self.softcap = scaling, softcap
+        query = query[:, :, -self._tokens :]
         own = slice(self.own.start, self.own.stop)
         before = key.shape[2] - self._tokens
         for group, heads in self._heads_of.items():
@@ -220,14 +257,18 @@ class _LookObserver(StopAt):
                 continue
             queries = torch.stack([query[0, head, own] for head in heads])
             products = (queries @ key[0, group[1]].transpose(0, 1)).float() * scaling  # [heads, own, keys]
+            products = capped(products, softcap)
             future = torch.ones(products.shape[1:], dtype=torch.bool, device=products.device)
             future = future.triu_(before + self.own.start + 1)
-            self.elsewhere[group] = products.masked_fill(future, float("-inf")).logsumexp(-1)
+            elsewhere = products.masked_fill(future, float("-inf")).logsumexp(-1)
+            if sinks is not None:
+                elsewhere = torch.logaddexp(elsewhere, sinks.flatten()[list(heads), None].float())
+            self.elsewhere[group] = elsewhere
             self.queries[group] = queries
         super().__call__(layer, query, key, scaling)
 
 
-def _joined(observers: Sequence[_LookObserver], heads: Sequence[Sequence[int]], device: torch.device) -> Look:
+def _joined(observers: Sequence[LookObserver], heads: Sequence[Sequence[int]], device: torch.device) -> Look:
     """The rows of the question and of the neutral one, head by head."""
     most = max(map(len, heads))
     queries, elsewhere = [], []
@@ -239,7 +280,8 @@ def _joined(observers: Sequence[_LookObserver], heads: Sequence[Sequence[int]], 
         elsewhere.append(pad(sums, (0, 0, 0, missing)).flatten())
     counts = on_device([len(own) for own in heads], device)
     present = torch.arange(most, device=device)[None] < counts[:, None]
-    return Look(torch.stack(queries), present, torch.stack(elsewhere), len(observers[0].own), observers[0].scaling)
+    first = observers[0]
+    return Look(torch.stack(queries), present, torch.stack(elsewhere), len(first.own), first.scaling, first.softcap)
 
 
 def _kv_heads(model: PreTrainedModel) -> int:

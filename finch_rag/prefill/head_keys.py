@@ -32,6 +32,7 @@ class Look:
             [groups, rows], float32.
         own_tokens: Rows of a head that are of the question; the rest are of the neutral one.
         scaling: Factor on the products.
+        softcap: What they are capped to, smoothly; None for no cap.
     """
 
     queries: torch.Tensor
@@ -39,6 +40,7 @@ class Look:
     elsewhere: torch.Tensor
     own_tokens: int
     scaling: float
+    softcap: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +163,20 @@ def rows_on(look: Look, block: KeyBlock) -> PassageRows:
     products = torch.bmm(queries, keys.transpose(1, 2)).float().mul_(look.scaling)  # [groups, rows, tokens]
     if block.scales is not None:
         products.mul_(block.scales.to(device).float()[:, None])
+    products = capped(products, look.softcap)
     greatest = products.amax(-1)
     products.sub_(greatest[..., None]).exp_()
     return PassageRows(greatest, _sums(products, block.lengths))
+
+
+def capped(products: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Scaled products as a model caps them (Gemma 2).
+
+    Args:
+        products: Of queries and keys, any shape.
+        softcap: See `Look`.
+    """
+    return products if softcap is None else softcap * torch.tanh(products / softcap)
 
 
 def _sums(weights: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from ..models.cache import CompressedCache
 from ..models.forward import memory_guard, on_device
 from ..models.inspection import input_embedding
+from ..models.kept_cache import KeptCache
 from ..models.rope import KeyRotation
 from ..prompts.builder import Prompt
 from .chunking import plan_chunks
@@ -44,7 +45,7 @@ class Prefilled(NamedTuple):
         steps: Of the scan.
     """
 
-    cache: CompressedCache
+    cache: KeptCache
     attention: torch.Tensor
     steps: Steps
 

@@ -13,6 +13,8 @@ from ..errors import DeviceMemoryError
 from ..models.cache import CompressedCache
 from ..models.forward import forward_in_chunks, forward_varlen, on_device
 from ..models.inspection import input_embedding
+from ..models.kept_cache import KeptCache
+from ..models.own_cache import new_cache
 from ..models.rope import KeyRotation
 from ..models.varlen import VarlenSequence
 from ..prompts.builder import Prompt
@@ -121,7 +123,7 @@ def prefill_best(
     """
     device = input_embedding(model).device
     prefilled: list[Prefilled] = []
-    batch: list[tuple[CompressedCache, torch.Tensor]] = []
+    batch: list[tuple[KeptCache, torch.Tensor]] = []
     for prompt, paid, plan in zip(prompts, attention, plans, strict=True):
         steps = Steps(0, plan.chunk_size, 0)
         if plan.ranks_only:
@@ -130,7 +132,7 @@ def prefill_best(
         chosen = _best(prompt, paid, plan)
         document = [token for passage in prompt.passages for token in passage]
         tokens = on_device([*prompt.prefix, *(document[place] for place in chosen.tolist())], device)
-        cache = CompressedCache(int(model.config.num_hidden_layers), len(tokens))
+        cache = new_cache(model, len(tokens))
         cache.prefix, cache.kept = len(prompt.prefix), chosen[None]
         prefilled.append(Prefilled(cache, paid, steps))
         batch.append((cache, tokens))
@@ -143,7 +145,9 @@ def prefill_best(
 
 def _best(prompt: Prompt, attention: torch.Tensor, plan: PrefillPlan) -> torch.Tensor:
     """Document positions of the best passages, in the order in which they are read."""
-    lengths = torch.tensor([len(passage) for passage in prompt.passages])
+    lengths = torch.tensor([len(passage) for passage in prompt.passages], dtype=torch.long)
+    if not lengths.sum():
+        return torch.empty(0, dtype=torch.long)
     passage_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     everything = torch.arange(len(passage_of))
     chosen = select_to_re_prefill(everything, passage_of, attention, plan.budget, plan.cutoff)
@@ -154,18 +158,17 @@ def _best(prompt: Prompt, attention: torch.Tensor, plan: PrefillPlan) -> torch.T
     return chosen.sort().values if plan.in_order else chosen
 
 
-def _side_by_side(
-    model: PreTrainedModel, batch: Sequence[tuple[CompressedCache, torch.Tensor]], chunk_size: int
-) -> None:
+def _side_by_side(model: PreTrainedModel, batch: Sequence[tuple[KeptCache, torch.Tensor]], chunk_size: int) -> None:
     """Reads tokens into caches of their own, as many in a pass as fit into one step."""
     for group in token_groups([len(tokens) for _, tokens in batch], chunk_size):
         members = batch[group.start : group.stop]
-        if len(members) > 1:
+        joinable = [(cache, tokens) for cache, tokens in members if isinstance(cache, CompressedCache)]
+        if len(joinable) == len(members) > 1:
             try:
-                forward_varlen(model, [VarlenSequence.onto(cache, tokens) for cache, tokens in members])
+                forward_varlen(model, [VarlenSequence.onto(cache, tokens) for cache, tokens in joinable])
                 continue
             except DeviceMemoryError:  # one by one it takes less
-                for cache, _ in members:
+                for cache, _ in joinable:
                     cache.crop_to(0)
-        for cache, tokens in members:
-            forward_in_chunks(model, tokens, cache, chunk_size)
+        for member, tokens in members:
+            forward_in_chunks(model, tokens, member, chunk_size)

@@ -1,0 +1,200 @@
+"""Models whose keys Finch cannot move: their own attention and cache, each passage read alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from finch_rag import Finch, InputError, ModelError, Passage
+from finch_rag.decode.generation import Decoder
+from finch_rag.models.own_attention import global_layers, use_own_attention
+from finch_rag.models.own_cache import OwnCache
+from finch_rag.prefill import alone
+from finch_rag.prefill.alone import NEUTRAL, AloneReader, Asked
+from finch_rag.prefill.head_keys import KeyBlock, attention_on
+from finch_rag.prefill.own_reader import OwnReader, reader_of
+from finch_rag.reading import read
+from finch_rag.resolving import resolve
+
+from .small import chat_tokenizer, small_model, texts
+
+QUESTION = "who built the bridge?"
+WINDOW = 1024
+
+_MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+}
+# Each with a layer of attention over everything first, so that its attention can be compared with the model's own.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma2": {  # soft caps
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 16,
+        "attn_logit_softcapping": 1.5,
+    },
+    "gemma3_text": {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16},  # two rotary bases
+    "gpt_oss": {  # sinks
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "qwen3_next": {
+        **_MOE,
+        "layer_types": ["full_attention", "linear_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "shared_expert_intermediate_size": 32,
+    },
+    "gpt2": {},  # learned positions
+    "deepseek_v3": {**_LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+}
+
+
+def family(kind: str) -> Any:
+    model = small_model(kind, attention="eager", max_position_embeddings=WINDOW, **FAMILIES[kind])
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            with torch.no_grad():
+                parameter.copy_(torch.linspace(2, 30, len(parameter)))  # some pay a good part to nothing
+    return model
+
+
+def new_finch(kind: str, **changes: Any) -> Finch:
+    settings = {"alone_heads": [(0, 1), (0, 2)], "budget": 80, "max_new_tokens": 6, **changes}
+    return Finch(family(kind), chat_tokenizer(), name=kind, **settings)
+
+
+@pytest.fixture(params=list(FAMILIES))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_the_model_computes_what_it_did(kind: str) -> None:
+    plain, watched = family(kind), family(kind)
+    layers = use_own_attention(watched)
+    assert 0 in layers
+    tokens = torch.arange(5, 60)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(watched(tokens).logits, plain(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_question_pays_to_a_passage_what_the_model_says(kind: str) -> None:
+    """In the first layer, where a question that does not see the passage has the same queries as one that does."""
+    finch = new_finch(kind)
+    assert finch.runtime.no_loop
+    reader = reader_of(finch.model, finch.runtime.alone_prefix, {0: [1, 3]})
+    assert isinstance(reader, OwnReader)
+    passage = finch.prompts.encode(texts(1))[0]
+    questions = [Asked.by(finch.prompts, question) for question in (QUESTION, NEUTRAL)]
+    found = attention_on(
+        reader.look(questions[0], questions[1], len(passage)),
+        [KeyBlock(reader.encode([passage]), None, [len(passage)])],
+    )
+    plain, means = family(kind), []
+    for asked in questions:
+        tokens = torch.tensor([[*reader.prefix, *passage, *asked.tokens]])
+        with torch.inference_mode():
+            attentions = plain(tokens, output_attentions=True).attentions
+        weights = next(each for each in attentions if each is not None)[0]  # [heads, queries, keys]
+        own = weights[:, -len(asked.tokens) :][:, asked.own]
+        means.append(own[..., len(reader.prefix) : len(reader.prefix) + len(passage)].sum(-1).mean(-1)[[1, 3]])
+    count = len(range(*questions[0].own.indices(len(questions[0].tokens))))
+    expected = count * ((means[0] - means[1]).relu() + 1e-3 * means[0]).sum()
+    torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-3)
+
+
+def test_the_answer_is_the_plain_models_on_what_was_kept(kind: str) -> None:
+    finch = new_finch(kind)
+    request = resolve(finch.runtime, QUESTION, [Passage(text) for text in texts(20)], finch.settings)
+    cache = read(finch.runtime, request)
+    assert isinstance(cache, OwnCache)
+    assert 0 < cache.kept_tokens <= 80
+    document = [token for passage in request.prompt.passages for token in passage]
+    tokens = [*request.prompt.prefix, *(document[place] for place in cache.kept[0].tolist()), *request.answer_prompt]
+    writer = finch.runtime.writer(request.sampling)
+    "".join(Decoder(finch.model, cache, request.answer_prompt, writer, new_tokens=6))
+    plain, expected = family(kind), list(tokens)
+    with torch.inference_mode():
+        for _ in writer.token_ids:
+            expected.append(int(plain(torch.tensor([expected])).logits[0, -1].argmax()))
+    assert writer.token_ids == expected[len(tokens) :]
+    answer = finch.ask(QUESTION, texts(20))
+    assert answer.text == finch.ask_many([QUESTION, "when?"], texts(20))[0].text
+    assert "".join(finch.stream(QUESTION, texts(20))) == answer.text
+    assert answer.report.strategy == "independent"
+    assert answer.report.kv_bytes_kept > 0
+
+
+def test_padding_and_passes_make_no_difference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    finch = new_finch(kind)
+    reader = finch.runtime.alone_reader()
+    passages = finch.prompts.encode(texts(8))
+    together = reader.encode(passages)
+    apart = torch.cat([reader.encode([passage]) for passage in passages], 1)
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-3)
+    usual = finch.ask(QUESTION, texts(20))
+    monkeypatch.setattr(alone, "_TOKENS_PER_PASS", {"cpu": 60})
+    assert finch.ask(QUESTION, texts(20)).text == usual.text
+
+
+def test_a_store_ranks_alike(kind: str) -> None:
+    finch = new_finch(kind)
+    with finch.open_store() as store:
+        known, new = finch.rank(QUESTION, texts(20), store=store), finch.rank(QUESTION, texts(20))
+        shares = {cited.index: cited.share for cited in new}
+        for cited in known:  # its keys are rounded
+            assert cited.share == pytest.approx(shares[cited.index], abs=0.03)
+        report = finch.ask(QUESTION, store=store).report
+        assert report.searched_tokens == sum(cited.passage_tokens for cited in known)
+        assert 0 < report.kept_tokens <= 80
+
+
+def test_where_everything_fits_nothing_is_left_out(kind: str) -> None:
+    finch = new_finch(kind, budget=400)
+    report = finch.ask(QUESTION, texts(6)).report
+    assert report.kept_tokens == report.context_tokens > 0
+    assert finch.ask("hello?").report.strategy == "none"
+    assert finch.ask_many(["hello?", QUESTION], [[], texts(6)])[1].report.kept_tokens == report.kept_tokens
+
+
+def test_what_needs_the_loop_says_so(kind: str) -> None:
+    finch = new_finch(kind)
+    for options in ({"strategy": "loop"}, {"selection": "token"}, {"reread": False}, {"shortlist_tokens": 100}):
+        wanted: dict[str, Any] = options
+        with pytest.raises(InputError, match=rf"^{next(iter(wanted))}.* needs the loop, and {kind} cannot run it"):
+            finch.ask(QUESTION, texts(20), **wanted)
+    with pytest.raises(InputError, match="keeps passages in a cache of its own"):
+        finch.compress(QUESTION, texts(20))
+    assert len(finch.rank(QUESTION, texts(9))) == 9
+    with pytest.raises(InputError, match="cannot be read by the loop"):
+        _ = finch.runtime.rotation
+
+
+@pytest.mark.slow
+def test_heads_are_found_in_layers_that_see_everything(kind: str) -> None:
+    finch = new_finch(kind, alone_heads="auto")
+    layers = set(global_layers(finch.model))
+    assert set(finch.runtime.alone_reader().heads) <= layers
+    assert isinstance(finch.runtime.alone_reader(), AloneReader)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "bloom"])
+def test_a_model_without_attention_that_can_be_seen_is_refused(kind: str) -> None:
+    with pytest.raises(ModelError, match=r"has no layer whose softmax attention|does not show its attention|no window"):
+        Finch(small_model(kind, attention="eager"), chat_tokenizer())
