@@ -16,6 +16,7 @@ from .errors import InputError, SettingsError
 from .fitting import WindowRoom
 from .heads.pairs import AloneHeads, Heads, check_alone_heads, check_heads
 from .models.cache import CompressedCache
+from .models.inspection import text_config
 from .models.loading import load_model
 from .prefill.planning import ChunkSize, Strategy
 from .prefill.selection import Selection
@@ -130,8 +131,8 @@ class Finch(EngineAttributes):
             },
             SettingsError,
         )
-        check_heads(heads, model.config, SettingsError)
-        check_alone_heads(alone_heads, model.config, SettingsError)
+        check_heads(heads, text_config(model), SettingsError)
+        check_alone_heads(alone_heads, text_config(model), SettingsError)
         self.runtime = Runtime(
             model, tokenizer, name=name, heads=heads, alone_heads=alone_heads, compile_layers=compile_layers
         )

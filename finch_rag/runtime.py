@@ -21,7 +21,7 @@ from .heads.stored import resolve_alone_heads, resolve_heads
 from .models import compiling
 from .models.attention import use_finch_attention
 from .models.fingerprint import fingerprint
-from .models.inspection import input_embedding, positions_of, window_of
+from .models.inspection import input_embedding, positions_of, text_config, window_of
 from .models.kept_cache import KeptCache
 from .models.own_attention import use_own_attention
 from .models.own_cache import check_own_cache
@@ -80,14 +80,14 @@ class Runtime:
         self.no_loop = ""
         self._rotation: KeyRotation | None = None
         try:
-            self.window = window_of(model.config)
+            self.window = window_of(text_config(model))
             rotation = KeyRotation.of(model, self.window)
             use_finch_attention(model)
             self._rotation = rotation
         except ModelError as reason:
             use_own_attention(model)
             check_own_cache(model)
-            self.no_loop, self.window = str(reason), positions_of(model.config)
+            self.no_loop, self.window = str(reason), positions_of(text_config(model))
         self.prompts = PromptBuilder(tokenizer)
         self.graphs = CudaGraphs(model)
         self._constraints = JsonConstraints(self.prompts, self._end_tokens)
@@ -121,12 +121,12 @@ class Runtime:
     def usual_chunk_size(self) -> int:
         """Document tokens that the model scans well in one step, by its device, its size and the memory free now."""
         device = input_embedding(self.model).device
-        chunk_size = default_chunk_size(device.type, self.model.config)
+        chunk_size = default_chunk_size(device.type, text_config(self.model))
         if device.type != "cuda":
             return chunk_size
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, for later
         free = torch.cuda.mem_get_info(device)[0] + unused
-        return chunk_within(free, chunk_size, self.model.config, self.model.dtype.itemsize)
+        return chunk_within(free, chunk_size, text_config(self.model), self.model.dtype.itemsize)
 
     @cached_property
     def alone_prefix(self) -> list[int]:

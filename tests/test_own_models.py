@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from finch_rag import Finch, InputError, ModelError, Passage
 from finch_rag.decode.generation import Decoder
@@ -18,7 +19,7 @@ from finch_rag.prefill.own_reader import OwnReader, reader_of
 from finch_rag.reading import read
 from finch_rag.resolving import resolve
 
-from .small import chat_tokenizer, small_model, texts
+from .small import chat_tokenizer, model_of, small_config, small_model, texts
 
 QUESTION = "who built the bridge?"
 WINDOW = 1024
@@ -194,7 +195,31 @@ def test_heads_are_found_in_layers_that_see_everything(kind: str) -> None:
     assert isinstance(finch.runtime.alone_reader(), AloneReader)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "bloom"])
-def test_a_model_without_attention_that_can_be_seen_is_refused(kind: str) -> None:
-    with pytest.raises(ModelError, match=r"has no layer whose softmax attention|does not show its attention|no window"):
+def test_heads_of_layers_that_see_a_part_are_refused() -> None:
+    finch = new_finch("gemma2", alone_heads=[(1, 0)])
+    with pytest.raises(InputError, match=r"layer 1 of Gemma2ForCausalLM has no attention over everything.*layers 0$"):
+        finch.ask(QUESTION, texts(20))
+
+
+def test_the_text_part_of_a_model_that_also_sees_is_read() -> None:
+    text = small_config("gemma3_text", max_position_embeddings=WINDOW, **FAMILIES["gemma3_text"]).to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=text,
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        image_token_index=399,
+        boi_token_index=398,
+        eoi_token_index=397,
+        mm_tokens_per_image=4,
+    )
+    finch = Finch(model_of(config, "eager"), chat_tokenizer(), budget=80, max_new_tokens=4, alone_heads=[(0, 1)])
+    assert finch.window == WINDOW
+    assert 0 < finch.ask(QUESTION, texts(20)).report.kept_tokens <= 80
+
+
+@pytest.mark.parametrize("kind", ["mamba", "bloom", "bert"])
+def test_a_model_that_cannot_be_read_alone_is_refused(kind: str) -> None:
+    reasons = r"has no layer whose softmax attention|no window|does not compute the same in several steps"
+    with pytest.raises(ModelError, match=reasons):
         Finch(small_model(kind, attention="eager"), chat_tokenizer())

@@ -21,7 +21,7 @@ from ..errors import InputError, ModelError, WindowError
 from ..models.attention import SeenEnough, use_finch_attention
 from ..models.cache import CompressedCache
 from ..models.forward import forward
-from ..models.inspection import window_of
+from ..models.inspection import text_config, window_of
 from ..prefill.scoring import passage_sums, question_attention
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage
@@ -76,10 +76,10 @@ def find_heads(
         WindowError: If the model's window has no room for one of one's own examples.
         ModelError: If it has none for an example that is made.
     """
-    layers, per_layer = searched_heads(n, model.config)
+    layers, per_layer = searched_heads(n, text_config(model))
     use_finch_attention(model)
     builder = PromptBuilder(tokenizer)
-    window = window_of(model.config)
+    window = window_of(text_config(model))
     if isinstance(examples, int):
         examples = _examples_that_fit(builder, examples, window)
     else:
@@ -161,7 +161,7 @@ def attention_by_passage(model: PreTrainedModel, builder: PromptBuilder, example
     Returns:
         Shape [layers to search, heads, passages].
     """
-    layers = layers_to_search(model.config)
+    layers = layers_to_search(text_config(model))
     prompt = builder.build(example.question, [Passage(text) for text in example.passages])
     lengths = torch.tensor([len(passage) for passage in prompt.passages])
     passage_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[None]

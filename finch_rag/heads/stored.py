@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..models.fingerprint import fingerprint
+from ..models.inspection import text_config
 from ..paths import cache_folder, write_atomically
 from ..prefill.planning import RetrievalHeads
 from .alone import find_alone_heads, usual_alone_heads
@@ -96,7 +97,7 @@ def _known_or_found(
             _user_file(fingerprint(model)),
         )
         if use == "loop":
-            searched = layers_to_search(model.config) * model.config.num_attention_heads
+            searched = layers_to_search(text_config(model)) * text_config(model).num_attention_heads
             found = find_heads(model, tokenizer, min(HEADS, searched), on_progress=on_progress)
         else:
             found = find_alone_heads(model, tokenizer, usual_alone_heads(model), on_progress=on_progress)
@@ -121,7 +122,7 @@ def load_heads(model: PreTrainedModel, use: HeadUse = "loop") -> list[tuple[int,
             stored = json.loads(file.read_text(encoding="utf-8"))
             if stored["format"] == _FORMAT and _KEYS[use] in stored:
                 pairs = [(int(layer), int(head)) for layer, head, _ in stored[_KEYS[use]]]
-                check_heads(pairs, model.config)
+                check_heads(pairs, text_config(model))
                 return pairs
         except (FileNotFoundError, NotADirectoryError):
             continue

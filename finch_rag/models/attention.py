@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..errors import ModelError
-from .inspection import input_embedding
+from .inspection import input_embedding, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,7 +99,7 @@ def use_finch_attention(model: PreTrainedModel) -> None:
     """
     if not getattr(model, "_supports_sdpa", False):  # attention sinks, for one, which SDPA would leave out
         raise ModelError(f"{type(model).__name__} does not run on SDPA attention, so Finch cannot run it")
-    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+    if getattr(text_config(model), "attn_logit_softcapping", None) is not None:
         raise ModelError(f"{type(model).__name__} caps its attention scores, which SDPA cannot: Finch cannot run it")
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
@@ -111,10 +111,11 @@ def use_finch_attention(model: PreTrainedModel) -> None:
             use_cache=False,
             finch_observer=lambda layer, query, key, scaling: seen.add(layer),
         )
-    if len(seen) != model.config.num_hidden_layers:
+    layers = int(text_config(model).num_hidden_layers)
+    if len(seen) != layers:
         raise ModelError(
-            f"{type(model).__name__} shows Finch the attention of {len(seen)} of its {model.config.num_hidden_layers} "
-            "layers, and all are needed: use Llama, Mistral, Qwen2 or Qwen3"
+            f"{type(model).__name__} shows Finch the attention of {len(seen)} of its {layers} layers, and all are "
+            "needed: use Llama, Mistral, Qwen2 or Qwen3"
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .inspection import input_embedding
+from .inspection import input_embedding, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ _SETTINGS = (
     "vocab_size hidden_act hidden_activation rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps "
     "partial_rotary_factor sliding_window use_sliding_window max_window_layers layer_types no_rope_layers "
     "attention_multiplier residual_multiplier embedding_multiplier logits_scaling logit_scale "
-    "query_pre_attn_scalar attention_bias mlp_bias"
+    "query_pre_attn_scalar attention_bias mlp_bias attn_logit_softcapping final_logit_softcapping"
 ).split()
 
 
@@ -39,7 +39,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    digest = hashlib.sha256(json.dumps(_configuration(model.config), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_configuration(text_config(model)), sort_keys=True).encode())
     embedding = input_embedding(model)
     first, parts = embedding, []
     for parameter, weight in _weights(model):
@@ -53,10 +53,18 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _configuration(config: Any) -> dict[str, Any]:
-    settings = {name: getattr(config, name, None) for name in _SETTINGS}
+    settings = {name: _setting(config, name) for name in _SETTINGS}
     rope = getattr(config, "rope_parameters", None) or {}
     settings["rope"] = {name: value for name, value in rope.items() if value is not None}
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _setting(config: Any, name: str) -> Any:
+    """A setting; of a configuration whose layers differ in it, which refuses to name one, that of each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers has a class of its own for it, in some of its releases
+        return [getattr(config.per_layer_config[layer], name, None) for layer in range(config.num_hidden_layers)]
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import Cache
 
 from ..errors import DeviceMemoryError
 from .attention import Observer, SeenEnough, VarlenAttention
-from .inspection import input_embedding
+from .inspection import input_embedding, text_config
 from .kept_cache import KeptCache
 from .own_attention import OwnObserver
 from .varlen import PassingLayer, VarlenBatch, VarlenSequence
@@ -109,7 +109,7 @@ def _joined(
     return {
         "input_ids": token_ids[None].to(device),
         "position_ids": positions[None].to(device),
-        "past_key_values": Cache(layers=[PassingLayer() for _ in range(model.config.num_hidden_layers)]),
+        "past_key_values": Cache(layers=[PassingLayer() for _ in range(text_config(model).num_hidden_layers)]),
         "use_cache": True,
         "finch_varlen": attention,
     }

@@ -20,6 +20,15 @@ def input_embedding(model: PreTrainedModel) -> torch.Tensor:
     return weight
 
 
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of a model's text part: its own, but for models that also see or hear.
+
+    Args:
+        model: A decoder.
+    """
+    return model.config.get_text_config(decoder=True)
+
+
 def positions_of(config: Any) -> int:
     """Positions that a model was trained on.
 

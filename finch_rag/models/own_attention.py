@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ..errors import ModelError
-from .inspection import input_embedding
+from .inspection import input_embedding, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +89,7 @@ def use_own_attention(model: PreTrainedModel) -> Mapping[int, GlobalLayer]:
     AttentionMaskInterface.register(_SDPA, sdpa_mask)
     AttentionMaskInterface.register(_EAGER, eager_mask)
     before = model.config._attn_implementation
-    capped = _setting(model.config, "attn_logit_softcapping") is not None
+    capped = getattr(text_config(model), "attn_logit_softcapping", None) is not None
     by_sdpa = bool(getattr(model, "_supports_sdpa", False)) and not capped
     model.set_attn_implementation(_SDPA if by_sdpa else _EAGER)
     try:
@@ -118,7 +118,7 @@ def global_layers(model: PreTrainedModel) -> Mapping[int, GlobalLayer]:
         ModelError: If there is none.
     """
     found: dict[int, GlobalLayer] = {}
-    local = _local_layers(model.config)
+    local = _local_layers(text_config(model))
 
     def look(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float, **extras: Any) -> None:
         if layer not in local and key.shape[-1] == query.shape[-1]:
@@ -143,12 +143,8 @@ def global_layers(model: PreTrainedModel) -> Mapping[int, GlobalLayer]:
 
 def _local_layers(config: Any) -> frozenset[int]:
     """Layers that the configuration says see only their neighbourhood."""
-    kinds = _setting(config, "layer_types") or []
+    kinds = getattr(config, "layer_types", None) or []
     return frozenset(layer for layer, kind in enumerate(kinds) if "sliding" in kind or "chunked" in kind)
-
-
-def _setting(config: Any, name: str) -> Any:
-    return getattr(config.get_text_config(decoder=True), name, None)
 
 
 def _watched(run: AttentionFunction, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:

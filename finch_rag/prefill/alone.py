@@ -25,7 +25,7 @@ from ..errors import DeviceMemoryError
 from ..models.attention import SeenEnough
 from ..models.cache import CompressedCache
 from ..models.forward import forward, forward_packed, forward_varlen, on_device
-from ..models.inspection import input_embedding
+from ..models.inspection import input_embedding, text_config
 from ..models.packed import PackedBatch
 from ..models.varlen import Extend, VarlenSequence
 from ..prompts.builder import PromptBuilder
@@ -105,7 +105,7 @@ class AloneReader:
 
     def _sizes(self) -> tuple[int, int]:
         """Query heads that share a KV head, and the dimension of each."""
-        config = self.model.config
+        config = text_config(self.model)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         return int(config.num_attention_heads) // _kv_heads(self.model), head_dim
 
@@ -285,7 +285,7 @@ def _joined(observers: Sequence[LookObserver], heads: Sequence[Sequence[int]], d
 
 
 def _kv_heads(model: PreTrainedModel) -> int:
-    config = model.config
+    config = text_config(model)
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 

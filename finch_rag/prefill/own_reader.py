@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..errors import InputError
 from ..models.attention import SeenEnough
 from ..models.forward import forward_own
+from ..models.inspection import text_config
 from ..models.own_attention import GlobalLayer, global_layers, runs_own_attention
 from .alone import AloneReader, LookObserver, Reading
 from .planning import RetrievalHeads
@@ -41,7 +43,7 @@ def layers_that_look(model: PreTrainedModel) -> Mapping[int, int]:
     """
     if runs_own_attention(model):
         return {layer: shape.heads for layer, shape in global_layers(model).items()}
-    return dict.fromkeys(range(int(model.config.num_hidden_layers)), int(model.config.num_attention_heads))
+    return dict.fromkeys(range(int(text_config(model).num_hidden_layers)), int(text_config(model).num_attention_heads))
 
 
 class OwnReader(AloneReader):
@@ -54,7 +56,13 @@ class OwnReader(AloneReader):
     """
 
     def __init__(self, model: PreTrainedModel, prefix: Sequence[int], heads: RetrievalHeads) -> None:
-        self._shape: GlobalLayer = next(iter(global_layers(model).values()))
+        looking = global_layers(model)
+        self._shape: GlobalLayer = next(iter(looking.values()))
+        if wrong := sorted((layer, head) for layer in heads for head in heads[layer] if layer not in looking):
+            raise InputError(
+                f"layer {wrong[0][0]} of {type(model).__name__} has no attention over everything, so its heads rank "
+                f"nothing: use heads of the layers {', '.join(map(str, looking))}"
+            )
         super().__init__(model, prefix, heads)
 
     def _sizes(self) -> tuple[int, int]:

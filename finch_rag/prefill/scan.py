@@ -9,7 +9,7 @@ import torch
 
 from ..models.cache import CompressedCache
 from ..models.forward import memory_guard, on_device
-from ..models.inspection import input_embedding
+from ..models.inspection import input_embedding, text_config
 from ..models.kept_cache import KeptCache
 from ..models.rope import KeyRotation
 from ..prompts.builder import Prompt
@@ -76,7 +76,7 @@ class Scan:
         self.document, self.passage_of = document_of(prompt.passages, self.device)
         self.attention = torch.zeros(len(self.lengths), device=self.device)
         self.chooses_only = plan.chooses_only(self.lengths)
-        self._model_layers = int(model.config.num_hidden_layers)
+        self._model_layers = int(text_config(model).num_hidden_layers)
         self.layers = plan.layers_to_scan(self.lengths, self._model_layers)
         longest = max(map(len, plan_chunks(self.lengths, plan.chunk_size)), default=0)
         kept = min(plan.budget, len(self.document))

@@ -16,7 +16,7 @@ import torch
 
 from ..models.cache import CompressedCache
 from ..models.forward import forward_varlen, on_device
-from ..models.inspection import input_embedding
+from ..models.inspection import input_embedding, text_config
 from ..models.varlen import VarlenSequence
 from ..prompts.builder import Prompt
 from .chunking import plan_chunks
@@ -75,7 +75,7 @@ def scan_shared(
     document, passage_of = document_of(prompts[0].passages, device)
     prefix = on_device(prompts[0].prefix, device)
     questions = [on_device(prompt.question, device) for prompt in prompts]
-    layers = max(plan.heads) + 1 if plan.heads else int(model.config.num_hidden_layers)
+    layers = max(plan.heads) + 1 if plan.heads else int(text_config(model).num_hidden_layers)
     longest = max(map(len, plan_chunks(lengths, plan.chunk_size)))
     text = CompressedCache(layers, len(prefix) + longest)
     attention = torch.zeros(len(prompts), len(lengths), device=device)
