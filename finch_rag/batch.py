@@ -171,10 +171,6 @@ def _shared_reader(runtime: Runtime, requests: Sequence[Request], plan: PrefillP
 def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[KeptCache]) -> Iterator[Answer]:
     prompts = [request.answer_prompt for request in requests]
     cited = [citations(cache, kept_only=True) for cache in caches]
-    reports = [
-        replace(report(cache, len(request.answer_prompt)), notes=request.notes)
-        for cache, request in zip(caches, requests, strict=True)
-    ]
     writers = [runtime.writer(request.sampling) for request in requests]
     new_tokens = max(request.sampling.max_new_tokens for request in requests)
     start = time.perf_counter()
@@ -190,6 +186,10 @@ def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[KeptCa
         check=requests[0].cancellation.check,
     )
     seconds = (time.perf_counter() - start) / len(requests)
+    reports = [  # now that all of it is read
+        replace(report(cache, len(request.answer_prompt)), notes=request.notes)
+        for cache, request in zip(caches, requests, strict=True)
+    ]
     for text, cited_passages, read, writer in zip(texts, cited, reports, writers, strict=True):
         new, reason = len(writer.token_ids), writer.stop_reason
         yield Answer(text, cited_passages, replace(read, decode_seconds=seconds, new_tokens=new, stop_reason=reason))

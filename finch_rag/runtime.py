@@ -24,7 +24,7 @@ from .models.fingerprint import fingerprint
 from .models.inspection import input_embedding, positions_of, text_config, window_of
 from .models.kept_cache import KeptCache
 from .models.own_attention import use_own_attention
-from .models.own_cache import check_own_cache
+from .models.own_cache import check_steps, probe_logits
 from .models.rope import KeyRotation
 from .prefill.alone import AloneReader
 from .prefill.own_reader import reader_of
@@ -79,14 +79,16 @@ class Runtime:
         self.name = name or str(getattr(model, "name_or_path", "") or type(model).__name__)
         self.no_loop = ""
         self._rotation: KeyRotation | None = None
+        expected = probe_logits(model)
         try:
             self.window = window_of(text_config(model))
             rotation = KeyRotation.of(model, self.window)
             use_finch_attention(model)
+            check_steps(model, expected)
             self._rotation = rotation
         except ModelError as reason:
             use_own_attention(model)
-            check_own_cache(model)
+            check_steps(model, expected)
             self.no_loop, self.window = str(reason), positions_of(text_config(model))
         self.prompts = PromptBuilder(tokenizer)
         self.graphs = CudaGraphs(model)

@@ -495,7 +495,7 @@ def test_a_sliding_window_is_respected() -> None:
 def test_a_model_is_run_right_or_refused_when_the_engine_is_built(kind: str, changes: dict[str, Any]) -> None:
     try:
         model = model_of(small_config(kind, **changes), "eager")
-        heads: dict[str, Any] = {"heads": "all", "alone_heads": [(0, 0)]}
+        heads: dict[str, Any] = {"heads": "all", "alone_heads": [(1, 0)]}
         finch = Finch(model, chat_tokenizer(), budget=200, chunk_size=90, max_new_tokens=4, **heads)
     except ModelError as error:
         assert "\n" not in str(error)  # noqa: PT017
@@ -507,7 +507,7 @@ def test_a_model_is_run_right_or_refused_when_the_engine_is_built(kind: str, cha
         # Everything fits, so that nothing is chosen and all of it is read.
         request = resolve(finch.runtime, QUESTION, [Passage(text) for text in texts(4)], finch.settings)
         cache = read(finch.runtime, request)
-        ending = torch.tensor([[*prompt.question, *prompt.tail]])
+        ending = torch.tensor([[*cache.take_unread(), *prompt.question, *prompt.tail]])
         found = finch.model(ending, past_key_values=cache.fork(ending.shape[1])).logits[0, -1]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 

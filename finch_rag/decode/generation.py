@@ -171,7 +171,8 @@ class Decoder:
     def logits(self) -> Generator[torch.Tensor, None, None]:
         """Logits after the prompt, then after each generated token; float32, shape [1, vocabulary]."""
         tokens = [*self._cache.take_unread(), *self._prompt]
-        most = self._chunk_size or len(tokens)
+        grows = not isinstance(self._cache, CompressedCache)  # and may go on by single tokens only
+        most = len(tokens) if grows else self._chunk_size or len(tokens)
         for start in range(0, len(tokens), most):
             logits = self._forward(tokens[start : start + most])
         yield logits

@@ -104,19 +104,22 @@ def use_finch_attention(model: PreTrainedModel) -> None:
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
     model.set_attn_implementation(ATTENTION_NAME)
-    seen: set[int] = set()
+    seen: dict[int, int] = {}  # layer -> KV heads
     with torch.inference_mode():
         model.base_model(
             input_ids=torch.ones(1, 1, dtype=torch.long, device=input_embedding(model).device),
             use_cache=False,
-            finch_observer=lambda layer, query, key, scaling: seen.add(layer),
+            finch_observer=lambda layer, query, key, scaling: seen.update({layer: key.shape[1]}),
         )
-    layers = int(text_config(model).num_hidden_layers)
+    config = text_config(model)
+    layers, heads = int(config.num_hidden_layers), getattr(config, "num_key_value_heads", config.num_attention_heads)
     if len(seen) != layers:
         raise ModelError(
             f"{type(model).__name__} shows Finch the attention of {len(seen)} of its {layers} layers, and all are "
             "needed: use Llama, Mistral, Qwen2 or Qwen3"
         )
+    if heads is not None and set(seen.values()) != {int(heads)}:  # repeated on their way from the cache
+        raise ModelError(f"{type(model).__name__} attends with other keys than it caches: Finch cannot move them")
 
 
 def attention_forward(

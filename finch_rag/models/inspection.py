@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_SMALLEST_WINDOW = 2048  # of layers that see a part: below, what is kept and a chunk have no room
+
+
 def input_embedding(model: PreTrainedModel) -> torch.Tensor:
     """A model's input embedding, shape [vocabulary, hidden]; its device is where token ids go."""
     weight = model.get_input_embeddings().weight
@@ -53,11 +56,20 @@ def window_of(config: Any) -> int:
 
     Args:
         config: The model's configuration.
+
+    Raises:
+        ModelError: If it names none, or has layers that see little beside others that see everything: these are better
+            read by the model's own attention.
     """
     limits = [positions_of(config)]
     sliding = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
     if sliding and getattr(config, "use_sliding_window", True) and "sliding_attention" in layer_types:
+        if int(sliding) < _SMALLEST_WINDOW and set(layer_types) != {"sliding_attention"}:
+            raise ModelError(
+                f"layers of {config.model_type} see {sliding} tokens only, fewer than the {_SMALLEST_WINDOW} that the "
+                "loop's cache needs"
+            )
         limits.append(int(sliding))
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":

@@ -121,7 +121,7 @@ def global_layers(model: PreTrainedModel) -> Mapping[int, GlobalLayer]:
     local = _local_layers(text_config(model))
 
     def look(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float, **extras: Any) -> None:
-        if layer not in local and key.shape[-1] == query.shape[-1]:
+        if layer >= 0 and layer not in local and key.shape[-1] == query.shape[-1]:
             found[layer] = GlobalLayer(query.shape[1], key.shape[1], key.shape[3])
 
     name = type(model).__name__

@@ -21,31 +21,53 @@ from .own_attention import runs_own_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_PROBE = 8  # tokens
 _ROUNDING = 0.1  # of the largest logit; bfloat16 and routed experts stay below
 
 
-def check_own_cache(model: PreTrainedModel) -> None:
-    """Checks that a model goes on from its own cache in several steps as it would in one, and looks back only.
+def probe_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits after some tokens by one pass, for `check_steps`; float32, shape [vocabulary].
 
     Args:
-        model: One that runs its own attention.
+        model: The model.
+
+    Raises:
+        ModelError: If it does not run.
+    """
+    try:
+        with torch.inference_mode():
+            logits: torch.Tensor = model(input_ids=_probe(model), use_cache=False).logits[0, -1].float()
+    except Exception as error:  # whatever a model trips over
+        raise ModelError(f"{type(model).__name__} does not run ({type(error).__name__}: {error})") from error
+    return logits
+
+
+def check_steps(model: PreTrainedModel, expected: torch.Tensor) -> None:
+    """Checks that a model goes on from the cache that it will have as it computes without one, and looks back only.
+
+    Args:
+        model: One that runs Finch's attention, or its own.
+        expected: What `probe_logits` said.
 
     Raises:
         ModelError: If it does not.
     """
-    name, device = type(model).__name__, input_embedding(model).device
-    tokens = torch.arange(1, 7, device=device)[None] % text_config(model).vocab_size
-    cache = OwnCache(model.config)
+    name, tokens = type(model).__name__, _probe(model)
+    cache = new_cache(model, tokens.shape[1])
     try:
         with torch.inference_mode():
-            at_once = model(input_ids=tokens, use_cache=False).logits[0, -1].float()
-            for part in tokens.split([3, 2, 1], dim=1):  # a prefix, a question, a step
-                in_steps = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0, -1].float()
+            for part in tokens.split([_PROBE - 1, 1], dim=1):  # a prompt, and a step
+                found = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0, -1].float()
     except Exception as error:  # a cache of another class, states that cannot be gone on from: whatever it trips over
         raise ModelError(f"{name} does not go on from transformers' cache ({error}): use another model") from error
     # Far more than rounding: tokens that see those behind them, or a cache that forgets, are off by the logits' size.
-    if (in_steps - at_once).abs().max() > _ROUNDING * at_once.abs().max():
-        raise ModelError(f"{name} does not compute the same in several steps as in one: use a causal decoder")
+    if not (found - expected).abs().max() <= _ROUNDING * expected.abs().max():
+        raise ModelError(f"{name} does not compute the same in several steps as in one: use another model")
+
+
+def _probe(model: PreTrainedModel) -> torch.Tensor:
+    device = input_embedding(model).device
+    return torch.arange(1, _PROBE + 1, device=device)[None] % int(text_config(model).vocab_size)
 
 
 def new_cache(model: PreTrainedModel, capacity: int) -> KeptCache:

@@ -13,7 +13,6 @@ from ..errors import DeviceMemoryError
 from ..models.cache import CompressedCache
 from ..models.forward import forward_in_chunks, forward_varlen, on_device
 from ..models.inspection import input_embedding
-from ..models.kept_cache import KeptCache
 from ..models.own_cache import new_cache
 from ..models.rope import KeyRotation
 from ..models.varlen import VarlenSequence
@@ -123,7 +122,7 @@ def prefill_best(
     """
     device = input_embedding(model).device
     prefilled: list[Prefilled] = []
-    batch: list[tuple[KeptCache, torch.Tensor]] = []
+    batch: list[tuple[CompressedCache, torch.Tensor]] = []
     for prompt, paid, plan in zip(prompts, attention, plans, strict=True):
         steps = Steps(0, plan.chunk_size, 0)
         if plan.ranks_only:
@@ -135,7 +134,10 @@ def prefill_best(
         cache = new_cache(model, len(tokens))
         cache.prefix, cache.kept = len(prompt.prefix), chosen[None]
         prefilled.append(Prefilled(cache, paid, steps))
-        batch.append((cache, tokens))
+        if isinstance(cache, CompressedCache):
+            batch.append((cache, tokens))
+        else:  # states of some layers cannot be gone on from but by single tokens: all is read in one pass
+            cache.unread = tokens
     if len(batch) == 1:
         forward_in_chunks(model, batch[0][1], batch[0][0], plans[0].chunk_size, ahead=ahead)
     elif batch:
@@ -158,17 +160,18 @@ def _best(prompt: Prompt, attention: torch.Tensor, plan: PrefillPlan) -> torch.T
     return chosen.sort().values if plan.in_order else chosen
 
 
-def _side_by_side(model: PreTrainedModel, batch: Sequence[tuple[KeptCache, torch.Tensor]], chunk_size: int) -> None:
+def _side_by_side(
+    model: PreTrainedModel, batch: Sequence[tuple[CompressedCache, torch.Tensor]], chunk_size: int
+) -> None:
     """Reads tokens into caches of their own, as many in a pass as fit into one step."""
     for group in token_groups([len(tokens) for _, tokens in batch], chunk_size):
         members = batch[group.start : group.stop]
-        joinable = [(cache, tokens) for cache, tokens in members if isinstance(cache, CompressedCache)]
-        if len(joinable) == len(members) > 1:
+        if len(members) > 1:
             try:
-                forward_varlen(model, [VarlenSequence.onto(cache, tokens) for cache, tokens in joinable])
+                forward_varlen(model, [VarlenSequence.onto(cache, tokens) for cache, tokens in members])
                 continue
             except DeviceMemoryError:  # one by one it takes less
-                for cache, _ in joinable:
+                for cache, _ in members:
                     cache.crop_to(0)
-        for member, tokens in members:
-            forward_in_chunks(model, tokens, member, chunk_size)
+        for cache, tokens in members:
+            forward_in_chunks(model, tokens, cache, chunk_size)
