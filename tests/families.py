@@ -511,8 +511,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),
 }
 
-# Fields of the base that a family refuses
-WITHOUT: dict[str, tuple[str, ...]] = {"falcon": ("head_dim",)}
+# Fields of the base that a family refuses, or does not know
+WITHOUT: dict[str, tuple[str, ...]] = {
+    "falcon": ("head_dim",),
+    "gpt_neox": ("num_key_value_heads",),
+    "persimmon": ("num_key_value_heads",),
+}
 
 _ENCODER = "an encoder, or the decoder of an encoder-decoder model; no causal language model is published as such"
 _MULTIMODAL = "has vision or audio parts"

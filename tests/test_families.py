@@ -30,8 +30,9 @@ LOOP = (
     "persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2 "
 ).split()
 REFUSED = (
-    "bamba bloom codegen cpmant falcon falcon_mamba gpt_neo gpt_neox_japanese gptj mamba mamba2 minimax mpt "
-    "nemotron openai-gpt recurrent_gemma rwkv stablelm xglm xlstm zamba zamba2 "
+    "axk2 bloom codegen cpmant deepseek_v32 deepseek_v4 dots3_note_text falcon falcon_mamba glm_moe_dsa "
+    "gpt_neo gpt_neox_japanese gptj hy_v4 mamba mamba2 minimax mpt nemotron openai-gpt recurrent_gemma rwkv "
+    "stablelm xglm xlstm zamba zamba2 "
 ).split()
 
 

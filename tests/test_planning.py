@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finch_rag.errors import WindowError
+from finch_rag.errors import ModelError, WindowError
 from finch_rag.models.inspection import window_of
 from finch_rag.prefill import planning
 from finch_rag.prefill.planning import FixedTokens, chunk_within, default_chunk_size
@@ -165,7 +165,9 @@ def test_the_window_is_the_trained_one() -> None:
 def test_a_sliding_window_bounds_the_window() -> None:
     assert window(sliding_window=1024) == 1024
     assert window(sliding_window=8192) == 4096
-    assert window(sliding_window=1024, layer_types=["full_attention", "sliding_attention"]) == 1024
+    assert window(sliding_window=2048, layer_types=["full_attention", "sliding_attention"]) == 2048
+    with pytest.raises(ModelError, match="layers of small see 1024 tokens only, fewer than the 2048"):
+        window(sliding_window=1024, layer_types=["full_attention", "sliding_attention"], model_type="small")
 
 
 def test_a_sliding_window_that_no_layer_uses_does_not() -> None:

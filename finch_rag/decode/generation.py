@@ -10,7 +10,7 @@ import torch
 
 from ..errors import NumericsError
 from ..models.cache import CompressedCache
-from ..models.forward import memory_guard, on_device, varlen_logits
+from ..models.forward import memory_guard, on_device, own_positions, varlen_logits
 from ..models.inspection import input_embedding
 from ..models.kept_cache import KeptCache
 from ..models.varlen import VarlenSequence
@@ -191,12 +191,15 @@ class Decoder:
     def _forward(self, token_ids: list[int]) -> torch.Tensor:
         """Appends tokens to the cache; logits after the last of them, float32, shape [1, vocabulary]."""
         device = input_embedding(self._model).device
+        grows = not isinstance(self._cache, CompressedCache)
+        positions = own_positions(self._model, self._cache, len(token_ids)) if grows else {}
         with memory_guard(device, f"{len(token_ids)} tokens on a cache of {self._cache.length}"):
             output = self._model(
                 input_ids=on_device(token_ids, device)[None],
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **positions,
             )
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits

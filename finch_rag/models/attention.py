@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..errors import ModelError
-from .inspection import input_embedding, text_config
+from .inspection import input_embedding, sparse_attention, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,6 +151,8 @@ def attention_forward(
     Returns:
         The output, shape [batch, queries, heads, head_dim], and None in the place of attention weights.
     """
+    if sparse_attention(kwargs):
+        raise ModelError("its attention is sparse, chosen by an indexer, which Finch cannot run")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if finch_varlen is not None:
         return finch_varlen.attend(int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -160,6 +161,20 @@ def forward_in_chunks(
         cache.unread = last
     else:
         forward(model, last, cache)
+
+
+def own_positions(model: PreTrainedModel, cache: KeptCache, tokens: int) -> dict[str, torch.Tensor]:
+    """Where tokens stand that go on from a model's own cache, as an argument of its forward; some models start anew.
+
+    Args:
+        model: The model.
+        cache: What they are appended to.
+        tokens: How many.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    positions = torch.arange(cache.length, cache.length + tokens, device=input_embedding(model).device)
+    return {"position_ids": positions[None]}
 
 
 def on_device(numbers: Sequence[int] | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,18 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def sparse_attention(options: Mapping[str, Any]) -> bool:
+    """Whether a layer's attention would leave out keys that an indexer has not chosen (DeepSeek V3.2).
+
+    Such layers do so by a mask for transformers' own attention functions alone; any other gets the choice, and would
+    have to make it.
+
+    Args:
+        options: What the layer hands to its attention function.
+    """
+    return any(options.get(name) is not None for name in ("indices", "block_indices"))
+
+
 def positions_of(config: Any) -> int:
     """Positions that a model was trained on.
 
@@ -41,8 +54,7 @@ def positions_of(config: Any) -> int:
     Raises:
         ModelError: If it does not say.
     """
-    text = config.get_text_config(decoder=True)
-    positions = getattr(text, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
     if not positions:
         raise ModelError(f"the model's configuration ({config.model_type}) names no window: use a rotary model")
     return int(positions)

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ..errors import ModelError
-from .inspection import input_embedding, text_config
+from .inspection import input_embedding, sparse_attention, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,7 +149,10 @@ def _local_layers(config: Any) -> frozenset[int]:
 
 def _watched(run: AttentionFunction, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
     observer: OwnObserver | None = options.pop("finch_observer", None)
-    if observer is not None and getattr(module, "layer_idx", None) is not None:
+    if sparse_attention(options):
+        raise ModelError("its attention is sparse, chosen by an indexer, which Finch cannot run")
+    everything = options.get("sliding_window") is None
+    if observer is not None and everything and getattr(module, "layer_idx", None) is not None:
         scaling = options.get("scaling")
         extras = {"softcap": options.get("softcap"), "sinks": options.get("s_aux")}
         observer(

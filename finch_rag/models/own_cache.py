@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from ..errors import ModelError
 from .cache import CompressedCache
+from .forward import own_positions
 from .inspection import input_embedding, text_config
 from .kept_cache import KeptCache
 from .own_attention import runs_own_attention
@@ -57,7 +58,8 @@ def check_steps(model: PreTrainedModel, expected: torch.Tensor) -> None:
     try:
         with torch.inference_mode():
             for part in tokens.split([_PROBE - 1, 1], dim=1):  # a prompt, and a step
-                found = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0, -1].float()
+                own = own_positions(model, cache, part.shape[1]) if isinstance(cache, OwnCache) else {}
+                found = model(input_ids=part, past_key_values=cache, use_cache=True, **own).logits[0, -1].float()
     except Exception as error:  # a cache of another class, states that cannot be gone on from: whatever it trips over
         raise ModelError(f"{name} does not go on from transformers' cache ({error}): use another model") from error
     # Far more than rounding: tokens that see those behind them, or a cache that forgets, are off by the logits' size.
