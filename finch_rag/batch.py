@@ -16,8 +16,7 @@ from .prefill.planning import PrefillPlan
 from .prefill.shared import scan_shared, shares_scan
 from .prefill.shortlists import prefill_shortlists
 from .prompts.passages import Passage, as_passages
-from .reading import planned, rank, read_ranked, remember
-from .reading import read as read_alone
+from .reading import planned, rank, read_ranked, read_request, remember
 from .request import Cancellation, Request
 from .resolving import resolve, with_store
 from .runtime import Runtime
@@ -109,7 +108,7 @@ def _alone_reader(runtime: Runtime, requests: Sequence[Request], plans: Sequence
 def _loop_reader(runtime: Runtime, requests: Sequence[Request], plans: Sequence[PrefillPlan], shared: bool) -> Read:
     """A long list that all requests share is scanned now."""
     if runtime.no_loop:
-        return lambda group: [read_alone(runtime, requests[number]) for number in group]
+        return lambda group: [read_request(runtime, requests[number]) for number in group]
     lengths = requests[0].passage_tokens
     smallest = min(plan.budget for plan in plans), min(plan.chunk_size for plan in plans)
     plan = replace(plans[0], budget=smallest[0], chunk_size=smallest[1])  # fits each of them

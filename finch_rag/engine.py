@@ -23,7 +23,7 @@ from .prefill.selection import Selection
 from .prompts.chat_template import Message
 from .prompts.parsing import parse_prompt
 from .prompts.passages import Passage, as_passages
-from .reading import read
+from .reading import read_request
 from .request import Cancellation, Progress
 from .resolving import resolve, resolve_cached, resolve_parsed, with_store
 from .runtime import Runtime
@@ -352,7 +352,7 @@ class Finch(EngineAttributes):
             InputError: Also if Finch cannot move the model's keys.
         """
         chosen, settings = with_store(self.runtime, question, as_passages(passages), self.settings.updated(options))
-        cache = read(self.runtime, resolve(self.runtime, question, chosen, settings)).fork(0)
+        cache = read_request(self.runtime, resolve(self.runtime, question, chosen, settings)).fork(0)
         if not isinstance(cache, CompressedCache):
             raise InputError(f"{self.name} keeps passages in a cache of its own ({self.runtime.no_loop}): use ask")
         return cache
@@ -390,4 +390,4 @@ class Finch(EngineAttributes):
         """
         chosen, settings = with_store(self.runtime, question, as_passages(passages), self.settings.updated(options))
         request = resolve(self.runtime, question, chosen, settings, ranks_only=True)
-        return citations(read(self.runtime, request))
+        return citations(read_request(self.runtime, request))

@@ -61,7 +61,7 @@ def planned(runtime: Runtime, request: Request) -> PrefillPlan:
     return replace(request.plan, heads=runtime.retrieval_heads(request.on_progress, request.cancellation))
 
 
-def read(runtime: Runtime, request: Request, *, ahead: bool = False) -> KeptCache:
+def read_request(runtime: Runtime, request: Request, *, ahead: bool = False) -> KeptCache:
     """Reads the passages of a request into a cache that remembers them for citations and report.
 
     Args:
@@ -183,7 +183,7 @@ def read_ranked(
         requests: With ranked passages.
         plans: Of each, see `planned`.
         rankings: Of each.
-        ahead: See `read`.
+        ahead: See `read_request`.
 
     Raises:
         NumericsError: If the model computes NaN.

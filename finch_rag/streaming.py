@@ -17,7 +17,7 @@ from .answer import Answer, citations, report
 from .errors import InputError
 from .models.kept_cache import KeptCache
 from .prompts.passages import Passage
-from .reading import read
+from .reading import read_request
 from .request import Cancelled, Request
 from .runtime import Runtime
 
@@ -98,7 +98,7 @@ def _answer(
 ) -> Generator[str, None, None]:
     """The deltas of an answer; at the end the answer is put into ``answers``."""
     try:
-        cache = read(runtime, request, ahead=True) if cache is None else cache
+        cache = read_request(runtime, request, ahead=True) if cache is None else cache
     except Cancelled:
         return
     cited = citations(cache, kept_only=True)

@@ -128,6 +128,8 @@ def test_the_second_question_over_a_corpus_reads_nothing(corpus: Path, model_fol
     anew = only_json(run("ask", QUESTION, *common, "--no-store"))
     assert (anew["report"]["known_tokens"], anew["report"]["stored_tokens"]) == (0, 0)
     assert anew["report"]["chunks"] > 0
+    by_loop = only_json(run("ask", QUESTION, *common, "--strategy", "loop"))
+    assert (by_loop["report"]["strategy"], by_loop["report"]["known_tokens"]) == ("loop", 0)
     tokens = only_json(run("ask", QUESTION, *common, "--selection", "token"))
     assert tokens["report"]["known_tokens"] == 0
 

@@ -12,7 +12,7 @@ from finch_rag.errors import FinchError, InputError, ModelError, SettingsError, 
 from finch_rag.prefill.planning import Strategy
 from finch_rag.prompts.chat_template import Message
 from finch_rag.prompts.passages import Passage
-from finch_rag.reading import read
+from finch_rag.reading import read_request
 from finch_rag.resolving import resolve
 
 from .small import ARCHITECTURES, chat_tokenizer, model_of, small_config, small_finch, small_model, texts
@@ -506,7 +506,7 @@ def test_a_model_is_run_right_or_refused_when_the_engine_is_built(kind: str, cha
         expected = model_of(small_config(kind, **changes), "eager")(torch.tensor([tokens])).logits[0, -1]
         # Everything fits, so that nothing is chosen and all of it is read.
         request = resolve(finch.runtime, QUESTION, [Passage(text) for text in texts(4)], finch.settings)
-        cache = read(finch.runtime, request)
+        cache = read_request(finch.runtime, request)
         ending = torch.tensor([[*cache.take_unread(), *prompt.question, *prompt.tail]])
         found = finch.model(ending, past_key_values=cache.fork(ending.shape[1])).logits[0, -1]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

@@ -12,14 +12,16 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finch_rag import Finch, ModelError, Passage
+from finch_rag.decode.generation import Decoder
 from finch_rag.models.own_attention import global_layers, runs_own_attention
-from finch_rag.reading import read
+from finch_rag.reading import read_request
 from finch_rag.resolving import resolve
 
 from .families import FAMILIES, LEFT_OUT, config_of
 from .small import chat_tokenizer, model_of, texts
 
 QUESTION = "who built the bridge?"
+_STEPS = 3
 LISTED = Version("5.23")  # of transformers, whose families are listed here
 
 # All others are read alone.
@@ -37,7 +39,7 @@ REFUSED = (
 
 
 def outcome(kind: str) -> str:
-    """What becomes of a family; where it is read, logits behind all passages are those of the plain model."""
+    """What becomes of a family; where it is read, logits behind all passages are the plain model's."""
     plain, model = model_of(config_of(kind), "eager"), model_of(config_of(kind), "eager")
     heads: dict[str, Any] = {"heads": "all", "alone_heads": [(0, 0)]}
     try:
@@ -49,14 +51,19 @@ def outcome(kind: str) -> str:
         layers = sorted(global_layers(model))
         finch.runtime.alone_heads = [(layers[0], 0), (layers[-1], 1)]
     request = resolve(finch.runtime, QUESTION, [Passage(text) for text in texts(4)], finch.settings)
-    cache = read(finch.runtime, request)
+    cache = read_request(finch.runtime, request)
     document = [token for passage in request.prompt.passages for token in passage]
     tokens = [*request.prompt.prefix, *document, *request.answer_prompt]
-    answered = [*cache.take_unread(), *request.answer_prompt]
-    with torch.inference_mode():
-        expected = plain(torch.tensor([tokens])).logits[0, -1]
-        found = model(torch.tensor([answered]), past_key_values=cache.fork(request.room), use_cache=True).logits[0, -1]
-    torch.testing.assert_close(found, expected, atol=1e-4 * max(1.0, float(expected.abs().max())), rtol=1e-4)
+    writer = finch.runtime.writer(request.sampling)
+    decoder = Decoder(model, cache.fork(request.room), request.answer_prompt, writer, new_tokens=_STEPS)
+    passes = decoder.logits()
+    for _ in range(_STEPS):  # the question's pass, and steps of one token
+        found = next(passes)[0]
+        with torch.inference_mode():
+            expected = plain(torch.tensor([tokens])).logits[0, -1]
+        torch.testing.assert_close(found, expected, atol=1e-4 * max(1.0, float(expected.abs().max())), rtol=1e-4)
+        writer.token_ids.append(int(expected.argmax()))
+        tokens.append(writer.token_ids[-1])
     report = finch.ask(QUESTION, texts(20), budget=60).report
     assert 0 < report.kept_tokens <= 60 < report.context_tokens
     return "independent" if finch.runtime.no_loop else "loop"

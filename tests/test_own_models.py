@@ -16,7 +16,7 @@ from finch_rag.prefill import alone
 from finch_rag.prefill.alone import NEUTRAL, AloneReader, Asked
 from finch_rag.prefill.head_keys import KeyBlock, attention_on
 from finch_rag.prefill.own_reader import OwnReader, reader_of
-from finch_rag.reading import read
+from finch_rag.reading import read_request
 from finch_rag.resolving import resolve
 
 from .small import chat_tokenizer, model_of, small_config, small_model, texts
@@ -123,7 +123,7 @@ def test_a_question_pays_to_a_passage_what_the_model_says(kind: str) -> None:
 def test_the_answer_is_the_plain_models_on_what_was_kept(kind: str) -> None:
     finch = new_finch(kind)
     request = resolve(finch.runtime, QUESTION, [Passage(text) for text in texts(20)], finch.settings)
-    cache = read(finch.runtime, request)
+    cache = read_request(finch.runtime, request)
     assert isinstance(cache, OwnCache)
     assert 0 < cache.kept_tokens <= 80
     document = [token for passage in request.prompt.passages for token in passage]

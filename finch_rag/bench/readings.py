@@ -24,7 +24,7 @@ from ..models.forward import on_device
 from ..prefill.planning import Strategy
 from ..prefill.shortlists import shortlist_tokens
 from ..prompts.builder import Prompt
-from ..reading import read
+from ..reading import read_request
 from ..request import Request
 from ..resolving import resolve, with_store
 from ..settings import Settings
@@ -72,7 +72,7 @@ def by_finch(finch: Finch, request: Request) -> Reading:
         finch: The engine.
         request: What is read.
     """
-    cache = read(finch.runtime, request, ahead=True)
+    cache = read_request(finch.runtime, request, ahead=True)
     prompt, figures = request.prompt, cache.document.figures
     document = sum(request.passage_tokens)
     questions = 2 if figures.strategy == "independent" else figures.chunks  # the neutral one is read beside it
@@ -94,7 +94,7 @@ def from_store(finch: Finch, store: PassageStore, question: str, settings: Setti
     """
     passages, found = with_store(finch.runtime, question, [], replace(settings, store=store))
     request = resolve(finch.runtime, question, passages, found)
-    cache = read(finch.runtime, request, ahead=True)
+    cache = read_request(finch.runtime, request, ahead=True)
     return Reading(None, finch.runtime.decoder(cache.fork(request.room), request).steps().__next__)
 
 

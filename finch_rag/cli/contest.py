@@ -18,7 +18,7 @@ from ..corpus.retrieval import Retriever
 from ..engine import Finch
 from ..prompts.builder import Prompt
 from ..prompts.passages import Passage
-from ..reading import read
+from ..reading import read_request
 from ..resolving import resolve_prompt
 from ..streaming import AnswerStream
 
@@ -147,7 +147,8 @@ class FullWindow:
         self.passage_ids = {p.id for p, end in zip(passages, ends, strict=True) if end <= self.tokens}
         start = time.perf_counter()
         filled = Prompt([*self._prefix, *document], [], longest.question, longest.own_tokens, longest.tail)
-        self._cache = read(self._runtime, resolve_prompt(self._runtime, filled, self._settings, ranks_only=True))
+        request = resolve_prompt(self._runtime, filled, self._settings, ranks_only=True)
+        self._cache = read_request(self._runtime, request)
         self.prefill_seconds = time.perf_counter() - start
 
     def answer(self, question: str) -> Answer:

@@ -147,7 +147,10 @@ def _local_layers(config: Any) -> frozenset[int]:
     return frozenset(layer for layer, kind in enumerate(kinds) if "sliding" in kind or "chunked" in kind)
 
 
-def _watched(run: AttentionFunction, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+def _watched(
+    run: AttentionFunction, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
+) -> Any:
+    """Shows a layer that sees everything to the observer, and runs its attention."""
     observer: OwnObserver | None = options.pop("finch_observer", None)
     if sparse_attention(options):
         raise ModelError("its attention is sparse, chosen by an indexer, which Finch cannot run")
@@ -162,37 +165,17 @@ def _watched(run: AttentionFunction, module: Any, query: Any, key: Any, value: A
             query.shape[-1] ** -0.5 if scaling is None else scaling,
             **{name: extra for name, extra in extras.items() if extra is not None},
         )
-    return run(module, query, key, value, mask, **options)
+    return run(module, query, key, value, attention_mask, **options)
 
 
-def _watched_sdpa(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _watched_sdpa(module: torch.nn.Module, *states: Any, **options: Any) -> Any:
     """SDPA as transformers runs it, in the signature of ``AttentionInterface``."""
-    found: tuple[torch.Tensor, torch.Tensor | None] = _watched(
-        sdpa_attention_forward, module, query, key, value, attention_mask, **options
-    )
-    return found
+    return _watched(sdpa_attention_forward, module, *states, **options)
 
 
-def _watched_eager(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The model file's own eager attention, with its soft cap and sinks."""
-    found: tuple[torch.Tensor, torch.Tensor | None] = _watched(
-        _eager_of(module), module, query, key, value, attention_mask, **options
-    )
-    return found
+def _watched_eager(module: torch.nn.Module, *states: Any, **options: Any) -> Any:
+    """The model file's own eager attention, with its soft cap and sinks, likewise."""
+    return _watched(_eager_of(module), module, *states, **options)
 
 
 def _eager_of(module: torch.nn.Module) -> AttentionFunction:

@@ -253,6 +253,17 @@ def test_shortlist_tokens_reach_the_engine(finch: Finch) -> None:
     assert passes[0] < passes[4000]
 
 
+def test_the_strategy_reaches_the_engine(finch: Finch) -> None:
+    for strategy in ("independent", "loop"):
+        llm = finch_llm(engine=finch, strategy=strategy)
+        answer = llm.chat([PassagesMessage(QUESTION, nodes(40))], max_tokens=1)
+        assert answer.raw["report"]["strategy"] == llm.strategy == strategy
+        other = llm.chat([PassagesMessage(QUESTION, nodes(40))], max_tokens=1, strategy="loop")
+        assert other.raw["report"]["strategy"] == "loop"
+    with pytest.raises(SettingsError, match="strategy is 'both'"):
+        finch_llm(engine=finch, strategy="both")
+
+
 # Writing down
 
 

@@ -131,6 +131,8 @@ def test_options_of_a_call_stand_in_for_the_models(llm: FinchLLM, documents: lis
     assert report(chunk_size=128)["chunk_size"] == 128
     assert report(chunk_size="auto")["chunk_size"] > 128
     assert report(reread=False)["reread"] is False
+    assert report(strategy="independent", reread=True)["strategy"] == "independent"
+    assert report(strategy="loop", reread=True)["strategy"] == report()["strategy"] == "loop"
 
 
 def test_sampling_follows_the_seed(llm: FinchLLM) -> None:
