@@ -183,6 +183,7 @@ def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[KeptCa
         new_tokens=new_tokens,
         graphs=runtime.graphs,
         check=requests[0].cancellation.check,
+        chunk_size=runtime.prompt_chunk_size,
     )
     seconds = (time.perf_counter() - start) / len(requests)
     reports = [  # now that all of it is read

@@ -43,8 +43,8 @@ class Finch(EngineAttributes):
     Safe to share between threads: a call keeps nothing in the engine.
 
     Args:
-        model: A decoder-only transformers model with rotary positions. It is switched to Finch's attention function,
-            which computes what SDPA computes.
+        model: A decoder-only transformers model. It is switched to Finch's attention function, which computes what SDPA
+            computes; where Finch cannot move its keys, to a window in front of its own (docs/models.md).
         tokenizer: Its tokenizer; its chat template is used where it has one.
         name: Name in reports; the model's own when None.
         budget: Document tokens kept per layer; derived from the window and the longest passage when None.
@@ -55,7 +55,8 @@ class Finch(EngineAttributes):
             questions of a call, as a store does; it answers as well and takes less time (docs/benchmarks.md), and is
             what "auto" takes for an answer. "auto" takes "loop" for `rank`, which it does more sharply; and where
             nothing has to be left out, most passages are longer than the budget, single tokens are kept, older turns
-            of the conversation are read along, or ``heads`` are given.
+            of the conversation are read along, or ``heads`` are given. An engine made with "loop" stays below the
+            sliding window that some layers may have, of 2,048 tokens or more, so that the loop can run.
         selection: "passage" keeps whole passages, "token" keeps tokens layer by layer as in the paper.
         reread: With passage selection, prefill the best passages that fit whole into the budget again at the end,
             and answer from them alone; those that are far below the best one are left out. Keys and values of the scan
@@ -134,7 +135,13 @@ class Finch(EngineAttributes):
         check_heads(heads, text_config(model), SettingsError)
         check_alone_heads(alone_heads, text_config(model), SettingsError)
         self.runtime = Runtime(
-            model, tokenizer, name=name, heads=heads, alone_heads=alone_heads, compile_layers=compile_layers
+            model,
+            tokenizer,
+            name=name,
+            heads=heads,
+            alone_heads=alone_heads,
+            compile_layers=compile_layers,
+            held=self.settings.reading.strategy == "loop",
         )
 
     @classmethod

@@ -24,7 +24,7 @@ from .models.fingerprint import fingerprint
 from .models.inspection import input_embedding, positions_of, text_config, window_of
 from .models.kept_cache import KeptCache
 from .models.own_attention import use_own_attention
-from .models.own_cache import check_steps, probe_logits
+from .models.own_cache import check_steps, goes_on_in_chunks, probe_logits
 from .models.rope import KeyRotation
 from .prefill.alone import AloneReader
 from .prefill.own_reader import reader_of
@@ -49,6 +49,7 @@ class Runtime:
         heads: Heads that rank passages, checked; see `finch_rag.Finch`.
         alone_heads: Likewise, of passages that are read alone.
         compile_layers: See `finch_rag.Finch`.
+        held: Stay below the sliding window of some layers, so that the loop can run.
 
     Attributes:
         window: Positions of the model; those in which its attention is plain causal attention, where the loop runs.
@@ -71,17 +72,18 @@ class Runtime:
         heads: Heads = "auto",
         alone_heads: AloneHeads = "auto",
         compile_layers: bool = False,
+        held: bool = False,
     ) -> None:
         if getattr(model.config, "is_encoder_decoder", False):
             raise ModelError(f"{type(model).__name__} is an encoder-decoder; Finch runs decoder-only models")
         self.model, self.tokenizer = model, tokenizer
         self.heads, self.alone_heads = heads, alone_heads
         self.name = name or str(getattr(model, "name_or_path", "") or type(model).__name__)
-        self.no_loop = ""
+        self.no_loop, self._in_chunks = "", True
         self._rotation: KeyRotation | None = None
         expected = probe_logits(model)
         try:
-            self.window = window_of(text_config(model))
+            self.window = window_of(text_config(model), held=held)
             rotation = KeyRotation.of(model, self.window)
             use_finch_attention(model)
             check_steps(model, expected)
@@ -89,6 +91,7 @@ class Runtime:
         except ModelError as reason:
             use_own_attention(model)
             check_steps(model, expected)
+            self._in_chunks = goes_on_in_chunks(model, expected)
             self.no_loop, self.window = str(reason), positions_of(text_config(model))
         self.prompts = PromptBuilder(tokenizer)
         self.graphs = CudaGraphs(model)
@@ -129,6 +132,11 @@ class Runtime:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, for later
         free = torch.cuda.mem_get_info(device)[0] + unused
         return chunk_within(free, chunk_size, text_config(self.model), self.model.dtype.itemsize)
+
+    @property
+    def prompt_chunk_size(self) -> int | None:
+        """The most tokens of a prompt that are read in one pass; None where it must be read in one."""
+        return self.usual_chunk_size if self._in_chunks else None
 
     @cached_property
     def alone_prefix(self) -> list[int]:
@@ -213,5 +221,5 @@ class Runtime:
             new_tokens=request.sampling.max_new_tokens,
             graphs=self.graphs,
             cancelled=request.cancellation.is_cancelled,
-            chunk_size=self.usual_chunk_size,
+            chunk_size=self.prompt_chunk_size,
         )

@@ -28,7 +28,7 @@ LISTED = Version("5.23")  # of transformers, whose families are listed here
 LOOP = (
     "apertus arcee aria_text bitnet cohere dbrx diffllama dots1 ernie4_5 ernie4_5_moe flex_olmo gemma glm glm4 "
     "glm4_moe gpt_neox granite granitemoe granitemoeshared helium hy_v3 hyperclovax internlm3 iquestcoder "
-    "jais2 llama llama4_text minimax_m2 minimax_m3_vl_text ministral3 mistral mixtral olmo olmo2 olmoe "
+    "jais2 llama minimax_m2 minimax_m3_vl_text ministral3 mistral mixtral olmo olmo2 olmoe "
     "persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2 "
 ).split()
 REFUSED = (
@@ -55,7 +55,10 @@ def outcome(kind: str) -> str:
     document = [token for passage in request.prompt.passages for token in passage]
     tokens = [*request.prompt.prefix, *document, *request.answer_prompt]
     writer = finch.runtime.writer(request.sampling)
-    decoder = Decoder(model, cache.fork(request.room), request.answer_prompt, writer, new_tokens=_STEPS)
+    chunk_size = 50 if finch.runtime.prompt_chunk_size else None
+    decoder = Decoder(
+        model, cache.fork(request.room), request.answer_prompt, writer, new_tokens=_STEPS, chunk_size=chunk_size
+    )
     passes = decoder.logits()
     for _ in range(_STEPS):  # the question's pass, and steps of one token
         found = next(passes)[0]

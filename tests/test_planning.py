@@ -165,9 +165,19 @@ def test_the_window_is_the_trained_one() -> None:
 def test_a_sliding_window_bounds_the_window() -> None:
     assert window(sliding_window=1024) == 1024
     assert window(sliding_window=8192) == 4096
-    assert window(sliding_window=2048, layer_types=["full_attention", "sliding_attention"]) == 2048
-    with pytest.raises(ModelError, match="layers of small see 1024 tokens only, fewer than the 2048"):
-        window(sliding_window=1024, layer_types=["full_attention", "sliding_attention"], model_type="small")
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")]
+)
+def test_layers_that_see_a_part_beside_others_are_stayed_below_on_request(kind: str, size: str) -> None:
+    config = SimpleNamespace(max_position_embeddings=4096, layer_types=["full_attention", kind], model_type="small")
+    assert window_of(SimpleNamespace(**vars(config), **{size: 4096})) == 4096
+    assert window_of(SimpleNamespace(**vars(config), **{size: 2048}), held=True) == 2048
+    with pytest.raises(ModelError, match=r'see 2048 of 4096 tokens only; one made with strategy="loop" stays below'):
+        window_of(SimpleNamespace(**vars(config), **{size: 2048}))
+    with pytest.raises(ModelError, match=r"layers of small see 1024 of 4096 tokens only; the loop's cache needs 2048"):
+        window_of(SimpleNamespace(**vars(config), **{size: 1024}), held=True)
 
 
 def test_a_sliding_window_that_no_layer_uses_does_not() -> None:

@@ -171,8 +171,7 @@ class Decoder:
     def logits(self) -> Generator[torch.Tensor, None, None]:
         """Logits after the prompt, then after each generated token; float32, shape [1, vocabulary]."""
         tokens = [*self._cache.take_unread(), *self._prompt]
-        grows = not isinstance(self._cache, CompressedCache)  # and may go on by single tokens only
-        most = len(tokens) if grows else self._chunk_size or len(tokens)
+        most = self._chunk_size or len(tokens)
         for start in range(0, len(tokens), most):
             logits = self._forward(tokens[start : start + most])
         yield logits
@@ -215,6 +214,7 @@ def decode_many(
     new_tokens: int,
     graphs: CudaGraphs,
     check: Callable[[], None] = lambda: None,
+    chunk_size: int | None = None,
 ) -> list[str]:
     """Generates several answers side by side: each step is one pass, which reads the weights once for all.
 
@@ -226,13 +226,14 @@ def decode_many(
         new_tokens: The most tokens of an answer.
         graphs: CUDA graphs of the model.
         check: Called before each step; what it raises ends the generation.
+        chunk_size: Of caches of the model's own kind, see `Decoder`.
 
     Returns:
         The answers' texts.
     """
     joinable = [cache for cache in caches if isinstance(cache, CompressedCache)]
     if len(joinable) < len(caches):  # caches of the model's own kind share no pass
-        return _one_by_one(model, caches, prompts, writers, check)
+        return _one_by_one(model, caches, prompts, writers, check, chunk_size)
     device = input_embedding(model).device
 
     def forward(answers: Sequence[int], tokens: Sequence[Sequence[int]]) -> dict[int, torch.Tensor]:
@@ -263,11 +264,12 @@ def _one_by_one(
     prompts: Sequence[Sequence[int]],
     writers: Sequence[Writer],
     check: Callable[[], None],
+    chunk_size: int | None,
 ) -> list[str]:
     texts = []
     for cache, prompt, writer in zip(caches, prompts, writers, strict=True):
         deltas = []
-        for delta in Decoder(model, cache, prompt, writer, new_tokens=0):
+        for delta in Decoder(model, cache, prompt, writer, new_tokens=0, chunk_size=chunk_size):
             check()
             deltas.append(delta)
         texts.append("".join(deltas))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 _SMALLEST_WINDOW = 2048  # of layers that see a part: below, what is kept and a chunk have no room
+# Kinds of layers that see a part, with what a configuration calls the tokens that they see.
+_LOCAL = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 
 def input_embedding(model: PreTrainedModel) -> torch.Tensor:
@@ -60,30 +62,53 @@ def positions_of(config: Any) -> int:
     return int(positions)
 
 
-def window_of(config: Any) -> int:
+def window_of(config: Any, *, held: bool = False) -> int:
     """Positions in which a model's attention is the plain causal attention that Finch runs.
 
-    That is the trained window, or less: with a sliding window, or with long RoPE's two sets of frequencies (which
+    That is the trained window, or less: where all layers see a part, or with long RoPE's two sets of frequencies (which
     switch at a length, while keys rotated by the other set are in the cache), Finch stays below the smaller length.
 
     Args:
         config: The model's configuration.
+        held: Stay below what layers see that see a part also where others see everything.
 
     Raises:
-        ModelError: If it names none, or has layers that see little beside others that see everything: these are better
-            read by the model's own attention.
+        ModelError: If it names none, or has layers that see a part beside others that see everything, and ``held`` is
+            no or the part too small: the model's own attention reads in the whole window.
     """
     limits = [positions_of(config)]
-    sliding = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if sliding and getattr(config, "use_sliding_window", True) and "sliding_attention" in layer_types:
-        if int(sliding) < _SMALLEST_WINDOW and set(layer_types) != {"sliding_attention"}:
-            raise ModelError(
-                f"layers of {config.model_type} see {sliding} tokens only, fewer than the {_SMALLEST_WINDOW} that the "
-                "loop's cache needs"
-            )
-        limits.append(int(sliding))
+    seen = tokens_seen_by_local_layers(config)
+    if seen is not None and seen < limits[0]:
+        if has_global_layers(config) and (seen < _SMALLEST_WINDOW or not held):
+            cure = f"the loop's cache needs {_SMALLEST_WINDOW}" if held else 'one made with strategy="loop" stays below'
+            raise ModelError(f"layers of {config.model_type} see {seen} of {limits[0]} tokens only; {cure}")
+        limits.append(seen)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         limits.append(int(rope.get("original_max_position_embeddings", limits[0])))
     return min(limits)
+
+
+def tokens_seen_by_local_layers(config: Any) -> int | None:
+    """Tokens that the layers see that see a part of the window; None where all see everything.
+
+    Args:
+        config: The model's configuration.
+    """
+    unused = () if getattr(config, "use_sliding_window", True) else ("sliding_attention",)
+    sizes = [getattr(config, name, None) for kind, name in _LOCAL.items() if kind in _kinds(config) - {*unused}]
+    return min((int(size) for size in sizes if size), default=None)
+
+
+def has_global_layers(config: Any) -> bool:
+    """Whether some layers see everything.
+
+    Args:
+        config: The model's configuration.
+    """
+    return bool(_kinds(config) - {*_LOCAL})
+
+
+def _kinds(config: Any) -> set[str]:
+    """Kinds of layers; a configuration that names none has a window for all of them, or none."""
+    return set(getattr(config, "layer_types", None) or ["sliding_attention"])
