@@ -34,6 +34,7 @@ ROOMS = {
     "batch": "several requests, executed together",
     "attributes": "what an engine tells about itself",
     "engine": "`Finch`, a thin face of the runtime",
+    "checkup": "whether a model computes with Finch what it computes without",
     "sharing": "one engine for all who ask for the same model",
     "adapters": "what adapters of frameworks build on",
     "corpus": "a folder of text: passages, index, grading",

@@ -59,7 +59,7 @@ def full(finch: Finch, request: Request) -> Reading:
         finch: The engine, for its model.
         request: What is read.
     """
-    cache = DynamicCache()
+    cache = DynamicCache(config=finch.model.config)
     tokens = [*_document(request.prompt), *request.answer_prompt]
     logits = _logits(finch.model, cache, tokens)
     return Reading(len(tokens) * _layers(finch.model), _plain_steps(finch.model, cache, logits))
@@ -80,7 +80,8 @@ def by_finch(finch: Finch, request: Request) -> Reading:
     layer_tokens = scanned * figures.scanned_layers
     if cache.kept_tokens < document:
         layer_tokens += cache.length * _layers(finch.model)
-    return Reading(layer_tokens, finch.runtime.decoder(cache.fork(request.room), request).steps().__next__)
+    counted = None if finch.runtime.no_loop else layer_tokens  # layers of several kinds are not counted
+    return Reading(counted, finch.runtime.decoder(cache.fork(request.room), request).steps().__next__)
 
 
 def from_store(finch: Finch, store: PassageStore, question: str, settings: Settings) -> Reading:

@@ -17,11 +17,13 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3_5TextConfig,
 )
 
 from ..engine import Finch
@@ -31,6 +33,7 @@ from ..heads.examples import make_examples
 from ..heads.pairs import layers_to_search
 from ..heads.search import HEADS
 from ..models.loading import resolve_device, resolve_dtype
+from ..models.own_attention import global_layers, runs_own_attention
 from ..prompts.builder import Prompt
 from ..prompts.passages import Passage
 
@@ -70,10 +73,45 @@ def _qwen_1_5b() -> PretrainedConfig:
     )
 
 
+def _qwen_3_5_8b() -> PretrainedConfig:
+    """Linear attention in three of four layers."""
+    return Qwen3_5TextConfig(
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=256,
+        vocab_size=248_320,
+        max_position_embeddings=_WINDOW,
+        tie_word_embeddings=False,
+    )
+
+
+def _gpt_oss_20b() -> PretrainedConfig:
+    """Experts, attention sinks, and a window of 128 tokens in every other layer."""
+    return GptOssConfig(
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=24,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        vocab_size=201_088,
+        max_position_embeddings=_WINDOW,
+        rope_parameters={"rope_type": "default", "rope_theta": 150_000.0},
+        tie_word_embeddings=False,
+    )
+
+
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama-8b": lambda: _llama(hidden=4096, inner=14_336, layers=32, heads=32, kv_heads=8, vocabulary=128_256),
     "llama-1b": lambda: _llama(hidden=2048, inner=8192, layers=16, heads=32, kv_heads=8, vocabulary=128_256),
     "qwen-1.5b": _qwen_1_5b,
+    "qwen3.5-8b": _qwen_3_5_8b,
+    "gpt-oss-20b": _gpt_oss_20b,
     "tiny": lambda: _llama(hidden=64, inner=128, layers=4, heads=4, kv_heads=2, vocabulary=512),
 }
 
@@ -110,14 +148,10 @@ def random_finch(shape: str, compile_layers: bool = False) -> Finch:
     """
     device = resolve_device("auto")
     model = random_model(shape, device, resolve_dtype("auto", device, None))
-    return Finch(
-        model,
-        byte_tokenizer(),
-        name=shape,
-        heads=worst_heads(model, HEADS),
-        alone_heads=worst_heads(model, ALONE_HEADS),
-        compile_layers=compile_layers,
-    )
+    finch = Finch(model, byte_tokenizer(), name=shape, compile_layers=compile_layers)
+    finch.runtime.heads = worst_heads(model, HEADS)
+    finch.runtime.alone_heads = worst_heads(model, ALONE_HEADS)
+    return finch
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -132,14 +166,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def worst_heads(model: PreTrainedModel, count: int) -> list[tuple[int, int]]:
     """So many heads where scoring costs most and the reading ends last.
 
-    Each is in a layer of its own, the last of them in the last layer that heads are looked for in.
+    Each is in a layer of its own where there are enough, the last of them in the last layer that heads are looked for
+    in; a model that is read by its own attention has fewer layers that can have them.
 
     Args:
         model: The model.
         count: How many.
     """
-    layers = layers_to_search(model.config)
-    return [(layer, 0) for layer in range(max(0, layers - count), layers)]
+    layers = range(layers_to_search(model.config))
+    if not runs_own_attention(model):
+        return [(layer, 0) for layer in layers[-count:]]
+    looking = {layer: shape.heads for layer, shape in global_layers(model).items() if layer in layers}
+    pairs = [(layer, head) for layer, heads in looking.items() for head in range(heads)]
+    return sorted(pairs, key=lambda pair: (pair[1], -pair[0]))[:count]
 
 
 def random_prompt(model: PreTrainedModel, tokens: int) -> Prompt:

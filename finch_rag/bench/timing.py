@@ -15,7 +15,7 @@ import torch
 from ..engine import Finch
 from ..errors import FinchError
 from ..models.forward import memory_guard
-from ..models.inspection import window_of
+from ..models.inspection import plain_attention, positions_of, text_config
 from ..prefill.planning import Strategy
 from ..prompts.builder import Prompt
 from ..prompts.passages import Passage
@@ -191,8 +191,8 @@ class Measurement:
         self.subject = Subject.of(model=case.model, shape=case.shape, compile_layers=case.method == COMPILED)
         model = self.subject.finch.model
         if not case.by_finch:
-            model.set_attn_implementation("sdpa")
-            if case.tokens > (window := window_of(model.config)):
+            model.set_attn_implementation(plain_attention(model))
+            if case.tokens > (window := positions_of(text_config(model))):
                 raise SkippedError(f"the model's window is {window:,}")
         self._device: torch.device = model.device
         self._rate = matrix_rate(model)
@@ -224,8 +224,10 @@ class Measurement:
             read = self._from_store if self._case.by_store else lambda: self._of_prompt(self._prompt)
             prefill_seconds, first_token_seconds, decode_ms, layer_tokens = self._measure(read)
         run = Run(prefill_seconds, first_token_seconds, decode_ms, peak[0], None)
-        if layer_tokens is None:
+        if self._case.by_store:
             return replace(run, add_seconds=self._add_seconds, bytes_per_token=self._store.bytes_per_token)
+        if layer_tokens is None:
+            return run
         done = 2 * layer_tokens * sum(weight.numel() for weight in _layer_weights(self.subject.finch.model))
         return replace(run, matrix_share=done / prefill_seconds / self._rate)
 

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import FinchError
 from ..terminal.output import say, show_error, show_log
-from . import ask, bench, demo, heads, index, rank, store
+from . import ask, bench, check, demo, heads, index, rank, store
 
 
 class Commands(TyperGroup):
@@ -40,6 +40,7 @@ app.command(epilog=index.EPILOG)(index.index)
 app.add_typer(store.app, name="store")
 app.command("demo")(demo.show_demo)
 app.command(epilog=heads.EPILOG)(heads.heads)
+app.command(epilog=check.EPILOG)(check.check)
 app.add_typer(bench.app, name="bench")
 
 

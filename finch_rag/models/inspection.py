@@ -35,6 +35,16 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def plain_attention(model: PreTrainedModel) -> str:
+    """The attention function of transformers that computes all that a model's attention has, the fastest one.
+
+    Args:
+        model: A decoder.
+    """
+    capped = getattr(text_config(model), "attn_logit_softcapping", None) is not None
+    return "sdpa" if getattr(model, "_supports_sdpa", False) and not capped else "eager"
+
+
 def sparse_attention(options: Mapping[str, Any]) -> bool:
     """Whether a layer's attention would leave out keys that an indexer has not chosen (DeepSeek V3.2).
 

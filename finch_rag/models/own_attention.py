@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ..errors import ModelError
-from .inspection import input_embedding, sparse_attention, text_config
+from .inspection import input_embedding, plain_attention, sparse_attention, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,9 +89,7 @@ def use_own_attention(model: PreTrainedModel) -> Mapping[int, GlobalLayer]:
     AttentionMaskInterface.register(_SDPA, sdpa_mask)
     AttentionMaskInterface.register(_EAGER, eager_mask)
     before = model.config._attn_implementation
-    capped = getattr(text_config(model), "attn_logit_softcapping", None) is not None
-    by_sdpa = bool(getattr(model, "_supports_sdpa", False)) and not capped
-    model.set_attn_implementation(_SDPA if by_sdpa else _EAGER)
+    model.set_attn_implementation(_SDPA if plain_attention(model) == "sdpa" else _EAGER)
     try:
         return global_layers(model)
     except ModelError:

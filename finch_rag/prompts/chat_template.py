@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+_THOUGHT = "<think>"  # what opens a thought of DeepSeek R1, QwQ and others
+_CHANNELS, _FINAL_CHANNEL = "<|start|>assistant", "<|channel|>final<|message|>"  # of gpt-oss
 
 
 class Message(TypedDict):
@@ -81,9 +83,12 @@ def frame(
         if render is not None:
             return render(marked)
         rendered = tokenizer.apply_chat_template(
-            [{"role": m["role"], "content": m["content"]} for m in marked], tokenize=False, add_generation_prompt=True
+            [{"role": m["role"], "content": m["content"]} for m in marked],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,  # a variable that many templates know; others pass it over
         )
-        return str(rendered)
+        return answer_at_once(str(rendered))
 
     try:
         return list(messages), _around_marks(apply, messages, tokenizer)
@@ -95,6 +100,18 @@ def frame(
             raise ModelError(f"the chat template of {type(tokenizer).__name__} fails: {reason}") from error
     # Some templates know no system role, or drop it: its text then opens the user's first message.
     return frame(tokenizer, without_system(messages), render)
+
+
+def answer_at_once(prompt: str) -> str:
+    """A prompt that opens an answer, and not a thought before it: answers are short, and made of the passages.
+
+    Args:
+        prompt: As a template renders it.
+    """
+    opening = prompt.rstrip()
+    if opening.endswith(_THOUGHT):
+        return f"{opening}\n\n</think>\n\n"
+    return prompt + _FINAL_CHANNEL if opening.endswith(_CHANNELS) else prompt
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:
