@@ -32,9 +32,7 @@ LOOP = (
     "persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2 "
 ).split()
 REFUSED = (
-    "axk2 bloom codegen cpmant deepseek_v32 deepseek_v4 dots3_note_text falcon falcon_mamba glm_moe_dsa "
-    "gpt_neo gpt_neox_japanese gptj hy_v4 mamba mamba2 minimax mpt nemotron openai-gpt recurrent_gemma rwkv "
-    "stablelm xglm xlstm zamba zamba2 "
+    "bloom cpmant deepseek_v4 falcon_mamba mamba mamba2 minimax mpt openai-gpt recurrent_gemma rwkv xlstm "
 ).split()
 
 
