@@ -8,7 +8,7 @@ the model, whose layers may hand on no keywords, but stands in a context variabl
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ def shown_to(observer: OwnObserver, model: PreTrainedModel, sequences: int) -> I
         sequences: How many a pass reads.
     """
     if model.config._attn_implementation == _WRITTEN_OUT:
-        with ProductWindow(sequences, lambda layer, *states: observer(layer, *states[:2], scaling_of(*states))):
+        with ProductWindow(sequences, lambda layer, q, k, scores: observer(layer, q, k, scaling_of(q, k, scores))):
             yield
         return
     token = _watch.set(_Watch(observer))
@@ -130,20 +130,19 @@ def use_own_attention(model: PreTrainedModel) -> Mapping[int, GlobalLayer]:
         AttentionMaskInterface.register(name, mask)
     AttentionMaskInterface.register(_WRITTEN_OUT, eager_mask)
     before = model.config._attn_implementation
-    capped = getattr(text_config(model), "attn_logit_softcapping", None) is not None
-    by_sdpa = bool(getattr(model, "_supports_sdpa", False)) and not capped
-    name = _SDPA if by_sdpa else _EAGER
-    model.set_attn_implementation(name)
-    written_out = model.config._attn_implementation != name  # transformers has left it as it was
-    if written_out:
+    if not model._can_set_attn_implementation():
         model.config._attn_implementation = _WRITTEN_OUT
+    else:
+        capped = getattr(text_config(model), "attn_logit_softcapping", None) is not None
+        by_sdpa = bool(getattr(model, "_supports_sdpa", False)) and not capped
+        model.set_attn_implementation(_SDPA if by_sdpa else _EAGER)
     try:
         return global_layers(model)
     except ModelError:
-        if written_out:
-            model.config._attn_implementation = before
-        else:
+        if model._can_set_attn_implementation():
             model.set_attn_implementation(before)
+        else:
+            model.config._attn_implementation = before
         raise
 
 
@@ -168,13 +167,13 @@ def global_layers(model: PreTrainedModel) -> Mapping[int, GlobalLayer]:
     found: dict[int, GlobalLayer] = {}
     local = _local_layers(text_config(model))
 
-    def look(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float, **extras: Any) -> None:
+    def look(layer: int, query: torch.Tensor, key: torch.Tensor, *of_scores: Any, **more_of_scores: Any) -> None:
         if layer not in local and key.shape[-1] == query.shape[-1]:
             found[layer] = GlobalLayer(query.shape[1], key.shape[1], key.shape[3])
 
     def look_at_products(layer: int, query: torch.Tensor, key: torch.Tensor, scores: torch.Tensor) -> None:
         if is_plain(query, key, scores):
-            look(layer, query, key, 1.0)
+            look(layer, query, key)
 
     name = type(model).__name__
     written_out = model.config._attn_implementation == _WRITTEN_OUT
@@ -218,24 +217,23 @@ def _watched(
                 query.shape[-1] ** -0.5 if scaling is None else scaling,
                 **{name: extra for name, extra in extras.items() if extra is not None},
             )
-    attention_mask = _chosen(module, query, key, attention_mask, options)
+    if options.pop("block_indices", None) is not None:  # MiniMax M3 counts its blocks by positions
+        raise ModelError("its attention chooses blocks of tokens, which must stand without a gap")
+    indices = options.pop("indices", None)
+    if indices is not None:
+        attention_mask = _chosen(attention_mask, indices, key.shape[2])
     return run(module, query, key, value, attention_mask, **options)
 
 
-def _chosen(
-    module: Any, query: torch.Tensor, key: torch.Tensor, mask: Any, options: MutableMapping[str, Any]
-) -> torch.Tensor | None:
-    """The mask of what an indexer chose (DeepSeek V3.2); transformers makes it for functions of its own names only."""
-    indices, blocks = options.pop("indices", None), options.pop("block_indices", None)
-    if blocks is not None:
-        positions = torch.arange(key.shape[2], device=query.device)[None, -query.shape[2] :]
-        built: torch.Tensor = module.indexer.build_block_mask(
-            blocks, mask, key.shape[2], query.dtype, query.device, positions
-        )
-        return built
-    if indices is None:
-        return mask
-    left_out = torch.ones(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
+def _chosen(mask: torch.Tensor, indices: torch.Tensor, keys: int) -> torch.Tensor:
+    """The mask of what an indexer chose (DeepSeek V3.2); transformers makes it for functions of its own names only.
+
+    Args:
+        mask: What else is masked, shape [batch, 1, queries, keys]; never None, the indexer needs it too.
+        indices: The keys that each query token chose, shape [batch, queries, chosen].
+        keys: How many there are.
+    """
+    left_out = torch.ones(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
     left_out = left_out.scatter(-1, indices.long(), False)[:, None]
     return mask & ~left_out if mask.dtype == torch.bool else mask.masked_fill(left_out, torch.finfo(mask.dtype).min)
 

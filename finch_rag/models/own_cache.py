@@ -1,16 +1,18 @@
 """A model's own cache, for models whose keys Finch cannot move: it only grows, and every layer has what it needs.
 
 Layers with a sliding window keep their window, linear attention keeps its states; transformers chooses their kinds by
-the model's configuration.
+the model's configuration. A model whose file has a cache class gets one of that class (MiniMax).
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import ModelError
 from .cache import CompressedCache
@@ -84,7 +86,8 @@ def new_cache(model: PreTrainedModel, capacity: int) -> KeptCache:
         capacity: Tokens that will be read into it.
     """
     if runs_own_attention(model):
-        return OwnCache(model.config)
+        kind = _cache_class(model)
+        return OwnCache(model.config) if kind is None else _of_class(kind, model.config)
     return CompressedCache(int(text_config(model).num_hidden_layers), capacity)
 
 
@@ -102,7 +105,8 @@ class OwnCache(KeptCache):
     @property
     def length(self) -> int:
         """Tokens in use."""
-        return int(self.get_seq_length())
+        lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+        return int(max(lengths, default=0))
 
     @property
     def bytes_per_token(self) -> int:
@@ -123,3 +127,23 @@ class OwnCache(KeptCache):
             room: Of no use here: the layers grow.
         """
         return copy.deepcopy(self)
+
+
+def _cache_class(model: PreTrainedModel) -> type[DynamicCache] | None:
+    """The cache class in the file that a model's class is written in; None where it has none of its own."""
+    file = sys.modules[type(model).__module__]
+    for kind in vars(file).values():
+        if isinstance(kind, type) and issubclass(kind, DynamicCache) and kind.__module__ == file.__name__:
+            return kind
+    return None
+
+
+def _of_class(kind: type[DynamicCache], config: Any) -> OwnCache:
+    """An `OwnCache` that is also of a model's cache class, which makes its layers as they come."""
+
+    class Own(OwnCache, kind):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any) -> None:
+            kind.__init__(self)
+            self._keep_nothing()
+
+    return Own(config)

@@ -64,8 +64,9 @@ class ProductWindow(TorchFunctionMode):
     def _show(self, scores: torch.Tensor) -> None:
         left, right = self._factors
         self._factors = []
-        if scores.dim() < 3 or scores.shape[-2:] != (left.shape[-2], right.shape[-1]):
-            return  # the choice of experts
+        products = scores.shape[-2:] == (left.shape[-2], right.shape[-1])
+        if not products or min(left.dim(), right.dim(), scores.dim()) < 3:
+            return  # the choice of experts: of other numbers, or of a product with weights
         query, key = self._by_sequence(left), self._by_sequence(right.transpose(-1, -2))
         self._layers += 1
         self._see(self._layers - 1, query, key, self._by_sequence(scores))
