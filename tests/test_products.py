@@ -73,8 +73,8 @@ def test_the_choice_of_experts_is_no_attention() -> None:
     layers: list[int] = []
     with ProductWindow(2, lambda layer, *seen: layers.append(layer)):
         hidden = scaled_products(query, key, value)
-        torch.softmax(hidden.flatten(0, 2), -1)
         torch.softmax(hidden[:, 0, :, :3], -1)
+        torch.softmax(hidden.flatten(0, 2), -1)
         torch.softmax(hidden.flatten(0, 1) @ torch.ones(8, 3), -1).softmax(-1)
         torch.softmax(query @ key.transpose(-1, -2), -1).softmax(-1)  # of products once
     assert layers == [0, 1]
