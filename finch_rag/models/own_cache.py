@@ -130,11 +130,11 @@ class OwnCache(KeptCache):
 
 
 def _cache_class(model: PreTrainedModel) -> type[DynamicCache] | None:
-    """The cache class in the file that a model's class is written in; None where it has none of its own."""
-    file = sys.modules[type(model).__module__]
-    for kind in vars(file).values():
-        if isinstance(kind, type) and issubclass(kind, DynamicCache) and kind.__module__ == file.__name__:
-            return kind
+    """The cache class in the file that a model's class, or one that it derives from, is written in; None for none."""
+    for written_in in (kind.__module__ for kind in type(model).__mro__):
+        for kind in vars(sys.modules.get(written_in, object)).values():
+            if isinstance(kind, type) and issubclass(kind, DynamicCache) and kind.__module__ == written_in:
+                return kind
     return None
 
 
