@@ -452,6 +452,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "chunk_size": 16,
         "adapter_rank": 8,
         "use_mem_rope": True,
+        "time_step_min": 1e-9,  # transformers has this floor in a long pass, and not in steps
         "use_mamba_kernels": False,
     },
 }

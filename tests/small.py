@@ -19,6 +19,8 @@ from finch_rag.engine import Finch
 from finch_rag.prompts.builder import Prompt, PromptBuilder
 from finch_rag.prompts.passages import Passage
 
+from .families import WITHOUT
+
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 CHATML = (
@@ -93,7 +95,8 @@ def small_config(kind: str = "llama", **changes: Any) -> Any:
         "pad_token_id": chat_tokenizer().pad_token_id,
         "tie_word_embeddings": False,
     }
-    return AutoConfig.for_model(kind, **{**sizes, **changes})
+    known = {name: size for name, size in sizes.items() if name not in WITHOUT.get(kind, ())}
+    return AutoConfig.for_model(kind, **{**known, **changes})
 
 
 def small_model(kind: str = "llama", attention: str = "sdpa", seed: int = 0, **changes: Any) -> Any:

@@ -487,7 +487,7 @@ def test_a_sliding_window_is_respected() -> None:
         ("gemma2", {}),  # soft-capped attention
         ("deepseek_v3", {"n_routed_experts": 4, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}),  # MLA
         ("qwen3_next", {}),  # linear attention
-        ("minimax", {"num_local_experts": 4}),  # a cache of its own
+        ("minimax", {"num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"]}),  # its own cache
         ("stablelm", {}),  # hands no keyword to its attention
         ("nemotron", {}),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoConfig
 
 from finch_rag import Finch, InputError, ModelError, Passage
 from finch_rag.decode.generation import Decoder
+from finch_rag.models.forward import forward_own
 from finch_rag.models.own_attention import global_layers, use_own_attention
 from finch_rag.models.own_cache import OwnCache
 from finch_rag.prefill import alone
@@ -19,6 +21,7 @@ from finch_rag.prefill.own_reader import OwnReader, reader_of
 from finch_rag.reading import read_request
 from finch_rag.resolving import resolve
 
+from .families import variant_of
 from .small import chat_tokenizer, model_of, small_config, small_model, texts
 
 QUESTION = "who built the bridge?"
@@ -64,7 +67,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gpt2": {},  # learned positions
     "deepseek_v3": {**_LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "deepseek_v32": {  # an indexer, which chooses all here
+        **_LATENT,
+        "n_group": 1,
+        "topk_group": 1,
+        "mlp_layer_types": ["dense", "sparse"],
+        "layer_types": ["indexed_attention"] * 2,
+        "index_topk": WINDOW,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+    },
+    "stablelm": {},  # hands no keyword to its attention
+    # Attention that is written out: heads beside the batch, or in it; keys shared by heads; scaled queries or products
+    "gptj": {"rotary_dim": 8},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "ffn_hidden_size": 96},
+    "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "init_std": 0.2},
 }
+WRITTEN_OUT = ("gptj", "gpt_neo", "falcon", "xglm")
 
 
 def family(kind: str) -> Any:
@@ -223,3 +243,123 @@ def test_a_model_that_cannot_be_read_alone_is_refused(kind: str) -> None:
     reasons = r"has no layer whose softmax attention|no window|does not compute the same in several steps"
     with pytest.raises(ModelError, match=reasons):
         Finch(small_model(kind, attention="eager"), chat_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("variant", "reason"),
+    [
+        ("falcon, alibi", "has no layer whose softmax attention"),
+        ("mpt", "has no layer whose softmax attention"),
+        ("openai-gpt", "does not compute the same in several steps"),
+        ("minimax_m3_vl_text, sparse", "chooses blocks of tokens"),
+    ],
+)
+def test_attention_that_is_more_than_products_is_refused(variant: str, reason: str) -> None:
+    model = model_of(variant_of(variant), "eager")
+    before = model.config._attn_implementation
+    with pytest.raises(ModelError, match=reason):
+        Finch(model, chat_tokenizer())
+    if reason.startswith("has no layer"):
+        assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(("kind", "masked_by"), [("deepseek_v32", "finch_own_sdpa"), ("hy_v4", "finch_own_eager")])
+def test_what_an_indexer_leaves_out_is_left_out(kind: str, masked_by: str) -> None:
+    plain, watched = (model_of(variant_of(f"{kind}, sparse"), "eager") for _ in range(2))
+    use_own_attention(watched)
+    assert watched.config._attn_implementation == masked_by  # by a mask of true and false, or one that is added
+    tokens = torch.arange(5, 60)[None]
+    with torch.inference_mode():
+        expected = plain(tokens).logits
+        torch.testing.assert_close(watched(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+        for name, module in plain.named_modules():
+            if name.endswith("indexer"):
+                module.index_topk = 60  # rather than 16
+        assert not torch.allclose(plain(tokens).logits, expected, atol=1e-2)
+
+
+def seen(model: Any, token_ids: torch.Tensor, barrier: Barrier | None = None) -> dict[int, torch.Tensor]:
+    """Keys by layer of a pass; with a barrier, it waits in every layer for the other threads."""
+    found: dict[int, torch.Tensor] = {}
+
+    def observe(layer: int, query: torch.Tensor, key: torch.Tensor, *of_scores: Any, **more_of_scores: Any) -> None:
+        if barrier is not None:
+            barrier.wait(30)
+        assert layer not in found
+        found[layer] = key.clone()
+
+    forward_own(model, token_ids, observe)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "stablelm", "gptj"])
+def test_threads_see_their_own_passes_only(kind: str) -> None:
+    model = family(kind)
+    use_own_attention(model)
+    passes = [torch.arange(5, 25)[None], torch.arange(40, 60)[None]]
+    expected = [seen(model, tokens) for tokens in passes]
+    found: dict[int, dict[int, torch.Tensor]] = {}
+    barrier = Barrier(2)
+
+    def read(number: int) -> None:
+        found[number] = seen(model, passes[number], barrier)
+
+    threads = [Thread(target=read, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(2):
+        assert set(found[number]) == set(expected[number]) == {0, 1}
+        for layer, key in expected[number].items():
+            torch.testing.assert_close(found[number][layer], key)
+    assert not torch.equal(expected[0][0], expected[1][0])
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "gptj"])
+def test_nobody_looks_on_after_an_observer_failed(kind: str) -> None:
+    model, calls = family(kind), []
+    use_own_attention(model)
+
+    def fail(layer: int, *states: Any, **extras: Any) -> None:
+        calls.append(layer)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        forward_own(model, torch.arange(5, 25)[None], fail)
+    with torch.inference_mode():
+        model(torch.arange(5, 25)[None])
+    assert calls == [0]
+
+
+def test_layers_that_share_a_module_are_counted() -> None:
+    model = model_of(variant_of("zamba"), "eager")
+    assert list(use_own_attention(model)) == [0, 1]
+    keys = seen(model, torch.arange(5, 25)[None])
+    assert keys[0].shape == keys[1].shape
+    assert not torch.allclose(keys[0], keys[1], atol=1e-2)
+
+
+def test_layers_that_are_written_to_see_a_part_are_not_looked_at() -> None:
+    assert list(use_own_attention(family("gpt_neo"))) == [0]
+
+
+@pytest.mark.parametrize("kind", WRITTEN_OUT)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_recognized_in_half_precision(kind: str, dtype: torch.dtype) -> None:
+    assert 0 in use_own_attention(family(kind).to(dtype))
+
+
+def test_a_model_gets_a_cache_of_the_class_in_its_file() -> None:
+    finch = Finch(model_of(variant_of("minimax"), "eager"), chat_tokenizer(), budget=200, alone_heads=[(1, 0)])
+    request = resolve(finch.runtime, QUESTION, [Passage(text) for text in texts(4)], finch.settings)
+    cache = read_request(finch.runtime, request)
+    assert isinstance(cache, OwnCache)
+    assert "MiniMaxCache" in [kind.__name__ for kind in type(cache).__mro__]
+    steps = Decoder(
+        finch.model, cache.fork(9), request.answer_prompt, finch.runtime.writer(request.sampling), new_tokens=3
+    )
+    "".join(steps)
+    assert cache.length == 0
+    answer = finch.ask(QUESTION, texts(4), max_new_tokens=3)
+    assert answer.report.kept_tokens == answer.report.context_tokens

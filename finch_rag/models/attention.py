@@ -99,6 +99,8 @@ def use_finch_attention(model: PreTrainedModel) -> None:
     """
     if not getattr(model, "_supports_sdpa", False):  # attention sinks, for one, which SDPA would leave out
         raise ModelError(f"{type(model).__name__} does not run on SDPA attention, so Finch cannot run it")
+    if not model._can_set_attn_implementation():
+        raise ModelError(f"{type(model).__name__} does not ask transformers for its attention, so Finch cannot run it")
     if getattr(text_config(model), "attn_logit_softcapping", None) is not None:
         raise ModelError(f"{type(model).__name__} caps its attention scores, which SDPA cannot: Finch cannot run it")
     AttentionInterface.register(ATTENTION_NAME, attention_forward)

@@ -14,7 +14,7 @@ from ..errors import DeviceMemoryError
 from .attention import Observer, SeenEnough, VarlenAttention
 from .inspection import input_embedding, text_config
 from .kept_cache import KeptCache
-from .own_attention import OwnObserver
+from .own_attention import OwnObserver, shown_to
 from .varlen import PassingLayer, VarlenBatch, VarlenSequence
 
 if TYPE_CHECKING:
@@ -73,8 +73,9 @@ def forward_own(
     options: dict[str, Any] = {}
     if positions is not None:  # with a mask of its own: transformers takes a gap for the border of another sequence
         options = {"position_ids": positions.to(device), "attention_mask": torch.ones_like(token_ids).to(device)}
-    with memory_guard(device, f"{token_ids.numel()} tokens in {len(token_ids)} sequences"), suppress(SeenEnough):
-        model.base_model(input_ids=token_ids.to(device), use_cache=False, finch_observer=observer, **options)
+    shown = shown_to(observer, model, len(token_ids))
+    with memory_guard(device, f"{token_ids.numel()} tokens in {len(token_ids)} sequences"), suppress(SeenEnough), shown:
+        model.base_model(input_ids=token_ids.to(device), use_cache=False, **options)
 
 
 def varlen_logits(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -> torch.Tensor:

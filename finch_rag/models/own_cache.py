@@ -1,16 +1,18 @@
 """A model's own cache, for models whose keys Finch cannot move: it only grows, and every layer has what it needs.
 
 Layers with a sliding window keep their window, linear attention keeps its states; transformers chooses their kinds by
-the model's configuration.
+the model's configuration. A model whose file has a cache class gets one of that class (MiniMax).
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import ModelError
 from .cache import CompressedCache
@@ -80,7 +82,7 @@ def goes_on_in_chunks(model: PreTrainedModel, expected: torch.Tensor) -> bool:
         expected: What `probe_logits` said.
     """
     tokens = _probe(model)
-    cache, found = OwnCache(model.config), []
+    cache, found = new_cache(model, tokens.shape[1]), []
     with torch.inference_mode():
         for part in tokens.split(_PROMPT, dim=1):
             own = own_positions(model, cache, part.shape[1])
@@ -102,7 +104,8 @@ def new_cache(model: PreTrainedModel, capacity: int) -> KeptCache:
         capacity: Tokens that will be read into it.
     """
     if runs_own_attention(model):
-        return OwnCache(model.config)
+        kind = _cache_class(model)
+        return OwnCache(model.config) if kind is None else _of_class(kind, model.config)
     return CompressedCache(int(text_config(model).num_hidden_layers), capacity)
 
 
@@ -120,7 +123,8 @@ class OwnCache(KeptCache):
     @property
     def length(self) -> int:
         """Tokens in use."""
-        return int(self.get_seq_length())
+        lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+        return int(max(lengths, default=0))
 
     @property
     def bytes_per_token(self) -> int:
@@ -141,3 +145,23 @@ class OwnCache(KeptCache):
             room: Of no use here: the layers grow.
         """
         return copy.deepcopy(self)
+
+
+def _cache_class(model: PreTrainedModel) -> type[DynamicCache] | None:
+    """The cache class in the file that a model's class, or one that it derives from, is written in; None for none."""
+    for written_in in (kind.__module__ for kind in type(model).__mro__):
+        for kind in vars(sys.modules.get(written_in, object)).values():
+            if isinstance(kind, type) and issubclass(kind, DynamicCache) and kind.__module__ == written_in:
+                return kind
+    return None
+
+
+def _of_class(kind: type[DynamicCache], config: Any) -> OwnCache:
+    """An `OwnCache` that is also of a model's cache class, which makes its layers as they come."""
+
+    class Own(OwnCache, kind):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any) -> None:
+            kind.__init__(self)
+            self._keep_nothing()
+
+    return Own(config)
