@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..models.cache import CompressedCache
+from ..models.kept_cache import KeptCache
 from .fused_step import can_fuse
+from .own_step import OwnStep
 from .static_step import StaticStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Step = StaticStep | OwnStep
 
 SIZE_STEP = 512  # buffers come in multiples of this, so that most answers meet a step of their size
 LARGEST = 16_384  # tokens; beyond, the second copy of keys and values costs more than it saves
@@ -42,15 +46,15 @@ class CudaGraphs:
         devices = {parameter.device for parameter in model.parameters()}
         self.enabled = len(devices) == 1 and next(iter(devices)).type == "cuda"
         self.fused = self.enabled and can_fuse(model)
-        self.idle: list[StaticStep] = []
+        self.idle: list[Step] = []
         self._lock = threading.Lock()
 
     @contextmanager
-    def lend(self, caches: Sequence[CompressedCache], new_tokens: int) -> Iterator[StaticStep | None]:
+    def lend(self, caches: Sequence[KeptCache], new_tokens: int) -> Iterator[Step | None]:
         """A step that goes on from caches; None where plain forward passes have to do.
 
         Args:
-            caches: What each answer has read so far, at least one.
+            caches: What each answer has read so far, at least one; one alone where it is the model's own kind.
             new_tokens: The most tokens that will follow.
         """
         step = self._take(caches, max(cache.length for cache in caches) + new_tokens)
@@ -59,10 +63,10 @@ class CudaGraphs:
         finally:
             if step is not None:
                 with self._lock:
-                    others = [other for other in self.idle if not step.replaces(other)]
+                    others = [other for other in self.idle if not _replaces(step, other)]
                     self.idle = [step, *others][:MOST_IDLE]
 
-    def _take(self, caches: Sequence[CompressedCache], tokens: int) -> StaticStep | None:
+    def _take(self, caches: Sequence[KeptCache], tokens: int) -> Step | None:
         capacity = -(-tokens // SIZE_STEP) * SIZE_STEP
         if not self.enabled or capacity > LARGEST:
             return None
@@ -86,7 +90,9 @@ class CudaGraphs:
         step.load(caches)
         return step
 
-    def _make(self, like: CompressedCache, answers: int, capacity: int) -> StaticStep:
+    def _make(self, like: KeptCache, answers: int, capacity: int) -> Step:
+        if not isinstance(like, CompressedCache):
+            return OwnStep(self.model, like, capacity)
         if self.fused and answers == 1:
             try:
                 return StaticStep(self.model, like, answers, capacity, fused=True)
@@ -100,6 +106,11 @@ class CudaGraphs:
                     error,
                 )
         return StaticStep(self.model, like, answers, capacity)
+
+
+def _replaces(step: Step, other: Step) -> bool:
+    """Whether a step serves whatever another, smaller one does, so that only one of them need be kept."""
+    return step.capacity > other.capacity and step.serves(other.answers, other.capacity)
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

@@ -15,10 +15,9 @@ from ..models.inspection import input_embedding
 from ..models.kept_cache import KeptCache
 from ..models.varlen import VarlenSequence
 from .constraint import JsonConstraint
-from .cuda_graphs import CudaGraphs
+from .cuda_graphs import CudaGraphs, Step
 from .detokenising import StopStrings, TextStream, strip_stream
 from .sampling import Sampling, sampler
-from .static_step import StaticStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -180,9 +179,9 @@ class Decoder:
                 token = self.writer.token_ids[-1]
                 yield self._forward([token]) if step is None else step([token])
 
-    def _lent(self) -> AbstractContextManager[StaticStep | None]:
-        """A captured step; none for a cache of the model's own kind, which grows."""
-        if self._graphs is None or not isinstance(self._cache, CompressedCache):
+    def _lent(self) -> AbstractContextManager[Step | None]:
+        """A captured step, where there are graphs."""
+        if self._graphs is None:
             return nullcontext()
         return self._graphs.lend([self._cache], self._new_tokens - 1)
 
@@ -233,7 +232,13 @@ def decode_many(
     """
     joinable = [cache for cache in caches if isinstance(cache, CompressedCache)]
     if len(joinable) < len(caches):  # caches of the model's own kind share no pass
-        return _one_by_one(model, caches, prompts, writers, check, chunk_size)
+        return _one_by_one(
+            [
+                Decoder(model, cache, prompt, writer, new_tokens=new_tokens, graphs=graphs, chunk_size=chunk_size)
+                for cache, prompt, writer in zip(caches, prompts, writers, strict=True)
+            ],
+            check,
+        )
     device = input_embedding(model).device
 
     def forward(answers: Sequence[int], tokens: Sequence[Sequence[int]]) -> dict[int, torch.Tensor]:
@@ -258,18 +263,11 @@ def decode_many(
                 logits = dict(enumerate(step([writer.token_ids[-1] for writer in writers]).split(1)))
 
 
-def _one_by_one(
-    model: PreTrainedModel,
-    caches: Sequence[KeptCache],
-    prompts: Sequence[Sequence[int]],
-    writers: Sequence[Writer],
-    check: Callable[[], None],
-    chunk_size: int | None,
-) -> list[str]:
+def _one_by_one(decoders: Sequence[Decoder], check: Callable[[], None]) -> list[str]:
     texts = []
-    for cache, prompt, writer in zip(caches, prompts, writers, strict=True):
+    for decoder in decoders:
         deltas = []
-        for delta in Decoder(model, cache, prompt, writer, new_tokens=0, chunk_size=chunk_size):
+        for delta in decoder:
             check()
             deltas.append(delta)
         texts.append("".join(deltas))

@@ -9,7 +9,7 @@ forward, or for one answer of a model that `finch_rag.decode.fused_step` knows i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..models.cache import CompressedCache
 from ..models.inspection import input_embedding
+from ..models.kept_cache import KeptCache
 from .fused_step import FusedStep
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class StaticStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._fused = FusedStep(model) if fused else None
         if device.type == "cuda":
-            self._capture(device)
+            self._logits, self._graph = captured(device, self._step)
 
     @property
     def captured(self) -> bool:
@@ -120,21 +121,18 @@ class StaticStep:
 
     def serves(self, answers: int, tokens: int) -> bool:
         """Whether so many answers of so many tokens run on it without much waste."""
-        return self.answers == answers and tokens <= self.capacity <= _SPARE * tokens
-
-    def replaces(self, other: StaticStep) -> bool:
-        """Whether it serves whatever another, smaller step does, so that only one of them need be kept."""
-        return self.capacity > other.capacity and self.serves(other.answers, other.capacity)
+        return self.answers == answers and serves(self.capacity, tokens)
 
     @torch.inference_mode()
-    def load(self, caches: Sequence[CompressedCache]) -> None:
+    def load(self, caches: Sequence[KeptCache]) -> None:
         """Goes on from caches, which are copied.
 
         Args:
             caches: One an answer, of at most ``capacity`` tokens.
         """
         for answer, cache in enumerate(caches):
-            for (keys, values), layer in zip(self.buffers, cache.layers, strict=True):
+            layers: list[Any] = list(cache.layers)
+            for (keys, values), layer in zip(self.buffers, layers, strict=True):
                 for buffer, states in ((keys, layer.keys), (values, layer.values)):
                     if states is not None:
                         buffer[answer, :, : cache.length].copy_(states[0, :, : cache.length])
@@ -152,11 +150,9 @@ class StaticStep:
             Float32, shape [answers, vocabulary]; overwritten by the next call.
         """
         self._tokens.copy_(torch.tensor(tokens)[:, None])
-        if self._graph is None:
+        if self._graph is None or self._logits is None:
             return self._step()
         self._graph.replay()
-        if self._logits is None:
-            raise RuntimeError("the step was not captured")
         return self._logits
 
     def _step(self) -> torch.Tensor:
@@ -179,18 +175,29 @@ class StaticStep:
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 
-    @torch.inference_mode()
-    def _capture(self, device: torch.device) -> None:
-        with torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UPS):
-                    self._step()
-            torch.cuda.current_stream().wait_stream(side)
-            self._position.zero_()
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile, in streams of their own.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._logits = self._step()
-            self._graph = graph
+
+def serves(capacity: int, tokens: int) -> bool:
+    """Whether so many tokens run in buffers of a capacity without much waste."""
+    return tokens <= capacity <= _SPARE * tokens
+
+
+@torch.inference_mode()
+def captured(device: torch.device, step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.cuda.CUDAGraph]:
+    """What a step returns, to be overwritten by each replay, and the step as a CUDA graph.
+
+    Args:
+        device: A CUDA device.
+        step: Runs the model, and has the same shapes each time.
+    """
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile, in streams of their own.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            logits = step()
+    return logits, graph

@@ -116,7 +116,7 @@ class KeyRotation:
         try:
             at_old, at_new = _probe_keys(model, distance)
         except Exception as error:  # a cache of its own, layers without keys: whatever a model trips over
-            raise ModelError(f"{name} does not run on a plain key/value cache ({error}): use Llama or Qwen") from error
+            raise ModelError(f"{name} does not run on a plain key/value cache: use Llama or Qwen") from error
         if len({keys.shape for keys in at_old}) != 1 or at_old[0].shape[-1] < 2 * inv_freq.shape[0]:
             raise ModelError(f"{name} caches keys of several shapes: use Llama, Mistral, Qwen2 or Qwen3")
         for interleaved in (False, True):

@@ -53,12 +53,10 @@ def rank_independently(
     Raises:
         DeviceMemoryError: If the device has no memory for a single passage.
     """
-    number_of: dict[tuple[int, ...], int] = {}  # of each text among all, in the order in which they are read
-    own = [
-        [number_of.setdefault(tuple(tokens), len(number_of)) if tokens else -1 for tokens in question.passages]
-        for question in questions
-    ]
-    texts = list(number_of)
+    distinct = dict.fromkeys(tuple(tokens) for question in questions for tokens in question.passages if tokens)
+    texts = sorted(distinct, key=len)  # where a pass pads passages to the longest, little is padded
+    number_of = {text: number for number, text in enumerate(texts)}
+    own = [[number_of.get(tuple(tokens), -1) for tokens in question.passages] for question in questions]
     lengths = [len(tokens) for tokens in texts]
     longest = [max(map(len, question.passages)) for question in questions]
     looks = reader.look_together([question.asked for question in questions], neutral, longest)
