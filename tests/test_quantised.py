@@ -137,6 +137,26 @@ def test_other_weights_are_another_model(folders: dict[str, Path], tmp_path: Pat
     assert fingerprint(first.model) == first.fingerprint  # a first use may repack weights
 
 
+@pytest.mark.parametrize("quantised", [True, False])
+def test_weights_are_quantised_on_the_device_where_they_will_run(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, quantised: bool
+) -> None:
+    """A kernel that quantises or packs may be there for that device alone."""
+    pytest.importorskip("accelerate")
+    seen: list[Any] = []
+    plain = transformers.AutoModelForCausalLM.from_pretrained
+
+    def loading(*arguments: Any, **options: Any) -> Any:
+        seen.append(options.get("device_map"))
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loading)
+    load(folders["llama"], WAYS["int8"]() if quantised else None)
+    assert seen == [{"": "cpu"} if quantised else None]
+    load(folders["llama"], WAYS["int8"](), model_kwargs={"device_map": {"": "cpu"}}, device="meta")
+    assert seen[1:] == [{"": "cpu"}]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["int8", "bitsandbytes-8", "bitsandbytes-4"])
 def test_heads_of_quantised_weights_are_found(folders: dict[str, Path], way: str) -> None:
