@@ -15,9 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     T5Config,
-    TorchAoConfig,
 )
 
 from finch_rag.engine import Finch
@@ -150,27 +148,6 @@ def test_a_model_on_two_gpus_answers_the_same(llama_folder: Path) -> None:
     plain = Finch.from_pretrained(llama_folder, device="cpu", **settings)
     for options in ({}, {"selection": "token"}, {"reread": False}):
         assert mapped.ask("When?", texts(9), **options).text == plain.ask("When?", texts(9), **options).text
-
-
-def quantised(library: str) -> Any:
-    """What transformers quantises with by a library, which need not be installed."""
-    pytest.importorskip(library)
-    if library == "bitsandbytes":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
-
-
-@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
-def test_quantised_weights_answer(llama_folder: Path, library: str) -> None:
-    settings: dict[str, Any] = {"heads": "all", "budget": 40, "chunk_size": 64, "max_new_tokens": 6}
-    settings |= {"dtype": "bfloat16", "device": "cpu", "model_kwargs": {"quantization_config": quantised(library)}}
-    finch = Finch.from_pretrained(llama_folder, **settings)
-    answer = finch.ask("When?", texts(9))
-    assert answer.text
-    assert answer.citations
-    assert len(finch.fingerprint) == 16
 
 
 def test_an_unknown_hub_id_is_a_model_error() -> None:

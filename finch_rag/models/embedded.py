@@ -13,6 +13,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,25 @@ def embedded_folder() -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def unpacked_gguf(gguf: Path) -> Iterator[Path]:
+    """A GGUF model as a folder that transformers loads, which is gone when the ``with`` block ends.
+
+    Args:
+        gguf: The file.
+
+    Raises:
+        OSError: If the cache folder cannot be written.
+        ModelError: See `convert_gguf`.
+    """
+    place = cache_folder("models")  # on a disk; the system's temporary folder may be in memory
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary) / gguf.stem
+        convert_gguf(gguf, folder)
+        yield folder
+
+
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Writes a GGUF model as bfloat16 safetensors with configuration, tokenizer and checksums.
 
@@ -97,8 +117,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that nothing else turns off
         packed = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    plain.load_state_dict(packed.state_dict())
+    with torch.device("meta"):  # one copy of the weights is enough
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(packed.state_dict(), assign=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         made = Path(temporary) / "model"
         plain.save_pretrained(made)

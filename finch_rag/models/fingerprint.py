@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _EMBEDDING_ROWS = 256
 _SAMPLES = 1024  # numbers of each matrix, evenly spread
+_SCALES = ("SCB", "absmax")  # what bitsandbytes calls the scales of a weight, in eight and in four bits
 
 # Settings that change what the same weights compute. A configuration lacks those that its architecture does not have.
 _SETTINGS = (
@@ -28,10 +29,10 @@ _SETTINGS = (
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Identifies a model, whatever dtype and device it is loaded in.
+    """Identifies a model, whatever dtype and device it is loaded in; quantised weights are others than plain ones.
 
     Hashes what of the configuration changes the computation (sizes, rope, norms, windows, multipliers), all vectors,
-    and of each matrix the first row and numbers spread over all of it, in bfloat16.
+    and of each matrix the first row and numbers spread over all of it, in bfloat16, or as packed.
 
     Args:
         model: A loaded model.
@@ -41,14 +42,15 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256(json.dumps(_configuration(text_config(model)), sort_keys=True).encode())
     embedding = input_embedding(model)
-    first, parts = embedding, []
+    first, parts = torch.empty(0), []
     for parameter, weight in _weights(model):
         if parameter is embedding:
             first = weight[:_EMBEDDING_ROWS]
-        if weight.is_floating_point() and weight.numel():
+        if weight.numel():
             parts.append(_sample(weight))
     for part in (first[:_EMBEDDING_ROWS], *parts):
-        digest.update(part.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        found = part.detach().to("cpu", torch.bfloat16 if part.is_floating_point() else part.dtype)
+        digest.update(found.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -69,15 +71,20 @@ def _setting(config: Any, name: str) -> Any:
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:
     """A vector, or a matrix's first row and some numbers spread over the whole of it, shape [numbers]."""
-    if weight.dim() == 1:
-        return weight
+    if weight.element_size() == 1:
+        weight = weight.view(torch.uint8)  # few operations know floats of eight bits
+    if weight.dim() < 2:
+        return weight.reshape(-1)
     flat = weight.reshape(-1)
     spread = torch.linspace(0, flat.shape[0] - 1, min(_SAMPLES, flat.shape[0]), dtype=torch.float64).round().long()
     return torch.cat((weight.flatten(0, -2)[0], flat[spread.to(flat.device)]))
 
 
-def _weights(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Each parameter, once, with its value; accelerate keeps those that it offloads elsewhere until a module runs."""
+def _weights(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Parameter | None, torch.Tensor]]:
+    """Each parameter, once, with its value, and scales that are no parameters.
+
+    accelerate keeps parameters that it offloads elsewhere until a module runs.
+    """
     seen: set[int] = set()
     for module in model.modules():
         own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in seen}
@@ -91,5 +98,26 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Parameter, torch
             values = {name: parameter.detach() for name, parameter in own.items()}
         for name, parameter in own.items():
             value = values[name]
-            plain = type(value) in (torch.Tensor, torch.nn.Parameter)
-            yield parameter, value if plain else value.dequantize()  # torchao's classes know few operations
+            if hasattr(value, "__tensor_flatten__"):  # torchao's classes know few operations
+                yield from ((None, part) for part in _parts(value))
+                continue
+            yield parameter, value
+            if not value.is_floating_point():
+                yield from ((None, scales) for scales in _scales(module, parameter))
+
+
+def _parts(weight: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors of which a tensor of another class is made."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield weight
+        return
+    for name in weight.__tensor_flatten__()[0]:
+        yield from _parts(getattr(weight, name))
+
+
+def _scales(module: torch.nn.Module, parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
+    """The scales that bitsandbytes keeps beside a weight, and from the first use on in its module's state."""
+    packing = getattr(parameter, "quant_state", None)
+    for owner in (parameter, getattr(module, "state", None), packing, getattr(packing, "state2", None)):
+        found = (vars(owner).get(name) for name in _SCALES if hasattr(owner, "__dict__"))
+        yield from (scales for scales in found if isinstance(scales, torch.Tensor))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ModelError
-from .embedded import EMBEDDED, EMBEDDED_NAME, embedded_folder, require_gguf
+from ..paths import cache_folder
+from .embedded import EMBEDDED, EMBEDDED_NAME, embedded_folder, require_gguf, unpacked_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,8 +56,8 @@ def load_model(
         device: A torch device; "auto" takes the first CUDA device, else the CPU.
         trust_remote_code: Whether code that comes with the model may run.
         tokenizer: Hub id or folder of the tokenizer, where it is not the model's.
-        model_kwargs: Handed to transformers' ``from_pretrained``: ``revision``, ``quantization_config``,
-            ``device_map`` (which then decides the device) and so on.
+        model_kwargs: Handed to transformers' ``from_pretrained``: ``revision``, ``device_map`` (which then decides the
+            device), ``quantization_config`` (also for a GGUF file, which is unpacked first) and so on.
         tokenizer_kwargs: Handed to the tokenizer's ``from_pretrained``: ``use_fast``, ``subfolder`` and so on.
 
     Raises:
@@ -74,26 +77,36 @@ def load_model(
         require_gguf()
         file = Path(source)
         name, source, options["gguf_file"] = file.name, str(file.parent), file.name
+    hint = f'expected a hub id, a folder that save_pretrained wrote, a .gguf file, or "{EMBEDDED}"'
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        if config.is_encoder_decoder:
-            raise ModelError(f"{name} is an encoder-decoder; Finch runs decoder-only models such as Llama or Qwen")
-        loaded_tokenizer = AutoTokenizer.from_pretrained(
-            source if tokenizer is None else str(tokenizer),
-            **{**(options if tokenizer is None else trusted), **(tokenizer_kwargs or {})},
-        )
-        extra = {"dtype": resolve_dtype(dtype, device, config), **extra}
-        made: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **extra)
+        with ExitStack() as unpacked:
+            if "gguf_file" in options and _quantises_anew(extra.get("quantization_config")):
+                hint = (
+                    f"for quantization_config it is unpacked into {cache_folder('models')}; XDG_CACHE_HOME moves that"
+                )
+                source = str(unpacked.enter_context(unpacked_gguf(Path(source) / options.pop("gguf_file"))))
+            config = AutoConfig.from_pretrained(source, **options)
+            if config.is_encoder_decoder:
+                raise ModelError(f"{name} is an encoder-decoder; Finch runs decoder-only models such as Llama or Qwen")
+            loaded_tokenizer = AutoTokenizer.from_pretrained(
+                source if tokenizer is None else str(tokenizer),
+                **{**(options if tokenizer is None else trusted), **(tokenizer_kwargs or {})},
+            )
+            extra = {"dtype": resolve_dtype(dtype, device, config), **extra}
+            if _is_quantised(config, extra):
+                hint = (
+                    "its weights are quantised, which may need another device, dtype or package; see transformers' log"
+                )
+                if importlib.util.find_spec("accelerate") is not None:
+                    extra.setdefault("device_map", {"": str(device)})  # some are quantised, or packed, on a GPU alone
+            made: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **extra)
         loaded, found = made
         _check_complete(name, found)
     except ModelError:
         raise
     except Exception as error:  # transformers, tokenizers and gguf raise whatever their parsers hit
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot load the model {name!r}: {reason} (expected a hub id, a folder that save_pretrained wrote, a "
-            f'.gguf file, or "{EMBEDDED}")'
-        ) from error
+        raise ModelError(f"cannot load the model {name!r}: {reason} ({hint})") from error
     try:
         if "device_map" not in extra:
             torch.nn.Module.to(loaded, device)
@@ -101,6 +114,18 @@ def load_model(
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot put {name} on the device {str(device)!r}: {reason}") from error
     return LoadedModel(loaded.eval(), loaded_tokenizer, name)
+
+
+def _quantises_anew(quantisation: Any) -> bool:
+    """Whether weights are to be quantised otherwise than they lie in a GGUF file, which transformers refuses to do."""
+    return quantisation is not None and type(quantisation).__name__ != "GgufConfig"  # older transformers have none
+
+
+def _is_quantised(config: Any, options: Mapping[str, Any]) -> bool:
+    """Whether weights are quantised, in the checkpoint or when they are loaded."""
+    parts = (config, config.get_text_config(decoder=True))
+    asked = options.get("quantization_config")
+    return asked is not None or any(getattr(part, "quantization_config", None) is not None for part in parts)
 
 
 def _check_complete(name: str, found: Mapping[str, Any]) -> None:
