@@ -37,6 +37,7 @@ _BUDGET = 60
 
 _ROLES = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 _OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n"
+_SYSTEM_OF_ITS_OWN = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}"
 TEMPLATES = {
     "Qwen, SmolLM, Granite, GLM, OLMo": CHATML,
     "Gemma 1 to 3, Mistral 7B v0.1": (
@@ -44,8 +45,7 @@ TEMPLATES = {
         "{{ raise_exception('turns must alternate') }}{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
         "<|im_end|>\n{% endfor %}" + _OPENING + "{% endif %}"
     ),
-    "Qwen 2.5, Llama 3": "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}"
-    + CHATML,
+    "Qwen 2.5, Llama 3": _SYSTEM_OF_ITS_OWN + CHATML,
     "models without a chat template": None,
 }
 
@@ -139,7 +139,7 @@ def listed() -> dict[str, str]:
     return {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
 
 
-def _lines() -> Iterator[str]:
+def _families() -> Iterator[str]:
     yield "| family | read | layers that rank | as the plain model | needle | decoding | why not by the loop |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for kind in sorted(FAMILIES):
@@ -148,13 +148,16 @@ def _lines() -> Iterator[str]:
             yield row_of(kind)
 
 
+def _prompts() -> Iterator[str]:
+    yield "| template as of | what is peculiar |"
+    yield "| --- | --- |"
+    yield from prompts()
+
+
 def main() -> None:
     """Writes both tables."""
     text = FILE.read_text(encoding="utf-8")
-    for mark, lines in (
-        ("families", _lines()),
-        ("prompts", iter(["| template as of | told |", "| --- | --- |", *prompts()])),
-    ):
+    for mark, lines in (("families", _families()), ("prompts", _prompts())):
         before, _, rest = text.partition(f"<!-- {mark} -->\n")
         _, _, after = rest.partition(f"<!-- end of {mark} -->\n")
         table = "\n".join(lines)
