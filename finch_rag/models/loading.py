@@ -82,6 +82,7 @@ def load_model(
             source if tokenizer is None else str(tokenizer),
             **{**(options if tokenizer is None else trusted), **(tokenizer_kwargs or {})},
         )
+        _check_words(name if tokenizer is None else str(tokenizer), loaded_tokenizer)
         extra = {"dtype": resolve_dtype(dtype, device, config), **extra}
         made: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **extra)
         loaded, found = made
@@ -101,6 +102,12 @@ def load_model(
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot put {name} on the device {str(device)!r}: {reason}") from error
     return LoadedModel(loaded.eval(), loaded_tokenizer, name)
+
+
+def _check_words(name: str, tokenizer: Any) -> None:
+    """Raises if a tokenizer has special tokens alone: what transformers makes of a folder without its files."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ModelError(f"{name!r} has no tokenizer: add its files (tokenizer.json), or name another by tokenizer=")
 
 
 def _check_complete(name: str, found: Mapping[str, Any]) -> None:
