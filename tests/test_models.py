@@ -178,8 +178,9 @@ def test_damaged_weights_are_a_model_error(llama_folder: Path, tmp_path: Path) -
     assert str(folder) in refusal(folder)
 
 
-def test_a_folder_without_tokenizer_is_a_model_error(tmp_path: Path) -> None:
-    small_model().save_pretrained(tmp_path / "bare")
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_folder_without_tokenizer_is_a_model_error(kind: str, tmp_path: Path) -> None:
+    small_model(kind).save_pretrained(tmp_path / "bare")
     assert "bare" in refusal(tmp_path / "bare")
 
 

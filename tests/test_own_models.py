@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig
 
 from finch_rag import Finch, InputError, ModelError, Passage
@@ -85,6 +87,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "init_std": 0.2},
 }
 WRITTEN_OUT = ("gptj", "gpt_neo", "falcon", "xglm")
+# The first transformers that runs a family on the cache of all others; before it, the family is refused.
+SINCE = {"qwen3_next": Version("5.5")}
 
 
 def family(kind: str) -> Any:
@@ -97,6 +101,8 @@ def family(kind: str) -> Any:
 
 
 def new_finch(kind: str, **changes: Any) -> Finch:
+    if kind in SINCE and Version(transformers.__version__) < SINCE[kind]:
+        pytest.skip(f"transformers {transformers.__version__} runs {kind} on a cache of its own, until {SINCE[kind]}")
     settings = {"alone_heads": [(0, 1), (0, 2)], "budget": 80, "max_new_tokens": 6, **changes}
     return Finch(family(kind), chat_tokenizer(), name=kind, **settings)
 

@@ -16,14 +16,13 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    GptOssConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen3_5TextConfig,
 )
 
 from ..engine import Finch
@@ -75,7 +74,8 @@ def _qwen_1_5b() -> PretrainedConfig:
 
 def _qwen_3_5_8b() -> PretrainedConfig:
     """Linear attention in three of four layers."""
-    return Qwen3_5TextConfig(
+    return AutoConfig.for_model(  # not in all releases of transformers 5
+        "qwen3_5_text",
         hidden_size=4096,
         intermediate_size=12_288,
         num_hidden_layers=32,
@@ -90,7 +90,8 @@ def _qwen_3_5_8b() -> PretrainedConfig:
 
 def _gpt_oss_20b() -> PretrainedConfig:
     """Experts, attention sinks, and a window of 128 tokens in every other layer."""
-    return GptOssConfig(
+    return AutoConfig.for_model(
+        "gpt_oss",
         hidden_size=2880,
         intermediate_size=2880,
         num_hidden_layers=24,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..models.forward import own_positions
 from ..models.inspection import input_embedding, text_config, tokens_seen_by_local_layers
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 _PROBE = 6  # tokens on which a step is compared with a plain one
 _ROUNDING = 0.03  # of the largest logit; what is wrong is off by its size
-_NOTHING = "DummyLayer"  # of layers without attention, or with another's keys; not in all releases of transformers 5
+# States of linear attention; nothing, of layers without attention or with another's keys. Not in all releases of
+# transformers 5, hence by name.
+_AS_THEY_ARE = ("LinearAttentionLayer", "DummyLayer")
 _STATES = ("conv_states", "recurrent_states")
 
 
@@ -118,7 +120,7 @@ class OwnStep:
                 for states in (layer.keys, layer.values)
             )
             return StaticLayer(keys, values, self._position)
-        if type(layer) is LinearAttentionLayer or type(layer).__name__ == _NOTHING:
+        if type(layer).__name__ in _AS_THEY_ARE:
             return copy.deepcopy(layer)
         raise RuntimeError(f"its cache has a {type(layer).__name__}")
 

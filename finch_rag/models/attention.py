@@ -160,6 +160,8 @@ def attention_forward(
         return finch_varlen.attend(int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]
     if finch_observer is not None:
         finch_observer(int(module.layer_idx), query, key, scaling)  # type: ignore[arg-type]
+    if attention_mask is not None:  # up to transformers 5.1, Persimmon's and StableLM's are one key too long
+        attention_mask = attention_mask[..., : key.shape[2]]
     if attention_mask is not None or kwargs.get("is_causal") is False or kwargs.get("softcap") is not None:
         shared = query.shape[2] == 1 and query.shape[1] != key.shape[1] and kwargs.get("softcap") is None
         if shared and attention_mask is not None and attention_mask.shape[1] == 1:

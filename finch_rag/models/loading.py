@@ -92,6 +92,7 @@ def load_model(
                 source if tokenizer is None else str(tokenizer),
                 **{**(options if tokenizer is None else trusted), **(tokenizer_kwargs or {})},
             )
+            _check_words(name if tokenizer is None else str(tokenizer), loaded_tokenizer)
             extra = {"dtype": resolve_dtype(dtype, device, config), **extra}
             if _is_quantised(config, extra):
                 hint = (
@@ -126,6 +127,12 @@ def _is_quantised(config: Any, options: Mapping[str, Any]) -> bool:
     parts = (config, config.get_text_config(decoder=True))
     asked = options.get("quantization_config")
     return asked is not None or any(getattr(part, "quantization_config", None) is not None for part in parts)
+
+
+def _check_words(name: str, tokenizer: Any) -> None:
+    """Raises if a tokenizer has special tokens alone: what transformers makes of a folder without its files."""
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ModelError(f"{name!r} has no tokenizer: add its files (tokenizer.json), or name another by tokenizer=")
 
 
 def _check_complete(name: str, found: Mapping[str, Any]) -> None:

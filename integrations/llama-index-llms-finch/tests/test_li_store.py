@@ -540,7 +540,7 @@ def test_an_empty_store_finds_nothing(llm: FinchLLM) -> None:
 def test_fused_rankings_are_the_stores(llm: FinchLLM) -> None:
     retriever = FinchRetriever.from_nodes(base_nodes(), llm=llm, similarity_top_k=12)
     alone = [item.node_id for item in retriever.retrieve(QUESTION)]
-    last_first = [NodeWithScore(node=TextNode(text="x", id_=own)) for own in [*alone[::-1], "unknown"]]
+    last_first = [NodeWithScore(node=TextNode(text=own, id_=own)) for own in [*alone[::-1], "unknown"]]
     others = [FixedRetriever(last_first), FixedRetriever(last_first[:2])]
     fused = FinchRetriever(llm=llm, similarity_top_k=12, fuse=others, fuse_k=3)
     rankings = [[item.node_id for item in last_first], [item.node_id for item in last_first[:2]]]

@@ -51,4 +51,4 @@ def test_the_distribution_is_of_the_engines_version() -> None:
     major, minor, _ = finch_rag.__version__.split(".")
     dependencies = PROJECT["project"]["dependencies"]
     assert f"finch-rag>={major}.{minor},<{major}.{int(minor) + 1}" in dependencies
-    assert "langchain-core>=1,<2" in dependencies
+    assert "langchain-core>=1.2.5,<2" in dependencies
