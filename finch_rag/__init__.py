@@ -25,6 +25,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .answer import Answer, Citation, CompressionReport
+    from .checkup.checking import Finding, check_model
     from .engine import Finch
     from .heads.alone import find_alone_heads
     from .heads.search import find_heads
@@ -46,6 +47,7 @@ __all__ = [
     "DeviceMemoryError",
     "Finch",
     "FinchError",
+    "Finding",
     "InputError",
     "MissingExtraError",
     "ModelError",
@@ -57,6 +59,7 @@ __all__ = [
     "StoreError",
     "StoreInfo",
     "WindowError",
+    "check_model",
     "find_alone_heads",
     "find_heads",
 ]
@@ -68,10 +71,12 @@ _LAZY = {  # torch and transformers take seconds to import, so these wait until 
     "CompressedCache": "models.cache",
     "CompressionReport": "answer",
     "Finch": "engine",
+    "Finding": "checkup.checking",
     "Passage": "prompts.passages",
     "PassageStore": "store.store",
     "Retrieved": "store.figures",
     "StoreInfo": "store.figures",
+    "check_model": "checkup.checking",
     "find_alone_heads": "heads.alone",
     "find_heads": "heads.search",
 }

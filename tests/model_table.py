@@ -129,8 +129,8 @@ def _reason(text: str) -> str:
 
 def prompts() -> list[str]:
     """Lines of the table of chat templates."""
-    found = {name: peculiarities(tokenizer_with(template)) for name, template in TEMPLATES.items()}
-    return [f"| {name} | {'; '.join(told)} |" for name, told in found.items()]
+    found = {name: peculiarities(tokenizer_with(template))[1:] for name, template in TEMPLATES.items()}
+    return [f"| {name} | {'; '.join(told) or 'nothing'} |" for name, told in found.items()]
 
 
 def listed() -> dict[str, str]:

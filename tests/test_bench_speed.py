@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from finch_rag.bench import plots, speed
+from finch_rag.bench import plots, shapes, speed
 from finch_rag.bench.readings import READINGS, STORE_SHORTLISTS, STRATEGIES
 from finch_rag.bench.shapes import SHAPES, random_finch, random_model, random_prompt, worst_heads
 from finch_rag.bench.timing import Measurement, SkippedError, SpeedCase, Subject, matrix_rate
@@ -18,6 +19,8 @@ from finch_rag.cli.app import app
 from finch_rag.errors import InputError, MissingExtraError
 from finch_rag.heads.alone import ALONE_HEADS
 from finch_rag.heads.search import HEADS
+
+from .small import small_config
 
 CPU = torch.device("cpu")
 
@@ -100,6 +103,20 @@ def test_shapes_have_the_sizes_of_their_models() -> None:
             sizes[name] = model.num_parameters()
     assert sizes["llama-8b"] == pytest.approx(8.03e9, rel=0.01)
     assert sizes["qwen-1.5b"] == pytest.approx(1.54e9, rel=0.01)
+    assert sizes["gpt-oss-20b"] == pytest.approx(20.9e9, rel=0.01)
+    assert sizes["qwen3.5-8b"] == pytest.approx(8.95e9, rel=0.01)
+
+
+def test_a_shape_that_is_read_by_its_own_attention_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    sliding = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 16}
+    shape = partial(small_config, "gemma3_text", num_hidden_layers=4, max_position_embeddings=4096, **sliding)
+    monkeypatch.setitem(shapes.SHAPES, "sliding", shape)
+    for method in ("full", "finch", "finch-store-best"):
+        measurement = Measurement(SpeedCase(method=method, tokens=600, model="", shape="sliding", budget=128))
+        run = measurement.run()
+        assert run.first_token_seconds > 0
+        assert (run.matrix_share is None) == (method != "full")
+    assert measurement.subject.finch.alone_heads == [(1, 0), (1, 1), (1, 2), (1, 3)]  # of the lower two thirds
 
 
 @pytest.mark.parametrize("method", ["full", "finch", "finch-loop"])

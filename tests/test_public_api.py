@@ -26,6 +26,7 @@ def test_the_public_names_are_these() -> None:
         "DeviceMemoryError",
         "Finch",
         "FinchError",
+        "Finding",
         "InputError",
         "MissingExtraError",
         "ModelError",
@@ -37,6 +38,7 @@ def test_the_public_names_are_these() -> None:
         "StoreError",
         "StoreInfo",
         "WindowError",
+        "check_model",
         "find_alone_heads",
         "find_heads",
     ]

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 NEUTRAL = "What is it?"  # a question that any passage answers as well as another; measured in docs/benchmarks.md
 
+# The CPU's matrix library keeps a compiled product for every number of rows that it has met, the last thousand of them,
+# some hundred MiB: passes of few sizes keep memory where it is.
+_ROUND_ON_CPU = 64
+
 _TOKENS_PER_PASS = {"cuda": 16384, "cpu": 1024}
 
 
@@ -142,6 +146,9 @@ class AloneReader:
             DeviceMemoryError: If the device has no memory for all of them.
         """
         lengths, start = [len(passage) for passage in passages], len(self.prefix)
+        total = sum(lengths)
+        if self.device.type == "cpu" and (filler := -total % _ROUND_ON_CPU):
+            passages, lengths = [*passages, [0] * filler], [*lengths, filler]
         tokens = on_device([token for passage in passages for token in passage], self.device)
         positions = on_device([start + place for length in lengths for place in range(length)], self.device)
         keys: dict[tuple[int, int], torch.Tensor] = {}
@@ -149,7 +156,7 @@ class AloneReader:
         def take_keys(layer: int, key: torch.Tensor) -> None:
             for group in self.groups:
                 if group[0] == layer:
-                    keys[group] = key[group[1]].to(self.device, copy=True)
+                    keys[group] = key[group[1], :total].to(self.device, copy=True)
             if layer == self._last:
                 raise SeenEnough
 

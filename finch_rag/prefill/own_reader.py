@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_ROUND = 16  # tokens; libraries compile something for every length that they meet, and keep it
+
+
 def reader_of(model: PreTrainedModel, prefix: Sequence[int], heads: RetrievalHeads) -> AloneReader:
     """What reads passages alone with a model, by Finch's attention or by its own.
 
@@ -72,7 +75,7 @@ class OwnReader(AloneReader):
     def encode(self, passages: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `AloneReader.encode`."""
         lengths, start = [len(passage) for passage in passages], len(self.prefix)
-        longest = max(lengths)
+        longest = -(-max(lengths) // _ROUND) * _ROUND
         tokens = torch.tensor([[*self.prefix, *passage, *[0] * (longest - len(passage))] for passage in passages])
         keys: dict[tuple[int, int], torch.Tensor] = {}
 
