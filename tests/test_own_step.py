@@ -17,7 +17,7 @@ from finch_rag.models.own_cache import new_cache
 
 from .families import config_of
 from .small import model_of, texts
-from .test_own_models import QUESTION, family, new_finch
+from .test_own_models import QUESTION, family, new_finch, require
 
 KINDS = ("gemma2", "gemma3_text", "gpt_oss", "qwen3_next", "gpt2", "deepseek_v3")  # a window of 16 tokens, where any
 CUDA = torch.cuda.is_available()
@@ -83,6 +83,7 @@ def test_answers_are_the_same_with_and_without(kind: str, monkeypatch: pytest.Mo
 def test_a_cache_of_other_kinds_decodes_by_plain_steps_which_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    require("falcon_h1")
     model = model_of(config_of("falcon_h1"), "eager")
     finch = Finch(model, new_finch("gemma2").tokenizer, budget=60, max_new_tokens=4, alone_heads=[(0, 1)])
     expected = finch.ask(QUESTION, texts(20)).text
@@ -104,8 +105,7 @@ def test_a_step_that_computes_something_else_is_refused(monkeypatch: pytest.Monk
 @pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_captured_step_computes_the_same_on_a_gpu(kind: str) -> None:
-    model = family(kind).cuda()
-    use_own_attention(model)
+    model = watched(kind).cuda()
     cache = filled(model, 30)
     step = OwnStep(model, cache, 512)
     assert step.captured

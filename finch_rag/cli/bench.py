@@ -79,7 +79,8 @@ ShapeOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Random weights of this shape in place of --model: llama-8b, llama-1b, qwen-1.5b, qwen3.5-8b, gpt-oss-20b or tiny.",
+        help="Random weights of this shape in place of --model: llama-8b, llama-1b, qwen-1.5b, qwen3.5-8b, "
+        "gpt-oss-20b or tiny.",
         show_default=False,
     ),
 ]

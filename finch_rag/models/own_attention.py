@@ -215,6 +215,8 @@ def _watched(
                 query.shape[-1] ** -0.5 if scaling is None else scaling,
                 **{name: extra for name, extra in extras.items() if extra is not None},
             )
+    if attention_mask is not None:  # up to transformers 5.1, StableLM's is one key too long
+        attention_mask = attention_mask[..., : key.shape[2]]
     if options.pop("block_indices", None) is not None:  # MiniMax M3 counts its blocks by positions
         raise ModelError("its attention chooses blocks of tokens, which must stand without a gap")
     indices = options.pop("indices", None)

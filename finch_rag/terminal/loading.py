@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from ..settings import EngineSettings
 
 
+# torchao, which transformers imports where it is installed, names each of its kernels that this machine cannot load.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+
+
 def check_positive(**options: int | None) -> None:
     """Raises an InputError that names the first option below 1, before models are loaded."""
     for name, value in options.items():
@@ -30,6 +35,8 @@ def load_finch(model: str, bars: ProgressBars, **settings: Unpack[EngineSettings
     local = model == EMBEDDED or Path(model).exists()
     waiting = bars.busy(f"loading {model}") if local else nullcontext()  # a download has bars of its own
     with waiting:
+        for library in _TALKATIVE:
+            logging.getLogger(library).setLevel(logging.ERROR)
         import transformers
 
         from ..engine import Finch
