@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from string import ascii_letters
 
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -126,13 +127,17 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTra
         dtype: Of its weights.
 
     Raises:
-        InputError: If there is no such shape.
+        InputError: If there is no such shape, or the installed transformers does not know it.
     """
     if shape not in SHAPES:
         raise InputError(f"shape {shape!r} is unknown: use {', '.join(SHAPES)}")
+    try:
+        config = SHAPES[shape]()
+    except ValueError as error:
+        raise InputError(f"transformers {transformers.__version__} has no {shape!r}: install a newer one") from error
     with torch.random.fork_rng(), device:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     ready: PreTrainedModel = model.eval()
     return ready
 
