@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING
 
 from finch_rag import Finch, InputError, ModelError, Passage
 from finch_rag.decode.generation import Decoder
@@ -24,7 +24,7 @@ from finch_rag.reading import read_request
 from finch_rag.resolving import resolve
 
 from .families import variant_of
-from .small import chat_tokenizer, model_of, small_config, small_model, texts
+from .small import chat_tokenizer, model_of, small_model, texts
 
 QUESTION = "who built the bridge?"
 WINDOW = 1024
@@ -232,23 +232,6 @@ def test_heads_of_layers_that_see_a_part_are_refused() -> None:
     finch = new_finch("gemma2", alone_heads=[(1, 0)])
     with pytest.raises(InputError, match=r"layer 1 of Gemma2ForCausalLM has no attention over everything.*layers 0$"):
         finch.ask(QUESTION, texts(20))
-
-
-def test_the_text_part_of_a_model_that_also_sees_is_read() -> None:
-    text = small_config("gemma3_text", max_position_embeddings=WINDOW, **FAMILIES["gemma3_text"]).to_dict()
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = AutoConfig.for_model(
-        "gemma3",
-        text_config=text,
-        vision_config={**vision, "image_size": 28, "patch_size": 14},
-        image_token_index=399,
-        boi_token_index=398,
-        eoi_token_index=397,
-        mm_tokens_per_image=4,
-    )
-    finch = Finch(model_of(config, "eager"), chat_tokenizer(), budget=80, max_new_tokens=4, alone_heads=[(0, 1)])
-    assert finch.window == WINDOW
-    assert 0 < finch.ask(QUESTION, texts(20)).report.kept_tokens <= 80
 
 
 @pytest.mark.parametrize("kind", ["mamba", "bloom", "bert"])

@@ -35,6 +35,18 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def text_part(model: PreTrainedModel) -> torch.nn.Module:
+    """What of a model reads text: all of it, but for models that also see or hear.
+
+    Args:
+        model: A decoder.
+    """
+    if text_config(model) is model.config:
+        return model
+    part: torch.nn.Module = model.get_decoder()
+    return part
+
+
 def plain_attention(model: PreTrainedModel) -> str:
     """The attention function of transformers that computes all that a model's attention has, the fastest one.
 

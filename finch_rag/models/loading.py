@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 from ..errors import ModelError
 from ..paths import cache_folder
@@ -100,7 +107,7 @@ def load_model(
                 )
                 if importlib.util.find_spec("accelerate") is not None:
                     extra.setdefault("device_map", {"": str(device)})  # some are quantised, or packed, on a GPU alone
-            made: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options, **extra)
+            made: Any = _auto_class(config).from_pretrained(source, output_loading_info=True, **options, **extra)
         loaded, found = made
         _check_complete(name, found)
     except ModelError:
@@ -115,6 +122,12 @@ def load_model(
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"cannot put {name} on the device {str(device)!r}: {reason}") from error
     return LoadedModel(loaded.eval(), loaded_tokenizer, name)
+
+
+def _auto_class(config: Any) -> Any:
+    """The class of transformers that loads a decoder, also one that sees or hears."""
+    sees = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def _quantises_anew(quantisation: Any) -> bool:

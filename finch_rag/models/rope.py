@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from ..errors import ModelError
-from .inspection import input_embedding
+from .inspection import input_embedding, text_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,7 +103,7 @@ class KeyRotation:
             ModelError: If the model has no rotary positions, or rotates in a way that is not supported.
         """
         name = type(model).__name__
-        frequencies = [b for n, b in model.named_buffers() if n.endswith("inv_freq") and "original" not in n]
+        frequencies = [b for n, b in text_part(model).named_buffers() if n.endswith("inv_freq") and "original" not in n]
         if not frequencies or any(not torch.equal(f.cpu(), frequencies[0].cpu()) for f in frequencies):
             found = f"{len(frequencies)} different sets of rotary frequencies" if frequencies else "no rotary positions"
             raise ModelError(
