@@ -113,6 +113,11 @@ class EngineAttributes:
         return self.settings.reading.reread
 
     @property
+    def cutoff(self) -> float | None:
+        """The part of the best passage's attention below which a passage is left out; None for the default."""
+        return self.settings.reading.cutoff
+
+    @property
     def max_new_tokens(self) -> int:
         """The most tokens of an answer."""
         return self.settings.sampling.max_new_tokens

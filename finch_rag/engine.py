@@ -62,6 +62,9 @@ class Finch(EngineAttributes):
             and answer from them alone; those that are far below the best one are left out. Keys and values of the scan
             have seen the passages that were evicted since, and fragments lack their sentences; a model mixes both up
             in its answer.
+        cutoff: Passages with less than this part of the best one's attention are not answered from, also where the
+            budget has room for them; 0 leaves none out. None is 0.25: a question with one clear source is answered from
+            it alone. Lower it for questions that need several passages.
         heads: Heads that rank passages in the loop: "auto" (the model's retrieval heads, found at the first use of a
             model), "all", or (layer, head) pairs. Token selection sums all heads.
         alone_heads: Heads that rank passages read alone: "auto", or (layer, head) pairs.
@@ -100,6 +103,7 @@ class Finch(EngineAttributes):
         strategy: Strategy = "auto",
         selection: Selection = "passage",
         reread: bool = True,
+        cutoff: float | None = None,
         heads: Heads = "auto",
         alone_heads: AloneHeads = "auto",
         max_new_tokens: int = 128,
@@ -122,6 +126,7 @@ class Finch(EngineAttributes):
                 "strategy": strategy,
                 "selection": selection,
                 "reread": reread,
+                "cutoff": cutoff,
                 "max_new_tokens": max_new_tokens,
                 "instructions": instructions,
                 "system_prompt": system_prompt,

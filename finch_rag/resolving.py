@@ -11,7 +11,6 @@ from .errors import InputError, WindowError
 from .fitting import build_fitting, fixed_tokens, own_settings
 from .models.cache import CompressedCache
 from .prefill.planning import (
-    CUTOFF,
     FixedTokens,
     PrefillPlan,
     ReadingSettings,
@@ -185,7 +184,7 @@ def resolve_prompt(
         selection=reading.selection,
         reread=reread,
         ranks_only=ranks_only,
-        cutoff=0.0 if reading.whole_text else CUTOFF,
+        cutoff=reading.cutoff_part,
         in_order=reading.whole_text,
     )
     store = runtime.stores.at(settings.store, settings.on_progress) if asks_store else None

@@ -45,6 +45,7 @@ class EngineSettings(TypedDict, total=False):
     strategy: Strategy
     selection: Selection
     reread: bool
+    cutoff: float | None
     heads: Heads
     alone_heads: AloneHeads
     max_new_tokens: int
@@ -80,6 +81,7 @@ class ReadingOptions(TypedDict, total=False):
         strategy: See `Finch`.
         selection: See `Finch`.
         reread: See `Finch`.
+        cutoff: See `Finch`.
         instructions: See `Finch`.
         system_prompt: See `Finch`.
         history: Earlier messages of the conversation, dictionaries with "role" ("user" or "assistant") and "content".
@@ -98,6 +100,7 @@ class ReadingOptions(TypedDict, total=False):
     strategy: Strategy
     selection: Selection
     reread: bool
+    cutoff: float | None
     instructions: str | None
     system_prompt: str | None
     history: Sequence[Mapping[str, object]]
@@ -179,6 +182,7 @@ RULES: Mapping[str, Rule] = {
     "strategy": one_of(get_args(Strategy)),
     "selection": one_of(SELECTIONS),
     "reread": truth,
+    "cutoff": or_none(number(lambda value: 0 <= value <= 1, "it must be from 0, which leaves nothing out, to 1")),
     "max_context_tokens": or_none(whole_number(unit=" token", cure=", or None for no limit")),
     "instructions": or_none(text),
     "system_prompt": or_none(text),

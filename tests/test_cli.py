@@ -209,6 +209,7 @@ def test_numbers_below_one_without_a_corpus() -> None:
         ("ask", "Who?"),
         ("ask", "Who?", "--corpus", "x", "--budget", "many"),
         ("ask", "Who?", "--corpus", "x", "--selection", "words"),
+        ("ask", "Who?", "--corpus", "x", "--cutoff", "1.5"),
         ("demo", "--limit", "2"),
         ("nothing",),
     ],

@@ -567,3 +567,14 @@ def test_a_callers_list_of_heads_is_copied() -> None:
     pairs.append((1, 2))
     assert finch.heads == [(0, 1)]
     assert finch.retrieval_heads() == {0: [1]}
+
+
+@pytest.mark.parametrize("strategy", ["loop", "independent"])
+def test_the_cutoff_says_how_many_passages_are_answered_from(strategy: Any) -> None:
+    finch = small_finch(reread=True, budget=200, cutoff=1)
+    one = finch.ask(QUESTION, texts(40), strategy=strategy)
+    several = finch.ask(QUESTION, texts(40), strategy=strategy, cutoff=0)
+    assert len([cited for cited in one.citations if cited.kept_tokens]) == 1
+    assert len([cited for cited in several.citations if cited.kept_tokens]) > 3
+    assert several.report.kept_tokens <= 200
+    assert finch.cutoff == 1

@@ -51,6 +51,17 @@ def ask(
         StrategyName,
         typer.Option(help="Read each passage alone (independent), or all of them in turn under the question (loop)."),
     ] = StrategyName.AUTO,
+    cutoff: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PART",
+            min=0,
+            max=1,
+            help="Leave out passages with less than this part of the best one's attention; 0 leaves none out, for "
+            "questions that need several.  [dim]\\[default: 0.25][/]",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="The longest answer.")] = 128,
     no_store: NoStoreOption = False,
     as_json: JsonOption = False,
@@ -80,6 +91,7 @@ def ask(
             bars,
             strategy=strategy.literal,
             selection=selection.literal,
+            cutoff=cutoff,
             budget=budget,
             chunk_size=chunk_size,
             max_new_tokens=max_new_tokens,

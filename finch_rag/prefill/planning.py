@@ -44,6 +44,8 @@ class ReadingSettings:
         selection: What is kept: whole passages, or tokens layer by layer.
         reread: Whether the best passages are prefilled again at the end, and answered from alone.
         max_context_tokens: Refuse passages that have more tokens than this; None for no limit.
+        cutoff: What got less than this part of the best passage's attention is not prefilled again; None for `CUTOFF`,
+            or 0 where a text matters as a whole.
         whole_text: The passages are one text that matters as a whole, as for a summary: keep as much of it as fits into
             the window, also what is far below the best passage, in its order.
     """
@@ -54,7 +56,14 @@ class ReadingSettings:
     selection: Selection = "passage"
     reread: bool = True
     max_context_tokens: int | None = None
+    cutoff: float | None = None
     whole_text: bool = False
+
+    @property
+    def cutoff_part(self) -> float:
+        """The part of the best passage's attention below which a passage is left out."""
+        usual = 0.0 if self.whole_text else CUTOFF
+        return usual if self.cutoff is None else self.cutoff
 
     @property
     def chunk_tokens(self) -> int | None:

@@ -30,7 +30,17 @@ _HOW = ("stream",)  # options of a call that say how LangChain runs it, not what
 _FORMED_TOKENS, _FORMED_PART = 512, 4
 # What an answer of a given engine depends on.
 _ENGINE_SETTINGS = (
-    *("alone_heads", "budget", "chunk_size", "heads", "instructions", "max_new_tokens", "reread", "selection"),
+    *(
+        "alone_heads",
+        "budget",
+        "chunk_size",
+        "cutoff",
+        "heads",
+        "instructions",
+        "max_new_tokens",
+        "reread",
+        "selection",
+    ),
     *("strategy", "system_prompt"),
 )
 # Standard parameters of LangChain that concern a server, which a local model has none of.
@@ -47,6 +57,9 @@ class CallSettings(BaseModel):
     strategy: Strategy | None = Field(default=None, description='How passages are ranked; "auto" chooses.')
     selection: Selection | None = Field(default=None, description='What is kept: "passage" (whole ones) or "token".')
     reread: bool | None = Field(default=None, description="Whether kept passages are prefilled again at the end.")
+    cutoff: float | None = Field(
+        default=None, description="Leave out what got less than this part of the best's attention."
+    )
     instructions: str | None = Field(default=None, description="Read before the passages.")
     system_prompt: str | None = Field(default=None, description="System message where the messages have none.")
     max_tokens: int | None = Field(default=None, description="The most tokens of an answer; also max_new_tokens.")

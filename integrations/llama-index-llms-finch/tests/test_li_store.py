@@ -264,6 +264,18 @@ def test_the_strategy_reaches_the_engine(finch: Finch) -> None:
         finch_llm(engine=finch, strategy="both")
 
 
+def test_the_cutoff_reaches_the_engine(finch: Finch) -> None:
+    def kept(llm: FinchLLM, **options: Any) -> int:
+        return int(
+            llm.chat([PassagesMessage(QUESTION, nodes(40))], max_tokens=1, **options).raw["report"]["kept_tokens"]
+        )
+
+    llm = finch_llm(engine=finch, budget=200, cutoff=1)
+    assert 0 < kept(llm) < kept(llm, cutoff=0) <= 200
+    with pytest.raises(SettingsError, match="cutoff is 2"):
+        finch_llm(engine=finch, cutoff=2)
+
+
 # Writing down
 
 

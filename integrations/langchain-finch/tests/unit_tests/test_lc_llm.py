@@ -133,6 +133,8 @@ def test_options_of_a_call_stand_in_for_the_models(llm: FinchLLM, documents: lis
     assert report(reread=False)["reread"] is False
     assert report(strategy="independent", reread=True)["strategy"] == "independent"
     assert report(strategy="loop", reread=True)["strategy"] == report()["strategy"] == "loop"
+    one, several = (report(reread=True, budget=200, cutoff=cutoff)["kept_tokens"] for cutoff in (1, 0))
+    assert 0 < one < several <= 200
 
 
 def test_sampling_follows_the_seed(llm: FinchLLM) -> None:

@@ -73,6 +73,8 @@ class FinchLLM(StoringLLM):
         strategy: How passages are ranked: "auto", "loop" or "independent", see `finch_rag.Finch`; a given engine's own
             when None.
         selection: "passage" keeps whole passages, "token" single tokens; a given engine's own when None.
+        cutoff: Passages with less than this part of the best one's attention are left out; 0 leaves none out; a given
+            engine's own when None.
         max_context_tokens: What Finch reads in one call; LlamaIndex packs nodes by it.
         context_window: What LlamaIndex packs nodes by instead; several calls where they have more tokens.
         instructions: Read before the passages; a default that asks for a short answer when None.
@@ -107,6 +109,7 @@ class FinchLLM(StoringLLM):
     chunk_size: ChunkSize = Field(default=None, description='Document tokens read per step; "auto" chooses.')
     strategy: str | None = Field(default=None, description='"auto", "loop" or "independent".')
     selection: str = Field(default="passage", description='"passage" or "token".')
+    cutoff: float | None = Field(default=None, description="Leave out what got less than this part of the best's.")
     max_context_tokens: int = Field(default=1_000_000, description="Document tokens that one call reads.", gt=0)
     context_window: int | None = Field(default=None, description="What LlamaIndex packs nodes by.", gt=0)
     instructions: str | None = Field(default=None, description="Read before the passages.")
@@ -136,6 +139,7 @@ class FinchLLM(StoringLLM):
         chunk_size: ChunkSize = None,
         strategy: Strategy | None = None,
         selection: Selection | None = None,
+        cutoff: float | None = None,
         max_context_tokens: int = 1_000_000,
         context_window: int | None = None,
         instructions: str | None = None,
@@ -171,6 +175,7 @@ class FinchLLM(StoringLLM):
                 "chunk_size": chunk_size,
                 "strategy": "auto" if strategy is None else strategy,
                 "selection": selection,
+                "cutoff": cutoff,
                 "max_context_tokens": max_context_tokens,
                 "instructions": instructions,
                 "repetition_penalty": repetition_penalty,
@@ -204,6 +209,7 @@ class FinchLLM(StoringLLM):
             chunk_size=chunk_size,
             strategy=strategy,
             selection=selection,
+            cutoff=cutoff,
             max_context_tokens=max_context_tokens,
             context_window=context_window,
             instructions=instructions,

@@ -84,6 +84,7 @@ def call_options(llm: FinchLLM, call: Mapping[str, Any]) -> dict[str, Any]:
     names = (
         "budget",
         "chunk_size",
+        "cutoff",
         "instructions",
         "max_context_tokens",
         "max_new_tokens",
