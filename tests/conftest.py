@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may reach for a network
 
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from finch_rag.models.cache import CompressedCache
 
 from .command_line import CORPUS
 from .hashed import hashed_embedder
-from .small import chat_tokenizer, plain_tokenizer, small_finch, small_model
+from .small import chat_tokenizer, plain_tokenizer, small_finch, small_model, texts
 
 torch.set_num_threads(1)  # small matrices gain nothing from more
 
@@ -97,3 +98,21 @@ def corpus(tmp_path: Path) -> Path:
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "_load_embedder", lambda: hashed_embedder)
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> Path:
+    """A data set of which each passage answers the question that names its number; the first question has two."""
+    passages = [{"id": f"p{n}", "text": f"{text} token{n}"} for n, text in enumerate(texts(12))]
+    questions = [
+        {
+            "id": f"q{n}",
+            "question": f"token{n}?",
+            "answers": ["x"],
+            "gold_ids": [f"p{n}", "p11"] if n == 0 else [f"p{n}"],
+        }
+        for n in range(12)
+    ]
+    for name, records in (("passages", passages), ("questions.dev", questions)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path

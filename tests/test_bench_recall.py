@@ -15,27 +15,9 @@ from finch_rag.corpus.reading import Question
 from finch_rag.engine import Finch
 
 from .command_line import one_error, run
-from .small import chat_tokenizer, small_model, texts
+from .small import chat_tokenizer, small_model
 
 COUNT = 12
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A data set of which each passage answers the question that names its number; the first question has two."""
-    passages = [{"id": f"p{n}", "text": f"{text} token{n}"} for n, text in enumerate(texts(COUNT))]
-    questions = [
-        {
-            "id": f"q{n}",
-            "question": f"token{n}?",
-            "answers": ["x"],
-            "gold_ids": [f"p{n}", "p11"] if n == 0 else [f"p{n}"],
-        }
-        for n in range(COUNT)
-    ]
-    for name, records in (("passages", passages), ("questions.dev", questions)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return tmp_path
 
 
 def test_shares_of_questions_are_counted() -> None:
@@ -45,7 +27,7 @@ def test_shares_of_questions_are_counted() -> None:
 
 
 @pytest.mark.usefixtures("hashed")
-def test_every_ranker_is_measured(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_ranker_is_measured(numbered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finch = Finch(
         small_model(max_position_embeddings=4096),
         chat_tokenizer(),
@@ -54,7 +36,7 @@ def test_every_ranker_is_measured(data: Path, monkeypatch: pytest.MonkeyPatch) -
         chunk_size=256,
     )
     monkeypatch.setattr(Finch, "from_pretrained", lambda model, **settings: finch)
-    result = run("bench", "recall", data, "--rankers", ",".join(RANKERS), "--limit", 12)
+    result = run("bench", "recall", numbered, "--rankers", ",".join(RANKERS), "--limit", 12)
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     assert (found["passages"], found["questions"]) == (COUNT, COUNT)
@@ -76,7 +58,7 @@ def test_help_names_every_ranker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "finch" not in listed
 
 
-def test_what_cannot_be_measured_is_said_in_one_line(data: Path) -> None:
-    assert "ranker bm26 is unknown: use bm25" in one_error(run("bench", "recall", data, "--rankers", "bm26"))
-    assert "there is no ranker" in one_error(run("bench", "recall", data, "--rankers", ","))
-    assert "--limit is 0" in one_error(run("bench", "recall", data, "--limit", 0))
+def test_what_cannot_be_measured_is_said_in_one_line(numbered: Path) -> None:
+    assert "ranker bm26 is unknown: use bm25" in one_error(run("bench", "recall", numbered, "--rankers", "bm26"))
+    assert "there is no ranker" in one_error(run("bench", "recall", numbered, "--rankers", ","))
+    assert "--limit is 0" in one_error(run("bench", "recall", numbered, "--limit", 0))

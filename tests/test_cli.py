@@ -280,6 +280,7 @@ def test_version_and_help_load_no_model_library() -> None:
             ("bench", "quality"),
             ("bench", "positions"),
             ("bench", "recall"),
+            ("bench", "kept"),
         ),
     ],
 )

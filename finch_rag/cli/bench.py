@@ -14,7 +14,7 @@ from ..bench.arguments import names_in, numbers_in, shard_of
 from ..errors import MissingExtraError
 from ..models.embedded import EMBEDDED
 from ..terminal.loading import check_positive
-from .arguments import ChunkSizeOption, ModelOption
+from .arguments import ChunkSizeOption, ModelOption, StrategyName
 
 if TYPE_CHECKING:
     from ..bench.cases import RetrieverName
@@ -285,6 +285,49 @@ def bench_recall(
     with _extra():
         from ..bench import recall
     recall.main(data, model=model, rankers=names_in(rankers), limit=limit, seed=seed)
+
+
+@app.command("kept")
+def bench_kept(
+    data: DataArgument,
+    attention: Annotated[
+        Path,
+        typer.Option(
+            "--attention",
+            metavar="FILE",
+            help="Where the measured attention is kept (.jsonl.gz); where it is there already, no model is loaded.",
+            show_default=False,
+        ),
+    ],
+    model: ModelOption = EMBEDDED,
+    retriever: RetrieverOption = RetrieverChoice.BM25,
+    strategy: Annotated[
+        StrategyName, typer.Option(help="Read each passage alone (independent), or all in turn (loop).")
+    ] = StrategyName.INDEPENDENT,
+    order: Annotated[str, typer.Option(metavar="ORDER", help="rank (best first) or random.")] = "rank",
+    top_k: Annotated[int, typer.Option(metavar="N", help="Passages a question; all if there are fewer.")] = 100,
+    limit: LimitOption = 100,
+    seed: SeedOption = 0,
+    budget: Annotated[str, typer.Option(metavar="TOKENS,...", help="Tokens that a rule keeps.")] = "512,1024,2048",
+) -> None:
+    """How often all passages that a question needs are among those that it is answered from, by cutoff and prior.
+
+    Prints a table; the last line is one JSON object.
+    """
+    with _extra():
+        from ..bench import kept
+    kept.main(
+        data,
+        file=attention,
+        model=model,
+        retriever=_retriever(retriever),
+        strategy=strategy.literal,
+        order=order,
+        top_k=top_k,
+        limit=limit,
+        seed=seed,
+        budgets=numbers_in("budget", budget),
+    )
 
 
 @contextmanager
