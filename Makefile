@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := $(wildcard integrations/*)
 
-.PHONY: setup demo test quick test-lowest lint types format check house notebooks bench bench-peers clean
+.PHONY: setup demo test quick test-quantised test-lowest lint types format check house notebooks bench bench-peers clean
 
 setup: .venv/.installed
 
@@ -24,6 +24,14 @@ test: setup
 
 quick: setup
 	$(BIN)/pytest -n auto --dist worksteal -m 'not slow'
+
+# Beside .venv: transformers imports torchao wherever it is installed, which takes seconds and talks.
+.quantised/.installed: constraints.txt | setup
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps --upgrade --target .quantised torchao bitsandbytes
+	touch $@
+
+test-quantised: setup .quantised/.installed
+	PYTHONPATH=.quantised $(BIN)/pytest tests/test_quantised.py
 
 # Releases that cannot convert the embedded model read it once .venv has converted it.
 .venv-lowest/.installed: pyproject.toml constraints-lowest.txt $(wildcard integrations/*/pyproject.toml)
@@ -70,4 +78,4 @@ bench-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m finch_rag.bench.peers $(RESULTS) $(ARGS)
 
 clean:
-	rm -rf .venv .venv-peers .venv-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-lowest .quantised .mypy_cache .ruff_cache .pytest_cache .hypothesis
