@@ -57,9 +57,16 @@ def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
     assert read_attended(file) == [TWO, LOST]
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"not gzip", gzip.compress(b'{"a": 1}\n'), gzip.compress(b"\xff"), gzip.compress(b"")]
-)
+OTHER = {
+    "empty": b"",
+    "plain": b"not gzip",
+    "other names": gzip.compress(b'{"a": 1}\n'),
+    "no text": gzip.compress(b"\xff"),
+    "nothing": gzip.compress(b""),
+}
+
+
+@pytest.mark.parametrize("content", OTHER.values(), ids=OTHER)
 def test_another_file_is_one_line(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "attention.jsonl.gz"
     file.write_bytes(content)
