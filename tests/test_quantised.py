@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, FineGrainedFP8Config, TorchAoConfig
 
 from finch_rag import Finch, ModelError
 from finch_rag.models.fingerprint import fingerprint
 
+from .model_table import LISTED
 from .small import chat_tokenizer, small_model, texts
-from .test_own_models import FAMILIES
+from .test_own_models import FAMILIES, require
 
 QUESTION = "who built the bridge?"
 FP8_BLOCK = 16
@@ -85,6 +87,7 @@ def classes(finch: Finch) -> set[str]:
 @pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_quantised_weights_do_all_that_plain_ones_do(folders: dict[str, Path], kind: str, way: str) -> None:
+    require(kind)
     if kind == "qwen3_next" and way.startswith("bitsandbytes-4"):
         pytest.skip("bitsandbytes' four bits take multiples of 32 and 64 on a CPU, which this small model has not")
     finch, plain = load(folders[kind], WAYS[way](), heads="all"), load(folders[kind], heads="all")
@@ -207,6 +210,8 @@ def in_fp8(folder: Path, source: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="FP8 weights stay packed on a GPU")
 def test_a_checkpoint_in_fp8_is_unpacked_on_a_cpu(folders: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
+    if Version(transformers.__version__) < LISTED:
+        pytest.skip(f"transformers {transformers.__version__} may leave two dtypes in a model that it unpacks")
     meant = in_fp8(tmp_path / "fp8", folders["llama"])
     finch = load(tmp_path / "fp8")
     held = dict(finch.model.named_parameters())

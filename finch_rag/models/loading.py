@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,27 +71,21 @@ def load_model(
         ModelError: If the model is unknown, damaged or incomplete, or not a decoder.
         MissingExtraError: If a GGUF file is to be read and the packages for that are not installed.
     """
-    name = str(model)
     device = resolve_device(device)
-    source = str(model)
-    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    options = dict(trusted)
     extra = dict(model_kwargs or {})
-    options |= {key: extra.pop(key) for key in _HUB_OPTIONS if key in extra}
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options = trusted | {key: extra.pop(key) for key in _HUB_OPTIONS if key in extra}
+    name, source = str(model), str(model)
     if name == EMBEDDED:
         name, source = EMBEDDED_NAME, str(embedded_folder())
     elif Path(source).is_file():
         require_gguf()
         file = Path(source)
         name, source, options["gguf_file"] = file.name, str(file.parent), file.name
-    hint = f'expected a hub id, a folder that save_pretrained wrote, a .gguf file, or "{EMBEDDED}"'
     try:
         with ExitStack() as unpacked:
             if "gguf_file" in options and _quantises_anew(extra.get("quantization_config")):
-                hint = (
-                    f"for quantization_config it is unpacked into {cache_folder('models')}; XDG_CACHE_HOME moves that"
-                )
-                source = str(unpacked.enter_context(unpacked_gguf(Path(source) / options.pop("gguf_file"))))
+                source = str(unpacked.enter_context(_unpacked(Path(source) / options.pop("gguf_file"))))
             config = AutoConfig.from_pretrained(source, **options)
             if config.is_encoder_decoder:
                 raise ModelError(f"{name} is an encoder-decoder; Finch runs decoder-only models such as Llama or Qwen")
@@ -101,27 +95,58 @@ def load_model(
             )
             _check_words(name if tokenizer is None else str(tokenizer), loaded_tokenizer)
             extra = {"dtype": resolve_dtype(dtype, device, config), **extra}
-            if _is_quantised(config, extra):
-                hint = (
-                    "its weights are quantised, which may need another device, dtype or package; see transformers' log"
-                )
-                if importlib.util.find_spec("accelerate") is not None:
-                    extra.setdefault("device_map", {"": str(device)})  # some are quantised, or packed, on a GPU alone
-            made: Any = _auto_class(config).from_pretrained(source, output_loading_info=True, **options, **extra)
-        loaded, found = made
-        _check_complete(name, found)
+            if _is_quantised(config, extra) and importlib.util.find_spec("accelerate") is not None:
+                extra.setdefault("device_map", {"": str(device)})  # some are quantised, or packed, on a GPU alone
+            loaded = _weights(name, source, config, {**options, **extra})
     except ModelError:
         raise
     except Exception as error:  # transformers, tokenizers and gguf raise whatever their parsers hit
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot load the model {name!r}: {reason} ({hint})") from error
+        expected = f'expected a hub id, a folder that save_pretrained wrote, a .gguf file, or "{EMBEDDED}"'
+        raise _cannot_load(name, error, expected) from error
     try:
         if "device_map" not in extra:
             torch.nn.Module.to(loaded, device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"cannot put {name} on the device {str(device)!r}: {reason}") from error
+        raise ModelError(f"cannot put {name} on the device {str(device)!r}: {_first_line(error)}") from error
     return LoadedModel(loaded.eval(), loaded_tokenizer, name)
+
+
+@contextmanager
+def _unpacked(file: Path) -> Iterator[Path]:
+    """A folder with the weights of a GGUF file that are to be quantised anew, while it is needed."""
+    with ExitStack() as unpacked:
+        try:
+            folder = unpacked.enter_context(unpacked_gguf(file))
+        except ModelError:
+            raise
+        except Exception as error:
+            place = f"for quantization_config it is unpacked into {cache_folder('models')}; XDG_CACHE_HOME moves that"
+            raise _cannot_load(file.name, error, place) from error
+        yield folder
+
+
+def _weights(name: str, source: str, config: Any, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of a checkpoint, complete."""
+    try:
+        made: Any = _auto_class(config).from_pretrained(source, output_loading_info=True, **options)
+    except Exception as error:
+        if not _is_quantised(config, options):
+            raise
+        needs = "its weights are quantised, which may need another device, dtype or package; see transformers' log"
+        raise _cannot_load(name, error, needs) from error
+    loaded: PreTrainedModel
+    loaded, found = made
+    _check_complete(name, found)
+    return loaded
+
+
+def _cannot_load(name: str, error: Exception, hint: str) -> ModelError:
+    return ModelError(f"cannot load the model {name!r}: {_first_line(error)} ({hint})")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _auto_class(config: Any) -> Any:
