@@ -228,6 +228,23 @@ def test_heads_are_found_in_layers_that_see_everything(kind: str) -> None:
     assert isinstance(finch.runtime.alone_reader(), AloneReader)
 
 
+def test_an_engine_for_the_loop_stays_below_the_sliding_window() -> None:
+    changes: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 2048}
+    settings: dict[str, Any] = {"heads": [(1, 0)], "alone_heads": [(1, 0)], "budget": 80, "max_new_tokens": 4}
+
+    def engine(**more: Any) -> Finch:
+        return Finch(
+            small_model("cohere2", max_position_embeddings=4096, **changes), chat_tokenizer(), **settings, **more
+        )
+
+    whole, held = engine(), engine(strategy="loop")
+    assert (whole.window, held.window) == (4096, 2048)
+    assert whole.runtime.no_loop.startswith("layers of cohere2 see 2048 of 4096 tokens only; one made with")
+    assert held.ask(QUESTION, texts(20)).report.strategy == "loop"
+    assert held.ask(QUESTION, texts(20), strategy="independent").report.strategy == "independent"
+    assert whole.ask(QUESTION, texts(20)).report.strategy == "independent"
+
+
 def test_heads_of_layers_that_see_a_part_are_refused() -> None:
     finch = new_finch("gemma2", alone_heads=[(1, 0)])
     with pytest.raises(InputError, match=r"layer 1 of Gemma2ForCausalLM has no attention over everything.*layers 0$"):
