@@ -15,11 +15,10 @@ from ..models.kept_cache import KeptCache
 from .fused_step import can_fuse
 from .own_step import OwnStep
 from .static_step import StaticStep
+from .step import Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Step = StaticStep | OwnStep
 
 SIZE_STEP = 512  # buffers come in multiples of this, so that most answers meet a step of their size
 LARGEST = 16_384  # tokens; beyond, the second copy of keys and values costs more than it saves
@@ -63,7 +62,7 @@ class CudaGraphs:
         finally:
             if step is not None:
                 with self._lock:
-                    others = [other for other in self.idle if not _replaces(step, other)]
+                    others = [other for other in self.idle if not step.replaces(other)]
                     self.idle = [step, *others][:MOST_IDLE]
 
     def _take(self, caches: Sequence[KeptCache], tokens: int) -> Step | None:
@@ -106,11 +105,6 @@ class CudaGraphs:
                     error,
                 )
         return StaticStep(self.model, like, answers, capacity)
-
-
-def _replaces(step: Step, other: Step) -> bool:
-    """Whether a step serves whatever another, smaller one does, so that only one of them need be kept."""
-    return step.capacity > other.capacity and step.serves(other.answers, other.capacity)
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

@@ -15,9 +15,10 @@ from ..models.inspection import input_embedding
 from ..models.kept_cache import KeptCache
 from ..models.varlen import VarlenSequence
 from .constraint import JsonConstraint
-from .cuda_graphs import CudaGraphs, Step
+from .cuda_graphs import CudaGraphs
 from .detokenising import StopStrings, TextStream, strip_stream
 from .sampling import Sampling, sampler
+from .step import Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -19,7 +19,8 @@ from ..models.forward import own_positions
 from ..models.inspection import input_embedding, text_config, tokens_seen_by_local_layers
 from ..models.kept_cache import KeptCache
 from ..models.own_cache import new_cache
-from .static_step import StaticLayer, captured, serves
+from .static_step import StaticLayer
+from .step import Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ _AS_THEY_ARE = ("LinearAttentionLayer", "DummyLayer")
 _STATES = ("conv_states", "recurrent_states")
 
 
-class OwnStep:
+class OwnStep(Step):
     """Decodes an answer token by token in static buffers, by the model's own attention.
 
     Args:
@@ -44,44 +45,24 @@ class OwnStep:
         RuntimeError: If the cache has layers of other kinds, or the step computes something else than the model.
     """
 
-    answers = 1
-
     def __init__(self, model: PreTrainedModel, like: KeptCache, capacity: int) -> None:
-        self.capacity, self._model = capacity, model
         device = input_embedding(model).device
-        self._position = torch.zeros(1, dtype=torch.long, device=device)
-        self._token = torch.zeros(1, 1, dtype=torch.long, device=device)
-        self._places = torch.arange(capacity, device=device)
+        super().__init__(1, capacity, device)
+        self._model = model
         self._seen = tokens_seen_by_local_layers(text_config(model))
         self._layers = [self._static(layer) for layer in like.layers]
         self._cache = Cache(layers=self._layers)
-        self._logits: torch.Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
         try:
             self._check()
         except RuntimeError:
             raise
         except Exception as error:  # a model that takes no such mask: whatever it trips over
             raise RuntimeError(f"it does not run in static buffers ({type(error).__name__}: {error})") from error
-        if device.type == "cuda":
-            self._logits, self._graph = captured(device, self._step)
-
-    @property
-    def captured(self) -> bool:
-        """Whether it runs as a CUDA graph."""
-        return self._graph is not None
-
-    def serves(self, answers: int, tokens: int) -> bool:
-        """Whether so many answers of so many tokens run on it without much waste."""
-        return answers == 1 and serves(self.capacity, tokens)
+        self._capture(device)
 
     @torch.inference_mode()
     def load(self, caches: Sequence[KeptCache]) -> None:
-        """Goes on from a cache, which is copied.
-
-        Args:
-            caches: One, of at most ``capacity`` tokens.
-        """
+        """See `Step.load`; one cache."""
         (cache,) = caches
         layers: list[Any] = list(cache.layers)
         for static, layer in zip(self._layers, layers, strict=True):
@@ -96,22 +77,6 @@ class OwnStep:
                     own.copy_(states)
         self._position.fill_(cache.length)
 
-    @torch.inference_mode()
-    def __call__(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Appends a token; logits after it.
-
-        Args:
-            tokens: Its id.
-
-        Returns:
-            Float32, shape [1, vocabulary]; overwritten by the next call.
-        """
-        self._token.copy_(torch.tensor(tokens)[:, None])
-        if self._graph is None or self._logits is None:
-            return self._step()
-        self._graph.replay()
-        return self._logits
-
     def _static(self, layer: Any) -> Any:
         """A layer of fixed size for one that grows; states of linear attention have it."""
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.keys is not None:
@@ -124,16 +89,15 @@ class OwnStep:
             return copy.deepcopy(layer)
         raise RuntimeError(f"its cache has a {type(layer).__name__}")
 
-    def _step(self) -> torch.Tensor:
+    def _forward(self) -> torch.Tensor:
         output = self._model(
-            input_ids=self._token,
+            input_ids=self._tokens,
             attention_mask=self._masks(),
             position_ids=self._position[None],
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self._position.add_(1)
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 

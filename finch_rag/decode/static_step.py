@@ -9,7 +9,7 @@ forward, or for one answer of a model that `finch_rag.decode.fused_step` knows i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +20,10 @@ from ..models.cache import CompressedCache
 from ..models.inspection import input_embedding
 from ..models.kept_cache import KeptCache
 from .fused_step import FusedStep
+from .step import Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_SPARE = 2  # times as many tokens as needed cost a step little: weights are most of what it reads
-_WARM_UPS = 2  # steps before the capture, in which libraries allocate what they need
 
 
 class StaticLayer(CacheLayerMixin):
@@ -77,7 +75,7 @@ class StaticLayer(CacheLayerMixin):
         return self.get_max_length()
 
 
-class StaticStep:
+class StaticStep(Step):
     """Decodes token by token in static buffers.
 
     Args:
@@ -95,11 +93,8 @@ class StaticStep:
         self, model: PreTrainedModel, like: CompressedCache, answers: int, capacity: int, fused: bool = False
     ) -> None:
         device = input_embedding(model).device
-        self.answers, self.capacity = answers, capacity
+        super().__init__(answers, capacity, device)
         self._model = model
-        self._position = torch.zeros(answers, dtype=torch.long, device=device)
-        self._tokens = torch.zeros(answers, 1, dtype=torch.long, device=device)
-        self._places = torch.arange(capacity, device=device)
         self.buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         for layer in like.layers:
             if layer.keys is None or layer.values is None:
@@ -108,28 +103,12 @@ class StaticStep:
             keys, values = (b.new_zeros(answers, b.shape[1], capacity, b.shape[3]) for b in (layer.keys, layer.values))
             self.buffers.append((keys, values))
         self._cache = Cache(layers=[StaticLayer(keys, values, self._position) for keys, values in self.buffers])
-        self._logits: torch.Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
         self._fused = FusedStep(model) if fused else None
-        if device.type == "cuda":
-            self._logits, self._graph = captured(device, self._step)
-
-    @property
-    def captured(self) -> bool:
-        """Whether it runs as a CUDA graph."""
-        return self._graph is not None
-
-    def serves(self, answers: int, tokens: int) -> bool:
-        """Whether so many answers of so many tokens run on it without much waste."""
-        return self.answers == answers and serves(self.capacity, tokens)
+        self._capture(device)
 
     @torch.inference_mode()
     def load(self, caches: Sequence[KeptCache]) -> None:
-        """Goes on from caches, which are copied.
-
-        Args:
-            caches: One an answer, of at most ``capacity`` tokens.
-        """
+        """See `Step.load`."""
         for answer, cache in enumerate(caches):
             layers: list[Any] = list(cache.layers)
             for (keys, values), layer in zip(self.buffers, layers, strict=True):
@@ -139,28 +118,9 @@ class StaticStep:
                     buffer[answer, :, cache.length :].zero_()  # an answer that failed may have left NaN
             self._position[answer] = cache.length
 
-    @torch.inference_mode()
-    def __call__(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Appends a token to each answer; logits after it.
-
-        Args:
-            tokens: Their ids.
-
-        Returns:
-            Float32, shape [answers, vocabulary]; overwritten by the next call.
-        """
-        self._tokens.copy_(torch.tensor(tokens)[:, None])
-        if self._graph is None or self._logits is None:
-            return self._step()
-        self._graph.replay()
-        return self._logits
-
-    def _step(self) -> torch.Tensor:
-        logits = self._forward() if self._fused is None else self._fused(self._tokens, self._position, self.buffers)
-        self._position.add_(1)
-        return logits
-
     def _forward(self) -> torch.Tensor:
+        if self._fused is not None:
+            return self._fused(self._tokens, self._position, self.buffers)
         hidden = (self._places > self._position[:, None])[:, None, None]  # [answers, 1, 1, capacity]
         # Added to the products: of a mask of truth values SDPA would make this in every layer.
         mask = torch.zeros_like(hidden, dtype=self._model.dtype).masked_fill_(hidden, float("-inf"))
@@ -174,30 +134,3 @@ class StaticStep:
         )
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
-
-
-def serves(capacity: int, tokens: int) -> bool:
-    """Whether so many tokens run in buffers of a capacity without much waste."""
-    return tokens <= capacity <= _SPARE * tokens
-
-
-@torch.inference_mode()
-def captured(device: torch.device, step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.cuda.CUDAGraph]:
-    """What a step returns, to be overwritten by each replay, and the step as a CUDA graph.
-
-    Args:
-        device: A CUDA device.
-        step: Runs the model, and has the same shapes each time.
-    """
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile, in streams of their own.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            logits = step()
-    return logits, graph

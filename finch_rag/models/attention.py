@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..errors import ModelError
-from .inspection import input_embedding, sparse_attention, text_config
+from .inspection import input_embedding, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,7 +153,8 @@ def attention_forward(
     Returns:
         The output, shape [batch, queries, heads, head_dim], and None in the place of attention weights.
     """
-    if sparse_attention(kwargs):
+    # Chosen by an indexer (DeepSeek V3.2): only transformers' own functions get the choice as a mask.
+    if any(kwargs.get(name) is not None for name in ("indices", "block_indices")):
         raise ModelError("its attention is sparse, chosen by an indexer, which Finch cannot run")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if finch_varlen is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,18 +54,6 @@ def plain_attention(model: PreTrainedModel) -> str:
     """
     capped = getattr(text_config(model), "attn_logit_softcapping", None) is not None
     return "sdpa" if getattr(model, "_supports_sdpa", False) and not capped else "eager"
-
-
-def sparse_attention(options: Mapping[str, Any]) -> bool:
-    """Whether a layer's attention would leave out keys that an indexer has not chosen (DeepSeek V3.2).
-
-    Such layers do so by a mask for transformers' own attention functions alone; any other gets the choice, and would
-    have to make it.
-
-    Args:
-        options: What the layer hands to its attention function.
-    """
-    return any(options.get(name) is not None for name in ("indices", "block_indices"))
 
 
 def positions_of(config: Any) -> int:
