@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +19,14 @@ class Passage:
         id: The caller's id, handed back in citations.
         title: Read before the text, and handed back in citations.
         metadata: The caller's; Finch does not look at it.
+        score: The retriever's, the higher the better; see ``prior`` of `finch_rag.Finch`.
     """
 
     text: str
     id: str | None = None
     title: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    score: float | None = None
 
     @property
     def titled_text(self) -> str:
@@ -50,8 +53,32 @@ def as_passages(passages: Iterable[str | Passage]) -> list[Passage]:
         if not isinstance(passage.text, str):
             raise InputError(f"passage {index} is {type(passage.text).__name__}, not text: pass a str or a Passage")
         check_unicode(f"{passage.title or ''}{passage.text}", f"passage {index}")
+        _check_score(passage.score, index)
         checked.append(passage)
     return checked
+
+
+def ranks_of(passages: Sequence[Passage]) -> list[int]:
+    """Places of passages by their retriever, from 0 for the best: by score where all have one, else as they stand.
+
+    Args:
+        passages: In any order.
+    """
+    places = range(len(passages))
+    scores = [passage.score for passage in passages if passage.score is not None]
+    if len(scores) < len(passages):
+        return list(places)
+    ranks = [0] * len(passages)
+    for rank, place in enumerate(sorted(places, key=lambda place: -scores[place])):
+        ranks[place] = rank
+    return ranks
+
+
+def _check_score(score: object, index: int) -> None:
+    if score is None:
+        return
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        raise InputError(f"the score of passage {index} is {score!r}: pass a finite number, or None")
 
 
 def check_unicode(text: str, what: str) -> None:

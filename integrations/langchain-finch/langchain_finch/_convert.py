@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.documents import Document
@@ -58,11 +60,17 @@ def _passage(document: Document | Passage | str, index: int) -> Passage:
         title = document.metadata.get("title")
         titled = title if isinstance(title, str) and title.strip() else None
         metadata = {name: value for name, value in document.metadata.items() if name != SCORE}
-        document = Passage(document.page_content, document.id, titled, metadata)
+        document = Passage(document.page_content, document.id, titled, metadata, _score(document))
     passage = Passage(document) if isinstance(document, str) else document
     if not isinstance(passage, Passage):
         raise InputError(f"document {index} is {type(document).__name__}: pass a Document, a Passage or a str")
     return passage
+
+
+def _score(document: Document) -> float | None:
+    """What a retriever or a reranker gave the document; None where that is no number to sort by."""
+    score = document.metadata.get(SCORE)
+    return float(score) if isinstance(score, Real) and math.isfinite(score) else None
 
 
 def conversation_of(messages: Iterable[BaseMessage]) -> tuple[list[Message], list[Passage]]:

@@ -96,7 +96,7 @@ def for_store(passages: Sequence[Passage]) -> list[Passage]:
         passages: Of a call.
     """
     return [
-        Passage(passage.text, None, passage.title, {**passage.metadata, _DOCUMENT_ID: passage.id})
+        Passage(passage.text, None, passage.title, {**passage.metadata, _DOCUMENT_ID: passage.id}, passage.score)
         if isinstance(passage, FormattedPassage)
         else passage
         for passage in passages

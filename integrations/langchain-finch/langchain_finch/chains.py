@@ -171,7 +171,7 @@ def _documents(inputs: Mapping[str, Any], name: str, document_prompt: BasePrompt
             document = Document(passage.text, metadata=dict(passage.metadata))
         # A document prompt says itself where a title goes.
         shown = format_document(document, document_prompt)
-        formatted.append(FormattedPassage(shown, passage.id, None, passage.metadata))
+        formatted.append(FormattedPassage(shown, passage.id, None, passage.metadata, passage.score))
     return formatted
 
 
@@ -247,7 +247,9 @@ def _request(
         if loop := loop_over(given, [passage.text for passage in documents], text):
             turns[place]["content"] = f"{loop.before}{CONTEXT_MARK}{loop.after}"
             looped = [
-                FormattedPassage(shown if passage.text.strip() else "", passage.id, None, passage.metadata)
+                FormattedPassage(
+                    shown if passage.text.strip() else "", passage.id, None, passage.metadata, passage.score
+                )
                 for passage, shown in zip(documents, loop.shown, strict=True)
             ]
     kind = kind_of(turns) if turns else "own"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import weakref
 from collections.abc import Iterable
@@ -32,7 +33,7 @@ def passage_of(item: NodeWithScore) -> Passage:
     shown_keys = [key for key in _TITLES if key not in node.excluded_llm_metadata_keys]
     title = next((str(node.metadata[key]) for key in shown_keys if node.metadata.get(key)), None)
     if not node.get_content(MetadataMode.NONE).strip():
-        return Passage("", id=node.node_id, title=title)
+        return Passage("", id=node.node_id, title=title, score=_score(item))
     shown = node
     for key in shown_keys:
         if title is not None and str(node.metadata.get(key)) == title:  # the title is read once, before the text
@@ -40,7 +41,12 @@ def passage_of(item: NodeWithScore) -> Passage:
             shown = node.model_copy(update={"excluded_llm_metadata_keys": hidden})
             break
     text = shown.get_content(MetadataMode.LLM)
-    return Passage(text, id=node.node_id, title=title, metadata={_NODE: _written(node)})
+    return Passage(text, id=node.node_id, title=title, metadata={_NODE: _written(node)}, score=_score(item))
+
+
+def _score(item: NodeWithScore) -> float | None:
+    """What the retriever gave the node; None where that is no number to sort by."""
+    return item.score if item.score is not None and math.isfinite(item.score) else None
 
 
 def node_of(passage: Passage) -> BaseNode:
