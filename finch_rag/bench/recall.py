@@ -68,7 +68,7 @@ def main(
         raise InputError(f"{wrong}: use {', '.join(RANKERS)}")
     check_positive(limit=limit)
     read = DataSet.read(data)
-    questions = draw(read.questions, limit, random.Random(seed))
+    questions = draw([q for q in read.questions if q.answerable], limit, random.Random(seed))
     results: dict[str, Any] = {}
     with ProgressBars(remaining=True) as bars:
         load = loader(model, bars)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -10,9 +10,22 @@ from rich.text import Text
 
 from ..terminal.output import out, say
 from .bootstrap import Estimate
-from .summary import AT_EQUAL_BUDGET, BASELINE, METRICS, equal_budget_key
+from .grading import METRICS
+from .summary import AT_EQUAL_BUDGET, BASELINE, equal_budget_key
 
-METRIC_NAMES = {"accuracy": "accuracy", "f1": "F1"}
+METRIC_NAMES = {"accuracy": "accuracy", "f1": "F1", "match": "match", "rouge_l": "ROUGE-L"}
+_CELLS: dict[str, tuple[str, str]] = {  # of a row: the heading and how a value is written, or "interval"
+    "gold_any_kept": ("any gold kept", ".3f"),
+    "gold_all_kept": ("all gold kept", ".3f"),
+    "citation_precision": ("cited right", "interval"),
+    "citation_recall": ("right cited", "interval"),
+    "auroc_support": ("AUROC of support", "interval"),
+    "auroc_log_probability": ("AUROC of log p", "interval"),
+    "prefill_seconds": ("prefill s", ".2f"),
+    "decode_seconds": ("decode s", ".2f"),
+    "calls": ("calls", ".1f"),
+    "peak_mib": ("peak MiB", ",.0f"),
+}
 
 
 def show_quality(summary: Mapping[str, Any]) -> None:
@@ -21,38 +34,50 @@ def show_quality(summary: Mapping[str, Any]) -> None:
     Args:
         summary: What the JSON line holds.
     """
-    settings = summary["settings"]
-    retrieved = f"answer's passage retrieved for {summary['gold_retrieved']:.3f}"
-    order = "" if settings["order"] == "rank" else f" in order {settings['order']}"
-    say(f"{settings['data']}, {settings['retriever']} top {settings['top_k']}{order}, {settings['model']}")
-    say(f"{summary['cases']:,} questions, {retrieved}; means with 95% bootstrap intervals")
-    table = _table("method", "n", "KV", "accuracy", "F1", "gold kept", "prefill s", "decode s", "calls", "peak MiB")
     rows = dict(sorted(summary["methods"].items(), key=lambda item: -item[1].get("f1", {}).get("mean", -1.0)))
+    _show_setting(summary)
+    metrics = [metric for metric in METRIC_NAMES if any(metric in row for row in rows.values())]
+    shown = [name for name in _CELLS if any(row.get(name) is not None for row in rows.values())]
+    names = (METRIC_NAMES[metric] for metric in metrics)
+    table = _table("method", "n", "KV", *names, *(_CELLS[name][0] for name in shown))
     for name, row in rows.items():
         if row["n"]:
-            table.add_row(
-                Text(name),
-                f"{row['n']:,}",
-                f"{row['kv_tokens']:,.0f}",
-                *(str(Estimate(**row[metric])) for metric in METRICS),
-                "" if row["gold_kept"] is None else f"{row['gold_kept']:.3f}",
-                f"{row['prefill_seconds']:.2f}",
-                f"{row['decode_seconds']:.2f}",
-                f"{row['calls']:.1f}",
-                "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}",
-            )
+            estimates = (str(Estimate(**row[metric])) for metric in metrics)
+            cells = (_cell(row.get(name), _CELLS[name][1]) for name in shown)
+            table.add_row(Text(name), f"{row['n']:,}", f"{row['kv_tokens']:,.0f}", *estimates, *cells)
     out.print(table)
     for name, row in rows.items():
         if not row["n"]:
             say(f"{name} skipped: {row['skipped']}")
         elif row["skipped"]:
             say(f"{name}: {row['skipped']:,} of {row['n'] + row['skipped']:,} questions skipped")
-    _show_differences(rows)
+    _show_differences(rows, metrics)
 
 
-def _show_differences(rows: Mapping[str, Mapping[str, Any]]) -> None:
+def _show_setting(summary: Mapping[str, Any]) -> None:
+    """Prints what was asked, and how much of it was retrieved."""
+    settings = summary["settings"]
+    order = "" if settings["order"] == "rank" else f" in order {settings['order']}"
+    top_k = "all passages" if settings["top_k"] is None else f"top {settings['top_k']}"
+    say(f"{settings['data']}, {settings['retriever']} {top_k}{order}, {settings['model']}")
+    more = f", and {summary['unanswerable']:,} without an answer" if summary["unanswerable"] else ""
+    retrieved = ""
+    if summary["cases"]:
+        any_gold, all_gold = summary["gold_retrieved"], summary["gold_all_retrieved"]
+        retrieved = f"any gold passage retrieved for {any_gold:.3f}, all for {all_gold:.3f}; "
+    say(f"{summary['cases']:,} questions{more}; {retrieved}means with 95% bootstrap intervals")
+
+
+def _cell(value: Any, style: str) -> str:
+    """A figure of a row as text; empty where there is none."""
+    if value is None:
+        return ""
+    return str(Estimate(**value)) if style == "interval" else format(value, style)
+
+
+def _show_differences(rows: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> None:
     """Prints each method's paired differences against the baselines."""
-    table = _table("paired difference", *METRIC_NAMES.values())
+    table = _table("paired difference", *(METRIC_NAMES[metric] for metric in metrics))
     for name, row in rows.items():
         method, _, budget = name.rpartition("@")
         baselines = {"difference": BASELINE}
@@ -62,7 +87,7 @@ def _show_differences(rows: Mapping[str, Mapping[str, Any]]) -> None:
         for key, other in baselines.items():
             if f"f1_{key}" in row:
                 table.add_row(
-                    Text(f"{name} - {other}"), *(Estimate(**row[f"{metric}_{key}"]).signed for metric in METRICS)
+                    Text(f"{name} - {other}"), *(Estimate(**row[f"{metric}_{key}"]).signed for metric in metrics)
                 )
     if table.row_count:
         say()

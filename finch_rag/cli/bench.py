@@ -33,8 +33,8 @@ DataArgument = Annotated[
     Path,
     typer.Argument(
         metavar="DATA",
-        help="A folder with questions*.jsonl (id, question, answers, gold_ids) and passages (see finch-rag ask "
-        "--corpus), also with .gz.",
+        help="A folder with questions*.jsonl (id, question, answers, gold_ids; answerable and sentences where they are "
+        "known) and passages (see finch-rag ask --corpus), also with .gz.",
         show_default=False,
     ),
 ]
@@ -186,10 +186,29 @@ def bench_quality(
     ] = "512",
     methods: MethodsOption = "finch,full,top-k",
     max_new_tokens: MaxNewTokensOption = 16,
+    instructions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What stands before the passages.  [dim]\\[default: asks for a few words, or for two or three "
+            "sentences where the known answers are long][/]",
+            show_default=False,
+        ),
+    ] = None,
+    unanswerable: Annotated[
+        bool,
+        typer.Option(
+            "--unanswerable",
+            help="Ask each question a second time without its gold passages: who notices that nothing answers it?",
+        ),
+    ] = False,
     shard: ShardOption = "1/1",
     plot: PlotOption = None,
 ) -> None:
     """Ask questions with known answers by several methods: accuracy, F1, seconds and memory.
+
+    Long answers are graded by ROUGE-L as well, and by their quotes where the data marks the sentences that count.
+    Questions without an answer are graded by how well the method's support tells them from the others (AUROC).
 
     Each answer is stored in --out as soon as it is there (results*.jsonl).
     The same command goes on where it was cut off; with more --methods or --budget it adds what is missing.
@@ -200,7 +219,8 @@ def bench_quality(
     budgets, part = numbers_in("budget", budget), shard_of(shard)
     with _extra():
         from ..bench import quality
-    name = "-".join([quality.data_name(data), retriever, str(top_k), order.replace(":", "-")])
+    kinds = ["unanswerable"] if unanswerable else []
+    name = "-".join([quality.data_name(data), retriever, str(top_k), order.replace(":", "-"), *kinds])
     quality.main(
         data,
         out or _results(name, model, limit, seed),
@@ -213,6 +233,8 @@ def bench_quality(
         budgets=budgets,
         methods=names_in(methods),
         max_new_tokens=max_new_tokens,
+        instructions=instructions,
+        unanswerable=unanswerable,
         shard=part,
         plot=plot,
     )
