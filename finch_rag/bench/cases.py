@@ -93,6 +93,19 @@ class DataSet:
             raise CorpusError(f"no gold passage of question {missing.id} is among the {len(passages)} passages")
         return cls(root.resolve().name, passages, questions)
 
+    def with_answers(self) -> DataSet:
+        """The same without the questions that cannot be answered.
+
+        Raises:
+            CorpusError: If nothing is left.
+        """
+        questions = [question for question in self.questions if question.answerable]
+        if not questions:
+            raise CorpusError(
+                f"none of the {len(self.questions)} questions of {self.name} has an answer: use another set"
+            )
+        return replace(self, questions=questions)
+
 
 def are_long(questions: Iterable[Question]) -> bool:
     """Whether the answers are sentences, so that words shared in their order say more than an exact answer.
@@ -168,7 +181,7 @@ def make_cases(
     if instructions is None and are_long(data.questions):
         instructions = LONG_INSTRUCTIONS
     rng = random.Random(seed)
-    questions = draw([q for q in data.questions if q.answerable or gold_at is None], limit, rng)
+    questions = draw((data if gold_at is None else data.with_answers()).questions, limit, rng)
     search = search_by(retriever, data.passages)
 
     def case(question: Question, ranked: list[int], ranks: list[int]) -> QualityCase:

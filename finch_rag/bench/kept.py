@@ -11,7 +11,7 @@ import gzip
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,7 @@ def main(
     if file.exists():
         attended = read_attended(file)
     else:
-        read = DataSet.read(data)
-        read = replace(read, questions=[question for question in read.questions if question.answerable])
-        cases = make_cases(read, retriever, top_k, order, limit, seed)
+        cases = make_cases(DataSet.read(data).with_answers(), retriever, top_k, order, limit, seed)
         with ProgressBars(remaining=True) as bars:
             finch = loader(model, bars)()
             attended = []

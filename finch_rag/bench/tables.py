@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -118,6 +119,28 @@ def show_positions(summary: Mapping[str, Any]) -> None:
                     *(f"{found[p]['mean']:.3f}" if found.get(p) else "skipped" for p in places),
                     "" if row["spread"] is None else f"{row['spread'][metric]:.3f}",
                 )
+        out.print(table)
+
+
+def show_ruler(summary: Mapping[str, Any]) -> None:
+    """Prints what `finch_rag.bench.ruler` found: a table for each length, best mean first.
+
+    Args:
+        summary: What the JSON line holds.
+    """
+    for length, by_task in summary["tokens"].items():
+        questions = sum(found["cases"] for found in by_task.values())
+        model = summary["settings"]["model"]
+        say(f"{int(length):,} tokens, {questions:,} made questions, {model}; share of the answers found")
+        rows: dict[str, dict[str, float]] = {}
+        for task, found in by_task.items():
+            for name, row in found["methods"].items():
+                rows.setdefault(name, {}).update({task: row["match"]["mean"]} if row["n"] else {})
+        table = _table("method", *by_task, "mean")
+        for name, scores in sorted(rows.items(), key=lambda item: -sum(item[1].values())):
+            cells = (f"{scores[task]:.3f}" if task in scores else "skipped" for task in by_task)
+            mean = f"{fmean(scores.values()):.3f}" if len(scores) == len(by_task) else ""
+            table.add_row(Text(name), *cells, mean)
         out.print(table)
 
 
