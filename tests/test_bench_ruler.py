@@ -169,9 +169,16 @@ def test_every_task_is_answered_and_a_run_goes_on() -> None:
 @pytest.mark.parametrize("task", sorted(HAYSTACKS))
 def test_the_plain_model_reads_text_as_long_as_its_window(engine: Finch, task: str) -> None:
     settings = RunSettings(
-        model="m", data="d", retriever="bm25", top_k=None, order="document", limit=1, seed=0, max_new_tokens=40
+        model="m",
+        data=f"ruler/{task}/{engine.window}",
+        retriever="bm25",
+        top_k=None,
+        order="document",
+        limit=1,
+        seed=0,
+        max_new_tokens=40,
     )
-    [case] = ruler.made_cases(lambda: engine, task, engine.window, settings)
+    [case] = ruler.made_cases(lambda: engine, settings)
     contestant = Contestant(engine, 64, 40)
     used = sum(contestant.lengths(case.passages))
     assert contestant.room(case) - 2 * 120 < used <= contestant.room(case)
@@ -186,7 +193,7 @@ def test_the_plain_model_reads_text_as_long_as_its_window(engine: Finch, task: s
         (("--methods", "finch-corpus"), "method finch-corpus is unknown: use finch,"),
         (("--tokens", "many"), "--tokens is 'many'"),
         (("--limit", 0), "--limit is 0"),
-        (("--tokens", 200, "--tasks", "variables"), "variables needs some"),
+        (("--tokens", "2048,200", "--tasks", "multi-key,variables"), "multi-key needs some"),
     ],
 )
 @pytest.mark.usefixtures("engine")

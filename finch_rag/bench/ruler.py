@@ -7,6 +7,7 @@ stopped, and the peers answer the same questions. The text is made, see `finch_r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,25 +65,31 @@ def main(
     if not tasks or (unknown := [task for task in tasks if task not in TASKS]):
         wrong = f"task {', '.join(unknown)} is unknown" if tasks else "there is no task"
         raise InputError(f"{wrong}: use {', '.join(TASKS)}")
-    found: dict[str, dict[str, Any]] = {}
+    runs = [
+        RunSettings(
+            model=model,
+            data=f"ruler/{task}/{length}",
+            retriever="bm25",
+            top_k=None,
+            order="document",
+            limit=limit,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+        )
+        for length in tokens
+        for task in tasks
+    ]
+    found: dict[str, dict[str, Any]] = {str(length): {} for length in tokens}
     with ProgressBars(remaining=True) as bars:
         load = loader(model, bars)
-        for length in tokens:
-            for task in tasks:
-                settings = RunSettings(
-                    model=model,
-                    data=f"ruler/{task}/{length}",
-                    retriever="bm25",
-                    top_k=None,
-                    order="document",
-                    limit=limit,
-                    seed=seed,
-                    max_new_tokens=max_new_tokens,
-                )
-                source = Source(partial(made_cases, load, task, length, settings), _no_corpus)
-                folder, on_progress = Path(out) / f"{length}-tokens" / task, partial(bars, f"{task} of {length:,}")
-                summary = measure(settings, source, folder, budgets, methods, load, on_progress, shard)
-                found.setdefault(str(length), {})[task] = summary
+        folders = [Path(out) / f"{length}-tokens" / task for length in tokens for task in tasks]
+        for settings, folder in zip(runs, folders, strict=True):
+            if not folder.exists():
+                made_cases(load, replace(settings, limit=1))  # what cannot work shows before hours of answers
+        for settings, folder in zip(runs, folders, strict=True):
+            _, task, length = settings.data.split("/")
+            source, on_progress = Source(partial(made_cases, load, settings), _no_corpus), partial(bars, settings.data)
+            found[length][task] = measure(settings, source, folder, budgets, methods, load, on_progress, shard)
     result = {
         "settings": {"model": model, "limit": limit, "seed": seed, "max_new_tokens": max_new_tokens},
         "tokens": found,
@@ -92,25 +99,24 @@ def main(
     return result
 
 
-def made_cases(load: Callable[[], Finch], task: str, tokens: int, settings: RunSettings) -> list[QualityCase]:
+def made_cases(load: Callable[[], Finch], settings: RunSettings) -> list[QualityCase]:
     """The questions of a task at a length.
 
     Args:
         load: The engine, whose tokenizer measures.
-        task: Of `finch_rag.bench.ruler_tasks.TASKS`.
-        tokens: Of the whole prompt with the answer.
-        settings: How many questions, their seed, and how long an answer may be.
+        settings: ``data`` is ruler/TASK/LENGTH.
 
     Raises:
         InputError: If the task needs more tokens.
     """
+    _, task, length = settings.data.split("/")
     finch = load()
     contestant = Contestant(finch, 1, settings.max_new_tokens)
 
     def room(question: str) -> int:
         """Tokens that the rest of the prompt and the answer leave."""
         short = QualityCase(Question("", question, (), ()), [Passage("?")], [0], INSTRUCTIONS)
-        return tokens - (finch.window - contestant.room(short))
+        return int(length) - (finch.window - contestant.room(short))
 
     numbers = range(settings.limit or 0)
     return [make_case(task, number, room, contestant.lengths, settings.seed) for number in numbers]
