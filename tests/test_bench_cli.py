@@ -244,6 +244,7 @@ def test_help_names_every_method_and_says_that_a_run_goes_on(command: str, monke
         ("psutil", ("quality", "set")),
         ("psutil", ("positions", "set")),
         ("psutil", ("speed",)),
+        ("psutil", ("ruler", "o")),
         ("matplotlib", ("quality", "set", "--plot", "figure.png")),
         ("matplotlib", ("positions", "set", "--plot", "figure.png")),
         ("bm25s", ("quality", "set")),

@@ -202,6 +202,19 @@ def test_what_cannot_be_run_is_said_in_one_line(args: tuple[Any, ...], message: 
     assert not Path("o").exists()
 
 
+def test_options_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(ruler, "main", lambda out, **options: seen.append((out, options)))
+    command("bench", "ruler", "o")
+    args = ("--tokens", "9,8", "--tasks", "variables", "--model", "m", "--limit", 3, "--seed", 4, "--budget", "5,6")
+    command("bench", "ruler", "o", *args, "--methods", "gold", "--max-new-tokens", 7, "--shard", "2/3")
+    default = {"tokens": [8192], "tasks": list(TASKS), "model": "embedded", "limit": 20, "seed": 0, "budgets": [512]}
+    rest = {"methods": ["finch", "full", "top-k"], "max_new_tokens": 160, "shard": (0, 1)}
+    assert seen[0] == (Path("o"), {**default, **rest})
+    given = {"tokens": [9, 8], "tasks": ["variables"], "model": "m", "limit": 3, "seed": 4, "budgets": [5, 6]}
+    assert seen[1][1] == {**given, "methods": ["gold"], "max_new_tokens": 7, "shard": (1, 3)}
+
+
 def test_help_names_every_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     shown = command("bench", "ruler", "--help").stdout
