@@ -282,7 +282,8 @@ def test_the_table_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> No
     shown = " ".join(capsys.readouterr().out.split())
     assert "set, bm25 all passages, m" in shown
     assert "2 questions, and 1 without an answer; any gold passage retrieved for 1.000, all for 0.500" in shown
-    assert "ROUGE-L any gold kept right cited AUROC of support" in shown
+    assert "ROUGE-L any gold kept finch@9" in shown
+    assert "method right cited AUROC of support finch@9 0.250" in shown
     assert "peak" not in shown
     assert shown.count("0.250 [0.125, 0.500]") == 5
     assert "full skipped: long" in shown

@@ -15,13 +15,16 @@ from .grading import METRICS
 from .summary import AT_EQUAL_BUDGET, BASELINE, equal_budget_key
 
 METRIC_NAMES = {"accuracy": "accuracy", "f1": "F1", "match": "match", "rouge_l": "ROUGE-L"}
-_CELLS: dict[str, tuple[str, str]] = {  # of a row: the heading and how a value is written, or "interval"
+_ESTIMATES = {  # in a table of their own, where there are any
+    "citation_precision": "cited right",
+    "citation_recall": "right cited",
+    "citation_f1": "citation F1",
+    "auroc_support": "AUROC of support",
+    "auroc_log_probability": "AUROC of log probability",
+}
+_FIGURES = {  # the heading and how a number is written
     "gold_any_kept": ("any gold kept", ".3f"),
     "gold_all_kept": ("all gold kept", ".3f"),
-    "citation_precision": ("cited right", "interval"),
-    "citation_recall": ("right cited", "interval"),
-    "auroc_support": ("AUROC of support", "interval"),
-    "auroc_log_probability": ("AUROC of log p", "interval"),
     "prefill_seconds": ("prefill s", ".2f"),
     "decode_seconds": ("decode s", ".2f"),
     "calls": ("calls", ".1f"),
@@ -38,20 +41,21 @@ def show_quality(summary: Mapping[str, Any]) -> None:
     rows = dict(sorted(summary["methods"].items(), key=lambda item: -item[1].get("f1", {}).get("mean", -1.0)))
     _show_setting(summary)
     metrics = [metric for metric in METRIC_NAMES if any(metric in row for row in rows.values())]
-    shown = [name for name in _CELLS if any(row.get(name) is not None for row in rows.values())]
+    shown = [key for key in _FIGURES if any(row.get(key) is not None for row in rows.values())]
     names = (METRIC_NAMES[metric] for metric in metrics)
-    table = _table("method", "n", "KV", *names, *(_CELLS[name][0] for name in shown))
+    table = _table("method", "n", "KV", *names, *(_FIGURES[key][0] for key in shown))
     for name, row in rows.items():
         if row["n"]:
             estimates = (str(Estimate(**row[metric])) for metric in metrics)
-            cells = (_cell(row.get(name), _CELLS[name][1]) for name in shown)
-            table.add_row(Text(name), f"{row['n']:,}", f"{row['kv_tokens']:,.0f}", *estimates, *cells)
+            figures = ("" if row.get(key) is None else format(row[key], _FIGURES[key][1]) for key in shown)
+            table.add_row(Text(name), f"{row['n']:,}", f"{row['kv_tokens']:,.0f}", *estimates, *figures)
     out.print(table)
     for name, row in rows.items():
         if not row["n"]:
             say(f"{name} skipped: {row['skipped']}")
         elif row["skipped"]:
             say(f"{name}: {row['skipped']:,} of {row['n'] + row['skipped']:,} questions skipped")
+    _show_estimates(rows)
     _show_differences(rows, metrics)
 
 
@@ -69,11 +73,16 @@ def _show_setting(summary: Mapping[str, Any]) -> None:
     say(f"{summary['cases']:,} questions{more}; {retrieved}means with 95% bootstrap intervals")
 
 
-def _cell(value: Any, style: str) -> str:
-    """A figure of a row as text; empty where there is none."""
-    if value is None:
-        return ""
-    return str(Estimate(**value)) if style == "interval" else format(value, style)
+def _show_estimates(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints how well methods quote, and how well they tell what has no answer, where that was measured."""
+    shown = [key for key in _ESTIMATES if any(key in row for row in rows.values())]
+    table = _table("method", *(_ESTIMATES[key] for key in shown))
+    for name, row in rows.items():
+        if found := {key: str(Estimate(**row[key])) for key in shown if key in row}:
+            table.add_row(Text(name), *(found.get(key, "") for key in shown))
+    if table.row_count:
+        say()
+        out.print(table)
 
 
 def _show_differences(rows: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> None:
