@@ -78,13 +78,14 @@ def test_quality_passes_its_options_on(passed: list[Any]) -> None:
     run(
         *("quality", "set", "--out", "o", "--model", "org/m", "--retriever", "dense", "--top-k", 7, "--limit", 9),
         *("--order", "gold-at:3", "--seed", 5, "--budget", "256, 512", "--methods", "finch, gold", "--shard", "2/3"),
-        *("--max-new-tokens", 8, "--plot", "f.png"),
+        *("--max-new-tokens", 8, "--plot", "f.png", "--instructions", "Be brief.", "--unanswerable"),
     )
     default = {"model": "embedded", "retriever": "bm25", "top_k": 100, "order": "rank", "limit": 100, "seed": 0}
     rest = {"budgets": [512], "methods": ["finch", "full", "top-k"], "max_new_tokens": 16, "shard": (0, 1)}
-    assert passed[0][2] == {**default, **rest, "plot": None}
+    assert passed[0][2] == {**default, **rest, "instructions": None, "unanswerable": False, "plot": None}
     given = {"model": "org/m", "retriever": "dense", "top_k": 7, "order": "gold-at:3", "limit": 9, "seed": 5}
     rest = {"budgets": [256, 512], "methods": ["finch", "gold"], "max_new_tokens": 8, "shard": (1, 3)}
+    rest |= {"instructions": "Be brief.", "unanswerable": True}
     assert passed[1] == (Path("set"), Path("o"), {**given, **rest, "plot": Path("f.png")})
 
 
@@ -111,6 +112,7 @@ def test_other_settings_have_another_default_folder(passed: list[Any]) -> None:
         ("--order", "random"),
         ("--limit", 9),
         ("--seed", 1),
+        ("--unanswerable",),
     ]
     for change in changes:
         run("quality", "set", *change)
@@ -242,6 +244,7 @@ def test_help_names_every_method_and_says_that_a_run_goes_on(command: str, monke
         ("psutil", ("quality", "set")),
         ("psutil", ("positions", "set")),
         ("psutil", ("speed",)),
+        ("psutil", ("ruler", "o")),
         ("matplotlib", ("quality", "set", "--plot", "figure.png")),
         ("matplotlib", ("positions", "set", "--plot", "figure.png")),
         ("bm25s", ("quality", "set")),

@@ -98,6 +98,14 @@ def test_attention_is_measured_once(strategy: str, numbered: Path, monkeypatch: 
     assert run(*common).stdout == first.stdout
 
 
+@pytest.mark.parametrize("command", [("kept", "--attention", "a.jsonl.gz"), ("recall", "--rankers", "bm25")])
+def test_a_set_without_answers_is_one_line(command: tuple[str, ...], numbered: Path) -> None:
+    file = next(numbered.glob("questions*"))
+    file.write_text(file.read_text().replace('"answers"', '"answerable": false, "answers"'))
+    name, *options = command
+    assert "none of the 12 questions of" in one_error(run("bench", name, numbered, *options))
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

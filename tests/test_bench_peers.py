@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,13 @@ def test_without_a_press_the_reader_is_the_plain_model(reader: PlainModel, cases
         assert set(outcome.kept_ids) == set(full.kept_ids) == {f"p{n}" for n in range(COUNT)}
         answers.add(outcome.prediction)
     assert len(answers) > 1  # else every prompt would do
+
+
+def test_a_cases_instructions_are_read_by_peers_too(reader: PlainModel, cases: list[QualityCase]) -> None:
+    case = replace(cases[0], instructions="Sing it.")
+    prompt = reader.build(case, case.passages)
+    assert prompt.prefix != reader.build(cases[0], case.passages).prefix
+    assert prompt.prefix == reader.prompts.build(case.question.question, case.passages, "Sing it.").prefix
 
 
 def test_a_press_leaves_the_budget_beside_prefix_and_question(reader: PlainModel, cases: list[QualityCase]) -> None:

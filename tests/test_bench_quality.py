@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,15 @@ import torch
 from finch_rag.answer import Answer, CompressionReport
 from finch_rag.bench import memory, quality
 from finch_rag.bench.bootstrap import bootstrap
-from finch_rag.bench.cases import DataSet, QualityCase, make_cases, read_cases, write_cases
+from finch_rag.bench.cases import LONG_INSTRUCTIONS, DataSet, QualityCase, make_cases, read_cases, write_cases
 from finch_rag.bench.memory import in_use, peak_memory
 from finch_rag.bench.methods import METHODS, Contestant, DoesNotFitError, run
 from finch_rag.bench.summary import summarise
+from finch_rag.bench.tables import show_quality
+from finch_rag.corpus import Question
 from finch_rag.engine import Finch
 from finch_rag.errors import CorpusError, InputError
+from finch_rag.prompts.passages import Passage
 
 from .small import chat_tokenizer, small_finch, small_model, texts
 
@@ -85,6 +89,43 @@ def test_cases_survive_storage(data: DataSet, tmp_path: Path) -> None:
     made = cases(data, order="random")
     write_cases(made, tmp_path / "cases.jsonl.gz")
     assert list(read_cases(tmp_path / "cases.jsonl.gz")) == made
+
+
+def test_every_field_of_a_case_survives_storage(tmp_path: Path) -> None:
+    question = Question("q", "Who?", (), ("a",), False, (("It is .", "so ."), ("It",)), True)
+    case = QualityCase(question, [Passage("text", "a", "title")], [0], "Be brief.")
+    write_cases([case], tmp_path / "cases.jsonl.gz")
+    assert list(read_cases(tmp_path / "cases.jsonl.gz")) == [case]
+
+
+@pytest.mark.parametrize("order", ["rank", "random"])
+def test_a_question_is_asked_again_without_its_gold_passages(data: DataSet, order: str) -> None:
+    both, alone = cases(data, order=order, unanswerable=True), cases(data, order=order)
+    assert both[::2] == alone
+    for with_gold, without in zip(both[::2], both[1::2], strict=True):
+        question = with_gold.question
+        assert without.question == replace(question, id=f"{question.id}/without-gold", answerable=False)
+        assert with_gold.has_gold
+        assert not without.has_gold
+        assert len(without.passages) == 6
+        assert without.ranked[:5] == with_gold.ranked[1:]  # the others keep their order, and one more comes behind
+    assert any(case.ranks != sorted(case.ranks) for case in both[1::2]) is (order == "random")
+
+
+def test_a_question_without_an_answer_is_asked_once_and_never_placed(data: DataSet) -> None:
+    hopeless = replace(data.questions[0], answers=(), answerable=False)
+    changed = replace(data, questions=[hopeless, *data.questions[1:]])
+    assert sum(case.question.id.startswith("q0") for case in cases(changed, unanswerable=True)) == 1
+    assert hopeless not in [case.question for case in cases(changed, order="gold-at:2")]
+    with pytest.raises(InputError, match=r"order is gold-at:2, and without its gold passages .* use rank or random"):
+        cases(data, order="gold-at:2", unanswerable=True)
+
+
+def test_a_set_with_long_answers_is_asked_for_sentences(data: DataSet) -> None:
+    long = replace(data, questions=[replace(q, answers=("word " * 30,)) for q in data.questions])
+    assert {case.instructions for case in cases(data)} == {None}
+    assert {case.instructions for case in cases(long)} == {LONG_INSTRUCTIONS}
+    assert {case.instructions for case in cases(long, instructions="Sing.")} == {"Sing."}
 
 
 def test_gold_that_is_not_in_the_corpus_is_refused(folder: Path) -> None:
@@ -210,6 +251,52 @@ def test_results_of_other_settings_are_not_mixed(run_main: Any) -> None:
     run_main()
     with pytest.raises(InputError, match=r"another top_k \(3 there\): choose another --out"):
         run_main(top_k=4)
+
+
+def test_a_folder_of_an_older_version_goes_on(run_main: Any, tmp_path: Path) -> None:
+    run_main()
+    file = tmp_path / "out" / "settings.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in stored.items() if k not in ("instructions", "unanswerable")}))
+    assert run_main()[1] == 0
+    with pytest.raises(InputError, match=r"another unanswerable \(False there\)"):
+        run_main(unanswerable=True)
+
+
+def test_questions_with_and_without_gold_are_asked_in_one_run(
+    run_main: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary, calls = run_main(unanswerable=True, methods=("finch", "gold"))
+    assert calls == 4 * 2 + 4  # the gold passages alone are asked only where they are
+    assert (summary["cases"], summary["unanswerable"], summary["methods"]["finch@60"]["n"]) == (4, 4, 4)
+    assert "4 questions, and 4 without an answer; any gold passage retrieved for 1.000" in capsys.readouterr().out
+
+
+def test_the_table_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    estimate = {"mean": 0.25, "low": 0.125, "high": 0.5}
+    row = {"n": 2, "skipped": 0, "kv_tokens": 9.0, "accuracy": estimate, "f1": estimate, "rouge_l": estimate}
+    row |= {"auroc_support": estimate, "citation_recall": estimate, "gold_any_kept": 0.75, "peak_mib": None}
+    counts = {"cases": 2, "unanswerable": 1, "gold_retrieved": 1.0, "gold_all_retrieved": 0.5}
+    settings = {"data": "set", "retriever": "bm25", "top_k": None, "order": "rank", "model": "m"}
+    show_quality({"settings": settings, **counts, "methods": {"finch@9": row, "full": {"n": 0, "skipped": "long"}}})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "set, bm25 all passages, m" in shown
+    assert "2 questions, and 1 without an answer; any gold passage retrieved for 1.000, all for 0.500" in shown
+    assert "ROUGE-L any gold kept finch@9" in shown
+    assert "method right cited AUROC of support finch@9 0.250" in shown
+    assert "peak" not in shown
+    assert shown.count("0.250 [0.125, 0.500]") == 5
+    assert "full skipped: long" in shown
+
+
+def test_long_answers_that_are_cut_short_are_noted(
+    run_main: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "questions.dev.jsonl"
+    file.write_text(file.read_text().replace('["token', '["' + "word " * 30 + "token"))
+    summary, _ = run_main()
+    assert "max-new-tokens is 4, and the known answers are long" in capsys.readouterr().err
+    assert {"accuracy", "f1", "rouge_l", "rouge_l_difference"} <= set(summary["methods"]["finch@60"])
 
 
 def test_the_last_line_is_json_and_differences_are_paired(run_main: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,14 @@ def test_every_ranker_is_measured(numbered: Path, monkeypatch: pytest.MonkeyPatc
     assert "first @1" in result.stdout
 
 
+def test_questions_without_an_answer_are_left_out(numbered: Path) -> None:
+    file = next(numbered.glob("questions*"))
+    first, *lines = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps({**json.loads(first), "answerable": False}), *lines]))
+    result = run("bench", "recall", numbered, "--rankers", "bm25", "--limit", 12)
+    assert json.loads(result.stdout.splitlines()[-1])["questions"] == COUNT - 1
+
+
 def test_help_names_every_ranker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     shown = run("bench", "recall", "--help").stdout

@@ -267,12 +267,38 @@ def test_questions_with_one_or_more_gold_passages(tmp_path: Path) -> None:
     assert load_questions(str(compressed))[0].answers == ("Ada", "A.")
 
 
+def test_questions_without_an_answer_and_sentences_that_support_one(tmp_path: Path) -> None:
+    lines = [
+        {"id": "a", "question": "Who?", "answers": [], "gold_ids": ["p"], "answerable": False},
+        {"id": "b", "question": "When?", "answerable": False},
+        {"id": "c", "question": "Why?", "answers": ["It was."], "gold_id": "p", "sentences": [["It .", "was ."], []]},
+    ]
+    file = tmp_path / "q.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert load_questions(file) == [
+        Question("a", "Who?", (), ("p",), answerable=False),
+        Question("b", "When?", (), (), answerable=False),
+        Question("c", "Why?", ("It was.",), ("p",), sentences=(("It .", "was ."),)),  # who marked nothing is left out
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         ('{"question": "Who?", "answers": "Ada", "gold_id": "a"}', 'line 1: "answers" must be a list'),
         ('{"question": "Who?", "answers": [], "gold_id": "a"}', 'line 1: "answers" must be a list'),
         ('{"question": "Who?", "answers": ["Ada"]}', 'line 1 has no text in "gold_id"'),
+        ('{"question": "Who?", "answers": ["Ada"], "gold_ids": []}', 'line 1: "gold_ids" must be a list'),
+        ('{"question": "Who?", "gold_ids": ["a"], "answerable": "no"}', 'line 1: "answerable" is str, not true or'),
+        ('{"question": "Who?", "answers": "x", "answerable": false}', 'line 1: "answers" must be a list of texts'),
+        (
+            '{"question": "Who?", "answers": ["Ada"], "gold_id": "a", "sentences": "x"}',
+            'line 1: "sentences" must be a list of lists',
+        ),
+        (
+            '{"question": "Who?", "answers": ["Ada"], "gold_id": "a", "sentences": ["x"]}',
+            'line 1: "sentences" must be a list of texts',
+        ),
         ('{"question": "Who?", "answers": ["Ada"], "gold_ids": "a"}', 'line 1: "gold_ids" must be a list'),
         ('{"answers": ["Ada"], "gold_id": "a"}', 'line 1 has no text in "question"'),
         ("", "no questions"),

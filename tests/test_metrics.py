@@ -1,6 +1,6 @@
 import pytest
 
-from finch_rag.corpus.metrics import contains_answer, normalise, token_f1
+from finch_rag.corpus.metrics import contains_answer, normalise, share_of_answers, token_f1
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,18 @@ def test_contains_answer(text: str, answers: list[str], right: bool) -> None:
 )
 def test_token_f1(text: str, answers: list[str], f1: float) -> None:
     assert token_f1(text, answers) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "share"),
+    [
+        ("They are 17 and 4.", ["17", "4", "99", "5"], 0.5),
+        ("the ZEBRA, the cat", ["Cat", "zebra"], 1.0),
+        ("anything", ["the", "thing"], 1.0),  # what normalises to nothing is not asked for
+        ("anything", ["the"], 0.0),
+        ("", ["x"], 0.0),
+        ("x", [], 0.0),
+    ],
+)
+def test_share_of_answers(text: str, answers: list[str], share: float) -> None:
+    assert share_of_answers(text, answers) == pytest.approx(share)

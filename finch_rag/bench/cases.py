@@ -7,8 +7,9 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from ..corpus.reading import Question, load_questions, read_corpus
@@ -20,6 +21,10 @@ from ..prompts.passages import Passage
 RetrieverName = Literal["bm25", "dense"]
 Search = Callable[[str, int], list[int]]  # question, how many -> places of passages, best first
 
+LONG_INSTRUCTIONS = "Answer the question in two or three sentences, using the passages below."
+WITHOUT_GOLD = "/without-gold"  # ends the id of a question that is asked again without its gold passages
+_LONG = 15  # words of an answer, on average, from which on answers are sentences
+
 
 @dataclass(frozen=True, slots=True)
 class QualityCase:
@@ -29,16 +34,23 @@ class QualityCase:
         question: The question.
         passages: In the order to read them.
         ranks: Rank of each of them by the retriever, from 0, whatever their order.
+        instructions: Read before the passages; Finch's own when None.
     """
 
     question: Question
     passages: list[Passage]
     ranks: list[int]
+    instructions: str | None = None
 
     @property
     def has_gold(self) -> bool:
         """Whether a passage that holds the answer was retrieved."""
         return any(passage.id in self.question.gold_ids for passage in self.passages)
+
+    @property
+    def has_all_gold(self) -> bool:
+        """Whether all passages were retrieved that the answer needs."""
+        return set(self.question.gold_ids) <= {passage.id for passage in self.passages}
 
     @property
     def ranked(self) -> list[Passage]:
@@ -76,10 +88,33 @@ class DataSet:
             raise CorpusError(f"{root} has {len(files)} files questions*.jsonl(.gz): it needs one")
         passages, questions = read_corpus(root).passages, load_questions(files[0])
         known = {passage.id for passage in passages}
-        missing = next((q for q in questions if not known & set(q.gold_ids)), None)
+        missing = next((q for q in questions if q.answerable and not known & set(q.gold_ids)), None)
         if missing is not None:
             raise CorpusError(f"no gold passage of question {missing.id} is among the {len(passages)} passages")
         return cls(root.resolve().name, passages, questions)
+
+    def with_answers(self) -> DataSet:
+        """The same without the questions that cannot be answered.
+
+        Raises:
+            CorpusError: If nothing is left.
+        """
+        questions = [question for question in self.questions if question.answerable]
+        if not questions:
+            raise CorpusError(
+                f"none of the {len(self.questions)} questions of {self.name} has an answer: use another set"
+            )
+        return replace(self, questions=questions)
+
+
+def are_long(questions: Iterable[Question]) -> bool:
+    """Whether the answers are sentences, so that words shared in their order say more than an exact answer.
+
+    Args:
+        questions: With their known answers.
+    """
+    words = [len(answer.split()) for question in questions if not question.needs_all for answer in question.answers]
+    return bool(words) and fmean(words) >= _LONG
 
 
 def search_by(name: RetrieverName, passages: Sequence[Passage]) -> Search:
@@ -113,7 +148,14 @@ def search_by(name: RetrieverName, passages: Sequence[Passage]) -> Search:
 
 
 def make_cases(
-    data: DataSet, retriever: RetrieverName, top_k: int, order: str = "rank", limit: int | None = None, seed: int = 0
+    data: DataSet,
+    retriever: RetrieverName,
+    top_k: int,
+    order: str = "rank",
+    limit: int | None = None,
+    seed: int = 0,
+    instructions: str | None = None,
+    unanswerable: bool = False,
 ) -> list[QualityCase]:
     """Draws questions and retrieves their passages.
 
@@ -123,17 +165,28 @@ def make_cases(
         top_k: How many passages a question gets; all where there are fewer.
         order: "rank" (best first), "random", or "gold-at:I": the answer's passage at place I, the others, which are
             the best ranked that are not gold, in rank order. Its rank stays the retriever's, the last where it was not
-            retrieved.
+            retrieved. Questions without an answer are left out then.
         limit: How many questions; all when None.
         seed: Of the draw, and of the random order.
+        instructions: Read before the passages. When None, Finch's own, or `LONG_INSTRUCTIONS` where answers are long.
+        unanswerable: Whether each question that has an answer is asked a second time without its gold passages. The
+            best ranked others take their places. Its id ends in `WITHOUT_GOLD`.
 
     Raises:
         InputError: If an argument cannot work.
     """
     gold_at = _places(order, min(top_k, len(data.passages)))
+    if gold_at is not None and unanswerable:
+        raise InputError(f"order is {order}, and without its gold passages a question has none: use rank or random")
+    if instructions is None and are_long(data.questions):
+        instructions = LONG_INSTRUCTIONS
     rng = random.Random(seed)
-    questions = draw(data.questions, limit, rng)
+    questions = draw((data if gold_at is None else data.with_answers()).questions, limit, rng)
     search = search_by(retriever, data.passages)
+
+    def case(question: Question, ranked: list[int], ranks: list[int]) -> QualityCase:
+        return QualityCase(question, [data.passages[ranked[rank]] for rank in ranks], ranks, instructions)
+
     cases = []
     for question in questions:
         if gold_at is None:
@@ -147,8 +200,13 @@ def make_cases(
             ranks.insert(gold_at, gold)
         elif order == "random":
             rng.shuffle(ranks)
-        passages = [data.passages[ranked[rank]] for rank in ranks]
-        cases.append(QualityCase(question, passages, ranks))
+        cases.append(case(question, ranked, ranks))
+        if unanswerable and question.answerable:
+            ranked = _without_gold(search, data.passages, question, top_k)
+            ranks = list(range(len(ranked)))
+            if order == "random":
+                random.Random(f"{seed} {question.id}").shuffle(ranks)  # so that the other cases stay as they are
+            cases.append(case(replace(question, id=question.id + WITHOUT_GOLD, answerable=False), ranked, ranks))
     return cases
 
 
@@ -184,6 +242,12 @@ def _with_one_gold(search: Search, passages: Sequence[Passage], question: Questi
     return one_gold if gold in one_gold else [*one_gold[: top_k - 1], gold]
 
 
+def _without_gold(search: Search, passages: Sequence[Passage], question: Question, top_k: int) -> list[int]:
+    """So many passages, best first, none of them gold; fewer where there are no more."""
+    most = min(top_k + len(question.gold_ids), len(passages))
+    return [place for place in search(question.question, most) if passages[place].id not in question.gold_ids][:top_k]
+
+
 def write_cases(cases: Iterable[QualityCase], file: Path) -> None:
     """Stores cases, for a later run or for a peer in an environment of its own.
 
@@ -194,14 +258,12 @@ def write_cases(cases: Iterable[QualityCase], file: Path) -> None:
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")  # shards begin at once, and each must find all cases
     with gzip.open(unfinished, "wt", encoding="utf-8") as lines:
         for case in cases:
-            q = case.question
+            passages = [{"id": p.id, "title": p.title, "text": p.text} for p in case.passages]
             record = {
-                "id": q.id,
-                "question": q.question,
-                "answers": q.answers,
-                "gold_ids": q.gold_ids,
+                **asdict(case.question),
                 "ranks": case.ranks,
-                "passages": [{"id": p.id, "title": p.title, "text": p.text} for p in case.passages],
+                "passages": passages,
+                "instructions": case.instructions,
             }
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
     unfinished.replace(file)
@@ -216,7 +278,14 @@ def read_cases(file: Path) -> Iterator[QualityCase]:
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         text = lines.read()
     for _, record in json_objects(file.name, text, InputError):
-        answers, gold = tuple(record["answers"]), tuple(record["gold_ids"])
-        question = Question(record["id"], record["question"], answers, gold)
+        question = Question(
+            record["id"],
+            record["question"],
+            tuple(record["answers"]),
+            tuple(record["gold_ids"]),
+            record.get("answerable", True),  # older folders have none of these
+            tuple(map(tuple, record.get("sentences", ()))),
+            record.get("needs_all", False),
+        )
         passages = [Passage(p["text"], id=p["id"], title=p["title"]) for p in record["passages"]]
-        yield QualityCase(question, passages, record["ranks"])
+        yield QualityCase(question, passages, record["ranks"], record.get("instructions"))

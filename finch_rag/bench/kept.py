@@ -98,7 +98,7 @@ def main(
     if file.exists():
         attended = read_attended(file)
     else:
-        cases = make_cases(DataSet.read(data), retriever, top_k, order, limit, seed)
+        cases = make_cases(DataSet.read(data).with_answers(), retriever, top_k, order, limit, seed)
         with ProgressBars(remaining=True) as bars:
             finch = loader(model, bars)()
             attended = []

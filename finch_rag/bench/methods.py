@@ -15,6 +15,7 @@ from ..prompts.builder import INSTRUCTIONS, refine_instructions
 from ..prompts.passages import Passage
 from ..store.store import PassageStore
 from .cases import QualityCase
+from .sentences import Quote
 
 
 class DoesNotFitError(Exception):
@@ -34,6 +35,9 @@ class Outcome:
         calls: Calls of the model.
         peak_mib: Peak of memory beyond what was in use before, of the accelerator or else of the process; 0 where
             nobody measured it.
+        support: How well the passages support the answer, from 0 to 1; None where the method does not say.
+        log_probability: Mean of the answer's tokens, at most 0; likewise.
+        quotes: Sentences that the answer rests on, each behind its passage's id; likewise.
     """
 
     prediction: str
@@ -43,6 +47,9 @@ class Outcome:
     decode_seconds: float
     calls: int = 1
     peak_mib: float = 0.0
+    support: float | None = None
+    log_probability: float | None = None
+    quotes: list[Quote] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class Contestant:
 
     def ask(self, case: QualityCase, passages: Sequence[Passage], **options: Any) -> Outcome:
         """One call of the engine."""
-        chosen = {"budget": self.budget, "max_new_tokens": self.max_new_tokens, **options}
+        chosen = {"budget": self.budget, "max_new_tokens": self.max_new_tokens, **_instructed(case), **options}
         return _outcome([self.finch.ask(case.question.question, passages, **chosen)])
 
     def ask_plain(self, case: QualityCase, passages: Sequence[Passage]) -> Outcome:
@@ -79,7 +86,7 @@ class Contestant:
 
     def room(self, case: QualityCase) -> int:
         """Tokens of passages that the window holds beside the rest of the prompt and the answer."""
-        prompt = self.finch.prompts.build(case.question.question, case.passages[:1])
+        prompt = self.finch.prompts.build(case.question.question, case.passages[:1], case.instructions)
         fixed = len(prompt.prefix) + 2 * len(prompt.question) + len(prompt.tail) + self.max_new_tokens
         return self.finch.window - fixed - 1
 
@@ -183,9 +190,9 @@ def refine(contestant: Contestant, case: QualityCase) -> Outcome:
     """An answer from the first pack of passages, refined with each further one, as LlamaIndex does it."""
     answers: list[Answer] = []
     for pack in contestant.packs(case.passages, contestant.budget):
-        instructions = None
+        instructions = case.instructions
         if answers:
-            instructions = refine_instructions(INSTRUCTIONS, answers[-1].text)
+            instructions = refine_instructions(case.instructions or INSTRUCTIONS, answers[-1].text)
         answers.append(_small_call(contestant, case, pack, instructions))
     return _outcome(answers)
 
@@ -196,7 +203,7 @@ def map_reduce(contestant: Contestant, case: QualityCase) -> Outcome:
     level = list(case.passages)
     packs = contestant.packs(level, contestant.budget)
     while True:
-        made = [_small_call(contestant, case, pack, None) for pack in packs]
+        made = [_small_call(contestant, case, pack, case.instructions) for pack in packs]
         answers += made
         if len(made) == 1:
             return _outcome(answers)
@@ -258,6 +265,17 @@ def run(method: str, contestant: Contestant, case: QualityCase) -> Outcome:
     return METHODS[method](contestant, case)
 
 
+def _instructed(case: QualityCase) -> dict[str, Any]:
+    return {} if case.instructions is None else {"instructions": case.instructions}
+
+
+def _quotes(answer: Answer) -> list[Quote] | None:
+    """The sentences that an answer quotes; None where its citations do not say."""
+    if not answer.citations or any(getattr(citation, "quotes", None) is None for citation in answer.citations):
+        return None
+    return [(cited.passage_id, quote.text) for cited in answer.citations for quote in getattr(cited, "quotes", ())]
+
+
 def _outcome(answers: Sequence[Answer]) -> Outcome:
     reports = [answer.report for answer in answers]
     last = answers[-1]
@@ -268,4 +286,7 @@ def _outcome(answers: Sequence[Answer]) -> Outcome:
         prefill_seconds=sum(report.prefill_seconds for report in reports),
         decode_seconds=sum(report.decode_seconds for report in reports),
         calls=len(answers),
+        support=getattr(last, "support", None),
+        log_probability=getattr(last, "log_probability", None),
+        quotes=_quotes(last),
     )

@@ -53,7 +53,7 @@ class PlainModel:
 
     def build(self, case: QualityCase, passages: Sequence[Passage]) -> Prompt:
         """The prompt of a case, if the window holds it."""
-        prompt = self.prompts.build(case.question.question, passages)
+        prompt = self.prompts.build(case.question.question, passages, case.instructions)
         tokens = len(_context(prompt)) + len(prompt.tail) + self.max_new_tokens
         if tokens > (window := window_of(self.loaded.model.config)):
             raise DoesNotFitError(f"{tokens} tokens of prompt and answer, and the window has {window}")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, MissingExtraError
+from .grading import METRICS
 from .methods import WITHOUT_BUDGET
-from .summary import METRICS
 from .tables import METRIC_NAMES
 
 try:

@@ -17,9 +17,9 @@ from ..terminal.progress import ProgressBars
 from . import tables
 from .arguments import check_runs
 from .cases import DataSet, RetrieverName
+from .grading import METRICS
 from .methods import METHODS
-from .quality import RunSettings, data_name, loader, measure
-from .summary import METRICS
+from .quality import RunSettings, Source, data_name, loader, measure
 
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -88,7 +88,8 @@ def main(
                 )
                 folder = Path(out) / f"{count}-passages" / f"gold-at-{place}"
                 on_progress = partial(bars, f"answers with gold at {place} of {count}")
-                summary = measure(settings, data, folder, [budget], methods, load, on_progress, shard)
+                source = Source.of(data, settings)
+                summary = measure(settings, source, folder, [budget], methods, load, on_progress, shard)
                 found.setdefault(str(count), {})[str(place)] = summary["methods"]
     result = {
         "settings": {"model": model, "data": data_name(data), "retriever": retriever, "limit": limit, "seed": seed}

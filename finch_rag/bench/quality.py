@@ -18,18 +18,21 @@ from ..engine import Finch
 from ..errors import InputError, WindowError
 from ..jsonl import complete_objects
 from ..paths import write_atomically
+from ..prompts.passages import Passage
 from ..terminal.loading import load_finch
-from ..terminal.output import say_json
+from ..terminal.output import note, say_json
 from ..terminal.progress import ProgressBars
 from . import tables
 from .arguments import check_runs
-from .cases import DataSet, QualityCase, RetrieverName, make_cases, read_cases, write_cases
+from .cases import DataSet, QualityCase, RetrieverName, are_long, make_cases, read_cases, write_cases
 from .memory import in_use, peak_memory
 from .methods import METHODS, OF_CORPUS, WITHOUT_BUDGET, Contestant, DoesNotFitError, run
 from .summary import summarise
 
+_LONG_ANSWER = 64  # tokens that two or three sentences take at least
 _CASES = "cases.jsonl.gz"
 _SETTINGS = "settings.json"
+_NEWER = {"instructions": None, "unanswerable": False}  # settings that older folders lack, and what held there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +43,62 @@ class RunSettings:
         model: What `Finch.from_pretrained` takes.
         data: Name of the data set.
         retriever: "bm25" or "dense".
-        top_k: Passages a question.
+        top_k: Passages a question; None for all that there are.
         order: See `finch_rag.bench.cases.make_cases`.
         limit: Questions; None for all.
         seed: Of the draw.
         max_new_tokens: The most tokens of an answer.
+        instructions: See `finch_rag.bench.cases.make_cases`.
+        unanswerable: See `finch_rag.bench.cases.make_cases`.
     """
 
     model: str
     data: str
     retriever: RetrieverName
-    top_k: int
+    top_k: int | None
     order: str
     limit: int | None
     seed: int
     max_new_tokens: int
+    instructions: str | None = None
+    unanswerable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the cases of a results folder come from.
+
+    Attributes:
+        cases: Makes them; called if the folder is new.
+        passages: Reads all passages, for the methods `OF_CORPUS`.
+    """
+
+    cases: Callable[[], list[QualityCase]]
+    passages: Callable[[], Sequence[Passage]]
+
+    @classmethod
+    def of(cls, data: str | Path, settings: RunSettings) -> Source:
+        """Questions drawn from a data set.
+
+        Args:
+            data: Its folder.
+            settings: How they are drawn.
+        """
+
+        def cases() -> list[QualityCase]:
+            read = DataSet.read(data)
+            return make_cases(
+                read,
+                settings.retriever,
+                len(read.passages) if settings.top_k is None else settings.top_k,
+                order=settings.order,
+                limit=settings.limit,
+                seed=settings.seed,
+                instructions=settings.instructions,
+                unanswerable=settings.unanswerable,
+            )
+
+        return cls(cases, lambda: DataSet.read(data).passages)
 
 
 def main(
@@ -70,6 +114,8 @@ def main(
     budgets: Sequence[int] = (512,),
     methods: Sequence[str] = ("finch", "full", "top-k"),
     max_new_tokens: int = 16,
+    instructions: str | None = None,
+    unanswerable: bool = False,
     shard: tuple[int, int] = (0, 1),
     plot: Path | None = None,
 ) -> dict[str, Any]:
@@ -87,6 +133,8 @@ def main(
         budgets: Document tokens in the cache; each method that has a budget runs with each.
         methods: Of `finch_rag.bench.methods.METHODS`.
         max_new_tokens: The most tokens of an answer.
+        instructions: See `finch_rag.bench.cases.make_cases`.
+        unanswerable: See `finch_rag.bench.cases.make_cases`.
         shard: (i, n): only each n-th case, from the i-th; for several processes on one accelerator.
         plot: Where to draw the figures; not at all when None.
 
@@ -111,10 +159,12 @@ def main(
         limit=limit,
         seed=seed,
         max_new_tokens=max_new_tokens,
+        instructions=instructions,
+        unanswerable=unanswerable,
     )
     with ProgressBars(remaining=True) as bars:
         load, on_progress = loader(model, bars), partial(bars, "answers")
-        summary = measure(settings, data, out, budgets, methods, load, on_progress, shard)
+        summary = measure(settings, Source.of(data, settings), out, budgets, methods, load, on_progress, shard)
     tables.show_quality(summary)
     if plot is not None:
         plots.plot_quality(summary, plot)
@@ -146,7 +196,7 @@ def loader(model: str, bars: ProgressBars) -> Callable[[], Finch]:
 
 def measure(
     settings: RunSettings,
-    data: str | Path,
+    source: Source,
     out: str | Path,
     budgets: Sequence[int],
     methods: Sequence[str],
@@ -158,7 +208,7 @@ def measure(
 
     Args:
         settings: Of the folder.
-        data: Folder of the data set; read if the results folder is new.
+        source: Of the cases.
         out: The results folder.
         budgets: See `main`.
         methods: See `main`.
@@ -173,7 +223,7 @@ def measure(
     if not 0 <= part < parts:
         raise InputError(f"shard {part + 1} of {parts} does not exist: use 1/{parts} to {parts}/{parts}")
     folder = Path(out)
-    cases = _cases(settings, Path(data), folder)
+    cases = _cases(settings, source, folder)
     wanted = [(case, method, budget) for case in cases[part::parts] for method, budget in labels(methods, budgets)]
     done = {(record["id"], record["label"]) for record in read_results(folder)}
     todo = [item for item in wanted if (item[0].question.id, label(*item[1:])) not in done]
@@ -182,7 +232,7 @@ def measure(
         corpus = None
         if any(method in OF_CORPUS for _, method, _ in todo):
             corpus = finch.open_store()
-            corpus.add(DataSet.read(data).passages)
+            corpus.add(source.passages())
         with appending(folder / f"results-{part}.jsonl") as store:
             for number, (case, method, budget) in enumerate(todo, 1):
                 store(_record(Contestant(finch, budget, settings.max_new_tokens, corpus), case, method))
@@ -227,12 +277,13 @@ def read_results(folder: Path) -> Iterator[dict[str, Any]]:
         yield from complete_objects(file.read_text(encoding="utf-8"))
 
 
-def _cases(settings: RunSettings, data: Path, folder: Path) -> list[QualityCase]:
+def _cases(settings: RunSettings, source: Source, folder: Path) -> list[QualityCase]:
     """The cases of a results folder, made at its first use."""
     file = folder / _SETTINGS
     if file.exists():
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
+            stored = {**_NEWER, **stored}
             changed = [f"{k} ({stored.get(k)} there)" for k, v in asdict(settings).items() if stored.get(k) != v]
             cases = list(read_cases(folder / _CASES))
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -240,14 +291,9 @@ def _cases(settings: RunSettings, data: Path, folder: Path) -> list[QualityCase]
         if changed:
             raise InputError(f"{folder} holds results with another {', '.join(changed)}: choose another --out")
         return cases
-    cases = make_cases(
-        DataSet.read(data),
-        settings.retriever,
-        settings.top_k,
-        order=settings.order,
-        limit=settings.limit,
-        seed=settings.seed,
-    )
+    cases = source.cases()
+    if settings.max_new_tokens < _LONG_ANSWER and are_long(case.question for case in cases):
+        note(f"max-new-tokens is {settings.max_new_tokens}, and the known answers are long: 128 leaves them room")
     folder.mkdir(parents=True, exist_ok=True)
     write_cases(cases, folder / _CASES)
     write_atomically(file, json.dumps(asdict(settings), indent=1) + "\n")

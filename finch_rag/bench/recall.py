@@ -67,7 +67,7 @@ def main(
         wrong = f"ranker {', '.join(unknown)} is unknown" if rankers else "there is no ranker"
         raise InputError(f"{wrong}: use {', '.join(RANKERS)}")
     check_positive(limit=limit)
-    read = DataSet.read(data)
+    read = DataSet.read(data).with_answers()
     questions = draw(read.questions, limit, random.Random(seed))
     results: dict[str, Any] = {}
     with ProgressBars(remaining=True) as bars:

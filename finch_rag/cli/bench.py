@@ -2,92 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..bench.arguments import names_in, numbers_in, shard_of
-from ..errors import MissingExtraError
 from ..models.embedded import EMBEDDED
 from ..terminal.loading import check_positive
+from . import ruler
 from .arguments import ChunkSizeOption, ModelOption, StrategyName
-
-if TYPE_CHECKING:
-    from ..bench.cases import RetrieverName
+from .bench_options import (
+    BudgetsOption,
+    DataArgument,
+    LimitOption,
+    MaxNewTokensOption,
+    MethodsOption,
+    OutOption,
+    PlotOption,
+    RetrieverChoice,
+    RetrieverOption,
+    SeedOption,
+    ShapeOption,
+    ShardOption,
+    extra,
+    results_folder,
+    retriever_name,
+)
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Measure Finch on this machine.")
-
-
-class RetrieverChoice(StrEnum):
-    """What ranks the passages."""
-
-    BM25 = "bm25"
-    DENSE = "dense"
-
-
-DataArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DATA",
-        help="A folder with questions*.jsonl (id, question, answers, gold_ids) and passages (see finch-rag ask "
-        "--corpus), also with .gz.",
-        show_default=False,
-    ),
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        metavar="FOLDER",
-        help="Where the results are kept.  [dim]\\[default: a folder in bench-results/ named after the settings][/]",
-        show_default=False,
-    ),
-]
-RetrieverOption = Annotated[
-    RetrieverChoice, typer.Option("--retriever", help="Rank passages by words, or by MiniLM embeddings.")
-]
-LimitOption = Annotated[int, typer.Option("--limit", metavar="N", help="Questions to draw; all if the data has fewer.")]
-SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of the draw and of the random order.")]
-MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", metavar="TOKENS", help="The longest answer.")]
-MethodsOption = Annotated[
-    str,
-    typer.Option(
-        "--methods",
-        metavar="NAME,...",
-        help="Of: finch (each passage is read alone), finch-loop (chunk by chunk under the question), finch-shortlist "
-        "(each alone, then the loop over the best), finch-scan (the loop; kept passages are not prefilled again), "
-        "finch-paper (the loop; tokens instead of passages), finch-store (a store reads each passage once), "
-        "finch-corpus (a store of all passages, no retriever; finch-corpus-best: no loop), finch-fused (that store and "
-        "the retriever, fused), full (everything, no compression), truncate (what fits the window), top-k (the "
-        "retriever's best that fit the budget), refine and map-reduce (many calls, as LlamaIndex does it), gold (the "
-        "answer's passage alone).",
-    ),
-]
-ShardOption = Annotated[
-    str,
-    typer.Option(
-        "--shard",
-        metavar="I/N",
-        help="Ask only the I-th of N parts of the questions, I from 1 to N: start N processes on one folder.",
-    ),
-]
-ShapeOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Random weights of this shape in place of --model: llama-8b, llama-1b, qwen-1.5b, qwen3.5-8b, "
-        "gpt-oss-20b or tiny.",
-        show_default=False,
-    ),
-]
-PlotOption = Annotated[
-    Path | None,
-    typer.Option("--plot", metavar="FILE", help="Draw the figures too: .png, .svg or .pdf.", show_default=False),
-]
 
 
 @app.command("speed")
@@ -117,7 +60,7 @@ def bench_speed(
     """
     check_positive(budget=budget, chunk_size=chunk_size, repeats=repeats)
     lengths = numbers_in("tokens", tokens)
-    with _extra():
+    with extra():
         from ..bench import speed
     speed.main(
         model=model,
@@ -146,7 +89,7 @@ def bench_many(
     Prints a table; the last line is one JSON object.
     """
     check_positive(tokens=tokens, questions=questions, budget=budget, new_tokens=new_tokens, repeats=repeats)
-    with _extra():
+    with extra():
         from ..bench import many
     many.main(
         model=model,
@@ -181,15 +124,32 @@ def bench_quality(
     ] = "rank",
     limit: LimitOption = 100,
     seed: SeedOption = 0,
-    budget: Annotated[
-        str, typer.Option(metavar="TOKENS,...", help="Tokens of passages in the cache; methods run with each.")
-    ] = "512",
+    budget: BudgetsOption = "512",
     methods: MethodsOption = "finch,full,top-k",
     max_new_tokens: MaxNewTokensOption = 16,
+    instructions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What stands before the passages.  [dim]\\[default: asks for a few words, or for two or three "
+            "sentences where the known answers are long][/]",
+            show_default=False,
+        ),
+    ] = None,
+    unanswerable: Annotated[
+        bool,
+        typer.Option(
+            "--unanswerable",
+            help="Ask each question a second time without its gold passages: who notices that nothing answers it?",
+        ),
+    ] = False,
     shard: ShardOption = "1/1",
     plot: PlotOption = None,
 ) -> None:
     """Ask questions with known answers by several methods: accuracy, F1, seconds and memory.
+
+    Long answers are graded by ROUGE-L as well, and by their quotes where the data marks the sentences that count.
+    Questions without an answer are graded by how well the method's support tells them from the others (AUROC).
 
     Each answer is stored in --out as soon as it is there (results*.jsonl).
     The same command goes on where it was cut off; with more --methods or --budget it adds what is missing.
@@ -198,14 +158,15 @@ def bench_quality(
     Prints a table with 95% intervals and paired differences; the last line is one JSON object.
     """
     budgets, part = numbers_in("budget", budget), shard_of(shard)
-    with _extra():
+    with extra():
         from ..bench import quality
-    name = "-".join([quality.data_name(data), retriever, str(top_k), order.replace(":", "-")])
+    kinds = ["unanswerable"] if unanswerable else []
+    name = "-".join([quality.data_name(data), retriever, str(top_k), order.replace(":", "-"), *kinds])
     quality.main(
         data,
-        out or _results(name, model, limit, seed),
+        out or results_folder(name, model, limit, seed),
         model=model,
-        retriever=_retriever(retriever),
+        retriever=retriever_name(retriever),
         top_k=top_k,
         order=order,
         limit=limit,
@@ -213,6 +174,8 @@ def bench_quality(
         budgets=budgets,
         methods=names_in(methods),
         max_new_tokens=max_new_tokens,
+        instructions=instructions,
+        unanswerable=unanswerable,
         shard=part,
         plot=plot,
     )
@@ -244,15 +207,15 @@ def bench_positions(
     Prints a table for each number of passages; the last line is one JSON object.
     """
     counts, part = numbers_in("passages", passages), shard_of(shard)
-    with _extra():
+    with extra():
         from ..bench import positions, quality
     name = f"{quality.data_name(data)}-{retriever}-positions"
     positions.main(
         data,
-        out or _results(name, model, limit, seed),
+        out or results_folder(name, model, limit, seed),
         passages=counts,
         model=model,
-        retriever=_retriever(retriever),
+        retriever=retriever_name(retriever),
         limit=limit,
         seed=seed,
         budget=budget,
@@ -282,7 +245,7 @@ def bench_recall(
 
     Prints a table; the last line is one JSON object.
     """
-    with _extra():
+    with extra():
         from ..bench import recall
     recall.main(data, model=model, rankers=names_in(rankers), limit=limit, seed=seed)
 
@@ -314,13 +277,13 @@ def bench_kept(
 
     Prints a table; the last line is one JSON object.
     """
-    with _extra():
+    with extra():
         from ..bench import kept
     kept.main(
         data,
         file=attention,
         model=model,
-        retriever=_retriever(retriever),
+        retriever=retriever_name(retriever),
         strategy=strategy.literal,
         order=order,
         top_k=top_k,
@@ -330,19 +293,4 @@ def bench_kept(
     )
 
 
-@contextmanager
-def _extra() -> Iterator[None]:
-    """Around the import of a benchmark: what is missing is named with the extra that brings it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise MissingExtraError.of(error.name or "a package", "bench") from error
-
-
-def _retriever(choice: RetrieverChoice) -> RetrieverName:
-    return "bm25" if choice is RetrieverChoice.BM25 else "dense"
-
-
-def _results(name: str, model: str, limit: int, seed: int) -> Path:
-    """The default folder; other settings have another one, so that nobody has to name it."""
-    return Path("bench-results") / f"{name}-{limit}q-seed{seed}-{Path(model).name or 'model'}"
+app.command("ruler", epilog=ruler.EPILOG)(ruler.bench_ruler)

@@ -27,6 +27,18 @@ def contains_answer(text: str, answers: Iterable[str]) -> bool:
     return any(gold in said for gold in map(normalise, answers) if gold)
 
 
+def share_of_answers(text: str, answers: Iterable[str]) -> float:
+    """The share of answers that a text, normalised, contains, from 0 to 1: RULER's score, where all are asked for.
+
+    Args:
+        text: What a model said.
+        answers: All that it should say; one that is empty once it is normalised is passed over.
+    """
+    said = normalise(text)
+    golds = [gold for gold in map(normalise, answers) if gold]
+    return sum(gold in said for gold in golds) / len(golds) if golds else 0.0
+
+
 def token_f1(text: str, answers: Iterable[str]) -> float:
     """SQuAD's F1 of the words that a text shares with the best of the answers, from 0 to 1.
 

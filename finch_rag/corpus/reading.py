@@ -39,14 +39,21 @@ class Question:
     Attributes:
         id: Its id; "FILE#LINE" where the file has none.
         question: The question.
-        answers: Texts of which any is right; at least one.
-        gold_ids: Ids of the passages that hold the answer.
+        answers: Texts of which any is right; at least one, unless the question cannot be answered.
+        gold_ids: Ids of the passages that hold the answer; of a question that cannot be answered, those that seem to.
+        answerable: Whether a passage holds the answer.
+        sentences: For each annotator the sentences of the gold passages that support the answer; none where nobody
+            marked them.
+        needs_all: Whether all ``answers`` are asked for, and not any of them.
     """
 
     id: str
     question: str
     answers: tuple[str, ...]
     gold_ids: tuple[str, ...]
+    answerable: bool = True
+    sentences: tuple[tuple[str, ...], ...] = ()
+    needs_all: bool = False
 
 
 class _UnreadableError(Exception):
@@ -95,7 +102,8 @@ def load_questions(path: str | Path) -> list[Question]:
     """Reads evaluation questions, one JSON object a line, plain or ``.gz``.
 
     A line has ``question``, ``answers`` (a list of texts) and ``gold_ids`` (a list of passage ids) or ``gold_id``
-    (one); ``id`` may be missing.
+    (one); ``id`` may be missing. Where ``answerable`` is false, ``answers`` and ``gold_ids`` may be empty or missing.
+    ``sentences`` may hold, for each annotator, the list of sentences that support the answer.
 
     Args:
         path: The file.
@@ -206,20 +214,30 @@ def _id(fields: dict[str, Any], name: str, number: int) -> str:
 
 
 def _question(name: str, number: int, fields: dict[str, Any]) -> Question:
-    if "gold_ids" in fields:
-        gold = _texts(fields, "gold_ids", name, number)
+    answerable = fields.get("answerable", True)
+    if not isinstance(answerable, bool):
+        raise CorpusError(f'{name}, line {number}: "answerable" is {type(answerable).__name__}, not true or false')
+    least = 1 if answerable else 0
+    if "gold_ids" in fields or (not answerable and "gold_id" not in fields):
+        gold = _texts(fields.get("gold_ids", []), "gold_ids", name, number, least)
     else:
         gold = (_text(fields, "gold_id", name, number),)
+    marked = fields.get("sentences", [])
+    if not isinstance(marked, list):
+        raise CorpusError(f'{name}, line {number}: "sentences" must be a list of lists of texts')
+    sentences = (_texts(of_one, "sentences", name, number, 0) for of_one in marked)
     return Question(
         id=_id(fields, name, number),
         question=_text(fields, "question", name, number),
-        answers=_texts(fields, "answers", name, number),
+        answers=_texts(fields.get("answers", []), "answers", name, number, least),
         gold_ids=gold,
+        answerable=answerable,
+        sentences=tuple(of_one for of_one in sentences if of_one),
     )
 
 
-def _texts(fields: dict[str, Any], key: str, name: str, number: int) -> tuple[str, ...]:
-    values = fields.get(key)
-    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-        raise CorpusError(f'{name}, line {number}: "{key}" must be a list of texts, at least one')
+def _texts(values: object, key: str, name: str, number: int, least: int) -> tuple[str, ...]:
+    if not isinstance(values, list) or len(values) < least or not all(isinstance(value, str) for value in values):
+        ending = ", at least one" if least else ""
+        raise CorpusError(f'{name}, line {number}: "{key}" must be a list of texts{ending}')
     return tuple(values)
