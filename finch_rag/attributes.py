@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .heads.pairs import AloneHeads, Heads, HeadUse
-from .prefill.planning import ChunkSize, RetrievalHeads, Strategy
+from .prefill.planning import ChunkSize, Prior, RetrievalHeads, Strategy
 from .prefill.selection import Selection
 from .prompts.builder import PromptBuilder
 from .request import Progress
@@ -111,6 +111,11 @@ class EngineAttributes:
     def reread(self) -> bool:
         """Whether the best passages are prefilled again."""
         return self.settings.reading.reread
+
+    @property
+    def prior(self) -> Prior:
+        """What the retriever's order counts."""
+        return self.settings.reading.prior
 
     @property
     def cutoff(self) -> float | None:

@@ -18,7 +18,7 @@ from .heads.pairs import AloneHeads, Heads, check_alone_heads, check_heads
 from .models.cache import CompressedCache
 from .models.inspection import text_config
 from .models.loading import load_model
-from .prefill.planning import ChunkSize, Strategy
+from .prefill.planning import ChunkSize, Prior, Strategy
 from .prefill.selection import Selection
 from .prompts.chat_template import Message
 from .prompts.parsing import parse_prompt
@@ -65,6 +65,9 @@ class Finch(EngineAttributes):
         cutoff: Passages with less than this part of the best one's attention are not answered from, also where the
             budget has room for them; 0 leaves none out. None is 0.25: a question with one clear source is answered from
             it alone. Lower it for questions that need several passages.
+        prior: What the retriever's order counts where passages are read alone. "auto" weights the attention with it, as
+            far as the two agree: an order that carries nothing changes nothing. The order is that of the scores where
+            every passage has one, else that of the list. "none" ranks by the attention alone.
         heads: Heads that rank passages in the loop: "auto" (the model's retrieval heads, found at the first use of a
             model), "all", or (layer, head) pairs. Token selection sums all heads.
         alone_heads: Heads that rank passages read alone: "auto", or (layer, head) pairs.
@@ -104,6 +107,7 @@ class Finch(EngineAttributes):
         selection: Selection = "passage",
         reread: bool = True,
         cutoff: float | None = None,
+        prior: Prior = "auto",
         heads: Heads = "auto",
         alone_heads: AloneHeads = "auto",
         max_new_tokens: int = 128,
@@ -127,6 +131,7 @@ class Finch(EngineAttributes):
                 "selection": selection,
                 "reread": reread,
                 "cutoff": cutoff,
+                "prior": prior,
                 "max_new_tokens": max_new_tokens,
                 "instructions": instructions,
                 "system_prompt": system_prompt,

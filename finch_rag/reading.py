@@ -19,6 +19,7 @@ from .prefill.alone import NEUTRAL, Asked
 from .prefill.independent import AloneQuestion, rank_independently
 from .prefill.loop import prefill
 from .prefill.planning import PrefillPlan
+from .prefill.prior import weighted
 from .prefill.scan import Prefilled, Steps
 from .prefill.shortlists import prefill_best, prefill_shortlists, shortlist_tokens
 from .request import Request
@@ -111,7 +112,10 @@ def rank(runtime: Runtime, requests: Sequence[Request]) -> list[Ranking]:
     neutral = Asked.by(runtime.prompts, NEUTRAL)
     attention, steps = rank_independently(reader, questions, neutral, requests[0].on_step("prefill"))
     seconds = (time.perf_counter() - start) / len(requests)
-    return [Ranking(paid, steps, seconds) for paid in attention]
+    return [
+        Ranking(weighted(paid, request.ranks), steps, seconds)
+        for paid, request in zip(attention, requests, strict=True)
+    ]
 
 
 def _rank_by_store(store: PassageStore, requests: Sequence[Request]) -> list[Ranking]:
@@ -139,6 +143,7 @@ def _rank_by_store(store: PassageStore, requests: Sequence[Request]) -> list[Ran
         }
         attention = torch.tensor(known.attention) if keys is None else next(paid)
         steps = Steps(0, 0 if request.plan is None else request.plan.chunk_size, 0)
+        attention = weighted(attention, request.ranks)
         rankings.append(Ranking(attention, steps, sum(seconds) + known.seconds, figures))
     return rankings
 

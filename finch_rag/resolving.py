@@ -21,7 +21,7 @@ from .prefill.planning import (
 from .prefill.shortlists import shortlist_tokens
 from .prompts.builder import Prompt
 from .prompts.parsing import APART, ParsedPrompt
-from .prompts.passages import Passage
+from .prompts.passages import Passage, ranks_of
 from .request import Cancellation, Request, Searched
 from .runtime import Runtime
 from .settings import Settings
@@ -188,6 +188,10 @@ def resolve_prompt(
         in_order=reading.whole_text,
     )
     store = runtime.stores.at(settings.store, settings.on_progress) if asks_store else None
+    # What a search of the whole store has found was ranked by that search alone; older turns of a conversation, and
+    # the parts of a text that matters as a whole, nobody has ranked.
+    ranked = passages is not None and reading.prior == "auto" and not reading.whole_text
+    ranked = ranked and not older_turns and not settings.searched.attention
     if asks_store or (any(lengths) and _reads_alone(runtime, reading, plan, prompt, older_turns)):
         plan = replace(plan, strategy="independent")
     if runtime.no_loop and sum(lengths) <= plan.budget:  # everything fits: as the loop, which then leaves nothing out
@@ -206,6 +210,7 @@ def resolve_prompt(
         store=store,
         shortlist_tokens=settings.shortlist_tokens,
         searched=settings.searched,
+        ranks=tuple(ranks_of(passages)) if ranked and passages is not None else None,
     )
 
 

@@ -25,7 +25,7 @@ from .checks import (
 from .decode.sampling import Sampling
 from .errors import FinchError, InputError
 from .heads.pairs import AloneHeads, Heads
-from .prefill.planning import ChunkSize, ReadingSettings, Strategy
+from .prefill.planning import ChunkSize, Prior, ReadingSettings, Strategy
 from .prefill.selection import SELECTIONS, Selection
 from .prompts.builder import PromptSettings
 from .prompts.chat_template import Render
@@ -46,6 +46,7 @@ class EngineSettings(TypedDict, total=False):
     selection: Selection
     reread: bool
     cutoff: float | None
+    prior: Prior
     heads: Heads
     alone_heads: AloneHeads
     max_new_tokens: int
@@ -82,6 +83,7 @@ class ReadingOptions(TypedDict, total=False):
         selection: See `Finch`.
         reread: See `Finch`.
         cutoff: See `Finch`.
+        prior: See `Finch`.
         instructions: See `Finch`.
         system_prompt: See `Finch`.
         history: Earlier messages of the conversation, dictionaries with "role" ("user" or "assistant") and "content".
@@ -101,6 +103,7 @@ class ReadingOptions(TypedDict, total=False):
     selection: Selection
     reread: bool
     cutoff: float | None
+    prior: Prior
     instructions: str | None
     system_prompt: str | None
     history: Sequence[Mapping[str, object]]
@@ -183,6 +186,7 @@ RULES: Mapping[str, Rule] = {
     "selection": one_of(SELECTIONS),
     "reread": truth,
     "cutoff": or_none(number(lambda value: 0 <= value <= 1, "it must be from 0, which leaves nothing out, to 1")),
+    "prior": one_of(get_args(Prior)),
     "max_context_tokens": or_none(whole_number(unit=" token", cure=", or None for no limit")),
     "instructions": or_none(text),
     "system_prompt": or_none(text),

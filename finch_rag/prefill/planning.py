@@ -32,6 +32,9 @@ ChunkSize = int | Literal["auto"] | None  # None says the same as "auto"
 # is read alone. "auto": the one that answers better, see docs/benchmarks.md.
 Strategy = Literal["auto", "loop", "independent"]
 
+# "auto": the retriever's order counts beside the attention, as far as the two agree. "none": it counts for nothing.
+Prior = Literal["auto", "none"]
+
 
 @dataclass(frozen=True, slots=True)
 class ReadingSettings:
@@ -46,6 +49,7 @@ class ReadingSettings:
         max_context_tokens: Refuse passages that have more tokens than this; None for no limit.
         cutoff: What got less than this part of the best passage's attention is not prefilled again; None for `CUTOFF`,
             or 0 where a text matters as a whole.
+        prior: What the retriever's order counts beside the attention, see `Prior`.
         whole_text: The passages are one text that matters as a whole, as for a summary: keep as much of it as fits into
             the window, also what is far below the best passage, in its order.
     """
@@ -57,6 +61,7 @@ class ReadingSettings:
     reread: bool = True
     max_context_tokens: int | None = None
     cutoff: float | None = None
+    prior: Prior = "auto"
     whole_text: bool = False
 
     @property
