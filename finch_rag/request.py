@@ -96,6 +96,7 @@ class Request:
         shortlist_tokens: The most tokens of the best passages that the loop then scans; 0 for none; None for a default,
             see `finch_rag.Finch`.
         searched: The search of the whole store that found the passages, if there was one.
+        quotes: Whether to find the sentences that the answer rests on.
     """
 
     question: str
@@ -111,6 +112,7 @@ class Request:
     store: PassageStore | None = None
     shortlist_tokens: int | None = None
     searched: Searched = NOT_SEARCHED
+    quotes: bool = True
 
     @property
     def answer_prompt(self) -> list[int]:
