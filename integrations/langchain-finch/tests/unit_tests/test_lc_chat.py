@@ -100,7 +100,7 @@ def test_streaming_adds_up_to_the_whole_message(chat: ChatFinch, documents: list
     assert [chunk.usage_metadata is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert chunks[-1].chunk_position == "last"
     assert full.content_blocks == whole.content_blocks
-    times = ("prefill_seconds", "decode_seconds")
+    times = ("prefill_seconds", "decode_seconds", "quote_seconds")
     for metadata in (full.response_metadata, whole.response_metadata):
         for name in times:
             metadata["report"].pop(name)
