@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,33 +17,24 @@ if TYPE_CHECKING:
 # comes next while the word before it is read. 0 takes the token's own row.
 LEAD = 1
 
-# Where no retrieval heads are known, all heads of these layers: from the first part of the layers to the second.
+# From the first part of the layers to the second.
 MIDDLE = (1 / 3, 2 / 3)
 
 _WEIGHTS = 2**26  # at once
 
 
-def heads_to_watch(model: PreTrainedModel, known: Sequence[tuple[int, int]]) -> RetrievalHeads:
-    """The heads whose attention says what an answer rests on.
-
-    Those that have ranked the passages find what the question asks for; they are the same that look it up while the
-    answer is written. Where all heads ranked, none is known, and the middle layers are taken.
+def middle_heads(model: PreTrainedModel) -> RetrievalHeads:
+    """All heads of the middle layers, for where no retrieval heads are known; they tell less.
 
     Args:
         model: The model.
-        known: (layer, head) pairs that ranked the passages, empty where all heads did.
 
     Returns:
         Heads by layer.
     """
-    by_layer: dict[int, list[int]] = {}
-    for layer, head in known:
-        by_layer.setdefault(layer, []).append(head)
-    if by_layer:
-        return by_layer
     looking = layers_that_look(model)
-    first, stop = (round(part * len(looking)) for part in MIDDLE)
     layers = sorted(looking)
+    first, stop = (round(part * len(layers)) for part in MIDDLE)
     return {layer: range(looking[layer]) for layer in layers[first : max(stop, first + 1)]}
 
 

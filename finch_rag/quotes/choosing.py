@@ -11,8 +11,11 @@ import torch
 QUOTE_PART = 0.5
 # The most sentences that are quoted for a statement.
 MOST_QUOTES = 3
-# A statement whose tokens pay less than this to all sentences together, in the mean, rests on none of them.
-LEAST_ATTENTION = 0.0
+# A statement rests on nothing where the best sentence gets less than this of its tokens' attention, in the mean over
+# retrieval heads. By those of SmolLM2-135M, on 20 questions of the example corpus: sentences that are copied get .32 to
+# .59 and those that a short answer comes from .10 to .51, where "I do not know the answer." and the like pay .02 to .08
+# to the best one.
+LEAST_ATTENTION = 0.05
 # A sentence's attention is divided by its number of tokens to this power: 0 takes the sum over them, 1 their mean.
 LENGTH_POWER = 0.0
 
@@ -31,7 +34,11 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    attention: torch.Tensor, statement_of: Sequence[int], statements: int, lengths: Sequence[int]
+    attention: torch.Tensor,
+    statement_of: Sequence[int],
+    statements: int,
+    lengths: Sequence[int],
+    least: float = LEAST_ATTENTION,
 ) -> list[Chosen]:
     """Which sentences each statement of an answer rests on.
 
@@ -40,13 +47,14 @@ def choose(
         statement_of: The statement of each token; -1 for none.
         statements: How many there are.
         lengths: Tokens of each sentence.
+        least: See `LEAST_ATTENTION`.
 
     Returns:
         One a statement, in order.
     """
     scores = attention / torch.tensor(lengths, dtype=attention.dtype).clamp(min=1) ** LENGTH_POWER
     owner = torch.tensor(statement_of, dtype=torch.long)
-    return [_chosen(attention[owner == number], scores[owner == number]) for number in range(statements)]
+    return [_chosen(attention[owner == number], scores[owner == number], least) for number in range(statements)]
 
 
 def shares_of(attention: torch.Tensor, statement_of: Sequence[int]) -> torch.Tensor:
@@ -59,9 +67,9 @@ def shares_of(attention: torch.Tensor, statement_of: Sequence[int]) -> torch.Ten
     return _shares(attention[torch.tensor(statement_of, dtype=torch.long) >= 0])
 
 
-def _chosen(attention: torch.Tensor, scores: torch.Tensor) -> Chosen:
+def _chosen(attention: torch.Tensor, scores: torch.Tensor, least: float) -> Chosen:
     shares = _shares(attention)
-    if not len(attention) or not shares.any() or attention.sum(1).mean() < LEAST_ATTENTION:
+    if not shares.any() or attention.mean(0).max() < least:
         return Chosen(shares, [])
     score = scores.mean(0)
     best = score.argsort(descending=True, stable=True)[:MOST_QUOTES]

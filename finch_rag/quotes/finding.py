@@ -17,6 +17,7 @@ import torch
 
 from ..answer import Answer, Citation, Quote, Source, Statement
 from ..errors import DeviceMemoryError
+from ..heads.pairs import heads_by_layer
 from ..models.cache import CompressedCache
 from ..models.cached_document import CachedSentence
 from ..models.forward import forward, forward_own, forward_varlen, on_device
@@ -27,9 +28,9 @@ from ..prefill.planning import RetrievalHeads
 from ..prompts.sentences import sentence_spans
 from ..request import Request
 from ..runtime import Runtime
-from .attention import LEAD, AnswerObserver, heads_to_watch
+from .attention import LEAD, AnswerObserver, middle_heads
 from .borders import kept_sentences, starts_by_decoding, without_white_space
-from .choosing import choose, shares_of
+from .choosing import LEAST_ATTENTION, choose, shares_of
 
 _ROWS = 512  # tokens of an answer in one pass
 
@@ -136,7 +137,7 @@ def with_quotes(runtime: Runtime, written: Sequence[Written]) -> list[Answer]:
         note = ("the device had no memory left to look for quotes",)
         return [replace(each, report=replace(each.report, notes=each.report.notes + note)) for each in answers]
     for (number, own), paid in zip(watched.items(), attention, strict=True):
-        answers[number] = _quoting(own, paid)
+        answers[number] = _quoting(own, paid, LEAST_ATTENTION if _known_heads(runtime, own) else 0.0)
     seconds = (time.perf_counter() - start) / len(written)
     return [replace(each, report=replace(each.report, quote_seconds=seconds)) for each in answers]
 
@@ -157,7 +158,7 @@ def _watched(runtime: Runtime, written: Written) -> _Watched | None:
 
 def _attention(runtime: Runtime, watched: Sequence[_Watched]) -> list[torch.Tensor]:
     """What the tokens of each answer pay to its sentences, each on the CPU, float32, shape [rows, sentences]."""
-    heads = [heads_to_watch(runtime.model, own.written.cache.document.figures.heads) for own in watched]
+    heads = [_known_heads(runtime, own) or middle_heads(runtime.model) for own in watched]
     last = max(max(by_layer) for by_layer in heads)
     caches = [own.written.cache for own in watched]
     joinable = [cache for cache in caches if isinstance(cache, CompressedCache)]
@@ -171,6 +172,14 @@ def _attention(runtime: Runtime, watched: Sequence[_Watched]) -> list[torch.Tens
         forward_varlen(runtime.model, sequences)
         return [observer.attention() for observer in observers]
     return [_one(runtime, own, by, max(by)) for own, by in zip(watched, heads, strict=True)]
+
+
+def _known_heads(runtime: Runtime, own: _Watched) -> RetrievalHeads | None:
+    """The loop's heads; where they would have to be found first, those that ranked the passages; None for neither.
+
+    Both find what a question asks for, and look it up while the answer is written.
+    """
+    return runtime.known_heads or heads_by_layer(own.written.cache.document.figures.heads) or None
 
 
 def _one(runtime: Runtime, own: _Watched, heads: RetrievalHeads, last: int) -> torch.Tensor:
@@ -199,17 +208,17 @@ def _observer(own: _Watched, rows: int, heads: RetrievalHeads, last: int) -> Ans
     )
 
 
-def _quoting(own: _Watched, attention: torch.Tensor) -> Answer:
+def _quoting(own: _Watched, attention: torch.Tensor, least: float) -> Answer:
     """An answer with what its statements rest on.
 
     Args:
         own: The answer.
         attention: See `_attention`.
+        least: See `finch_rag.quotes.choosing.LEAST_ATTENTION`.
     """
     answer, sentences = own.written.answer, own.sentences
-    chosen = choose(
-        attention, own.statement_of, len(own.spans), [sentence.stop - sentence.first for sentence in sentences]
-    )
+    lengths = [sentence.stop - sentence.first for sentence in sentences]
+    chosen = choose(attention, own.statement_of, len(own.spans), lengths, least)
     statements = tuple(
         Statement(answer.text[start:end], start, end, _sources(sentences, each.quotes, each.shares.tolist()))
         for (start, end), each in zip(own.spans, chosen, strict=True)
