@@ -116,7 +116,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = written["model"]["vocab"]
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
     tokenizer = Tokenizer.from_str(json.dumps(written))
-    tokenizer.pre_tokenizer = None  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = None
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -189,7 +189,7 @@ def test_the_tokens_of_a_sentence_decode_to_it(prompts: PromptBuilder) -> None:
     assert [(each.passage, each.start, each.end) for each in sentences] == expected
     for each in sentences:
         assert each.text == PASSAGES[each.passage].text[each.start : each.end]
-        decoded = prompts.tokenizer.decode(document[each.first : each.stop])
+        decoded = prompts.decode(document[each.first : each.stop])
         if "\ufffd" not in decoded and "<unk>" not in decoded:
             assert letters(decoded) == letters(each.text)
     assert len({place for each in sentences for place in range(each.first, each.stop)}) == sum(
