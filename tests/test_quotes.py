@@ -124,9 +124,32 @@ def test_long_answers_are_read_in_parts(rows: int, monkeypatch: pytest.MonkeyPat
     assert list(map(told, finch.ask_many([QUESTION] * 2, PASSAGES))) == [told(whole)] * 2
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "qwen3_next", "gpt2", "gptj"])
-def test_a_models_own_attention_is_watched_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "changes", "again"),
+    [
+        ("gemma2", {}, True),  # the window has left tokens behind
+        ("gemma2", {"sliding_window": 512}, False),
+        ("gpt_oss", {}, True),
+        ("gpt_oss", {"sliding_window": 512}, False),
+        ("qwen3_next", {}, True),
+        ("gpt2", {}, False),
+        ("gptj", {}, False),
+        ("falcon", {}, False),
+    ],
+)
+def test_a_models_own_attention_is_watched_too(
+    kind: str, changes: dict[str, Any], again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, kind, {**FAMILIES[kind], **changes})
     seen = record_attention(monkeypatch)
+    read: list[int] = []
+    forward_own: Any = vars(finding)["forward_own"]
+
+    def counted(model: Any, tokens: torch.Tensor, observer: Any) -> None:
+        read.append(tokens.shape[1])
+        forward_own(model, tokens, observer)
+
+    monkeypatch.setattr(finding, "forward_own", counted)
     plain, finch = family(kind), new_finch(kind, max_new_tokens=12)
     answer = finch.ask(QUESTION, PASSAGES)
     [(own, attention)] = seen
@@ -134,9 +157,9 @@ def test_a_models_own_attention_is_watched_too(kind: str, monkeypatch: pytest.Mo
         expected = eager_attention(plain, own, {0: [1, 2]})
         assert (attention - expected).abs().max() < 1e-4
     assert attention.max() > 0.001
+    assert bool(read) == again
     check_places(answer, PASSAGES)
     assert told(finch.ask_many([QUESTION], PASSAGES)[0]) == told(answer)
-    assert kind in FAMILIES
 
 
 def test_all_ways_of_asking_say_the_same(finch: Finch) -> None:

@@ -1,8 +1,8 @@
 """From an answer that is written to the sentences that it rests on: its tokens are read once more, and watched.
 
-The decoding steps stay as they are. Where the cache is Finch's, it is cropped to what stood before the answer, and one
-pass of the answer's tokens goes up to the last head that is watched: it costs about as much as one step. A model's own
-cache cannot be cropped, so all that the answer was written from is read again.
+The decoding steps stay as they are. The cache is cropped to what stood before the answer, and one pass of the answer's
+tokens goes up to the last head that is watched: it costs about as much as one step. Of models' own caches some cannot
+be cropped, or not be gone on from by several tokens: then all that the answer was written from is read again.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from ..errors import DeviceMemoryError
 from ..heads.pairs import heads_by_layer
 from ..models.cache import CompressedCache
 from ..models.cached_document import CachedSentence
-from ..models.forward import forward, forward_own, forward_varlen, on_device
+from ..models.forward import forward, forward_own, forward_own_onto, forward_varlen, on_device
 from ..models.inspection import input_embedding
 from ..models.kept_cache import KeptCache
+from ..models.own_cache import OwnCache
 from ..models.varlen import VarlenSequence
 from ..prefill.planning import RetrievalHeads
 from ..prompts.sentences import sentence_spans
@@ -184,8 +185,8 @@ def _known_heads(runtime: Runtime, own: _Watched) -> RetrievalHeads | None:
 
 def _one(runtime: Runtime, own: _Watched, heads: RetrievalHeads, last: int) -> torch.Tensor:
     """The attention of one answer."""
-    cache = own.written.cache
-    if not isinstance(cache, CompressedCache):
+    cache, before = own.written.cache, own.written.before - LEAD
+    if isinstance(cache, OwnCache) and (runtime.prompt_chunk_size is None or not cache.crop_to(before)):
         observer = _observer(own, own.rows, heads, last)
         request = own.written.request
         document = [token for passage in request.prompt.passages for token in passage]
@@ -193,11 +194,15 @@ def _one(runtime: Runtime, own: _Watched, heads: RetrievalHeads, last: int) -> t
         everything = [*request.prompt.prefix, *kept, *own.prompt[: len(own.prompt) - LEAD], *own.tokens()]
         forward_own(runtime.model, torch.tensor([everything]), observer)
         return observer.attention()
-    cache.crop_to(own.written.before - LEAD)
     parts = []
+    if isinstance(cache, CompressedCache):
+        cache.crop_to(before)
     for tokens in on_device(own.tokens(), input_embedding(runtime.model).device).split(_ROWS):
         observer = _observer(own, len(tokens), heads, last)
-        forward(runtime.model, tokens, cache, observer)
+        if isinstance(cache, CompressedCache):
+            forward(runtime.model, tokens, cache, observer)
+        else:
+            forward_own_onto(runtime.model, tokens, cache, observer)
         parts.append(observer.attention())
     return torch.cat(parts)
 
