@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from finch_rag import CompressedCache, DeviceMemoryError, Finch, Passage
-from finch_rag.answer import Answer
+from finch_rag.answer import Answer, citations, report
 from finch_rag.corpus import read_corpus
 from finch_rag.models.cached_document import CachedDocument
 from finch_rag.quotes import attention as watching
 from finch_rag.quotes import finding
 from finch_rag.quotes.attention import middle_heads
 from finch_rag.quotes.choosing import LEAST_ATTENTION, MOST_QUOTES, QUOTE_PART, choose, shares_of
+from finch_rag.reading import read_request
+from finch_rag.resolving import resolve
 
 from .small import small_finch, small_model
 from .test_own_models import FAMILIES, family, new_finch
@@ -288,6 +290,26 @@ def test_everything_can_be_written_as_json(finch: Finch) -> None:
     assert json.loads(json.dumps(written))["statements"] == written["statements"]
     assert written["statements"][0]["sources"][0]["quotes"][0].keys() == {"text", "start", "end", "share"}
     assert any(citation["quotes"] for citation in written["citations"])
+
+
+@pytest.mark.parametrize("before", ["", " \n"])
+def test_each_token_of_an_answer_belongs_to_its_statement(finch: Finch, before: str) -> None:
+    statements = ["It was built in 1874.", "The caf\u00e9 opened!", "Nobody came."]
+    text = " ".join(statements)
+    tokens = finch.prompts.encode([before + text + " STOP"])[0]
+    request = resolve(finch.runtime, QUESTION, PASSAGES, finch.settings.updated({"budget": 400}))
+    cache = read_request(finch.runtime, request)
+    answer = Answer(text, citations(cache), report(cache, 1))  # a stop string has cut it off
+    ended = [*tokens, int(finch.tokenizer.eos_token_id)]
+    own = finding._watched(finch.runtime, finding.Written(answer, request, cache, cache.length, ended))
+    assert own is not None
+    assert [text[start:end] for start, end in own.spans] == statements
+    parts = [
+        finch.prompts.decode([token for token, owner in zip(tokens, own.statement_of, strict=False) if owner == number])
+        for number in range(3)
+    ]
+    assert [part.strip() for part in parts] == statements
+    assert finch.prompts.decode(tokens[: own.rows]).strip() == text
 
 
 def test_a_statement_rests_on_what_gets_most() -> None:
