@@ -24,7 +24,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .answer import Answer, Citation, CompressionReport
+    from .answer import Answer, Citation, CompressionReport, Quote, Source, Statement
     from .checkup.checking import Finding, check_model
     from .engine import Finch
     from .heads.alone import find_alone_heads
@@ -54,8 +54,11 @@ __all__ = [
     "NumericsError",
     "Passage",
     "PassageStore",
+    "Quote",
     "Retrieved",
     "SettingsError",
+    "Source",
+    "Statement",
     "StoreError",
     "StoreInfo",
     "WindowError",
@@ -74,7 +77,10 @@ _LAZY = {  # torch and transformers take seconds to import, so these wait until 
     "Finding": "checkup.checking",
     "Passage": "prompts.passages",
     "PassageStore": "store.store",
+    "Quote": "answer",
     "Retrieved": "store.figures",
+    "Source": "answer",
+    "Statement": "answer",
     "StoreInfo": "store.figures",
     "check_model": "checkup.checking",
     "find_alone_heads": "heads.alone",

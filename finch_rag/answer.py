@@ -11,6 +11,60 @@ from .models.kept_cache import KeptCache
 
 
 @dataclass(frozen=True, slots=True)
+class Quote:
+    """A sentence of a passage that an answer, or a statement of it, rests on.
+
+    Attributes:
+        text: The sentence.
+        start: Where it begins in the passage's ``text``, in characters.
+        end: Behind its last character there.
+        share: Part of the attention that the answer, or the statement, paid to all sentences it was written from.
+    """
+
+    text: str
+    start: int
+    end: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A passage that a statement of an answer rests on.
+
+    Attributes:
+        index: Place of the passage in the caller's list, from 0.
+        share: Part of the attention that the statement paid to all sentences that went to this passage's.
+        quotes: Its sentences that the statement rests on, in the order of the text; at least one.
+    """
+
+    index: int
+    share: float
+    quotes: tuple[Quote, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A sentence of an answer, and what it rests on.
+
+    Attributes:
+        text: The sentence.
+        start: Where it begins in the answer's ``text``, in characters.
+        end: Behind its last character there.
+        sources: The passages that it rests on, by falling share.
+    """
+
+    text: str
+    start: int
+    end: int
+    sources: tuple[Source, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        sources = [{**asdict(source), "quotes": [asdict(quote) for quote in source.quotes]} for source in self.sources]
+        return {**asdict(self), "sources": sources}
+
+
+@dataclass(frozen=True, slots=True)
 class Citation:
     """How much of the question's attention one passage got.
 
@@ -21,6 +75,8 @@ class Citation:
         share: Part of the attention that the question paid to all passages; the shares of all passages sum to 1.
         kept_tokens: Tokens of the passage that are in the cache (the mean over layers for token selection, rounded up).
         passage_tokens: Tokens of the passage that were read.
+        quotes: The sentences that the answer rests on, those of all its statements, in the order of the text. Empty
+            where the answer rests on none, see `Answer`.
     """
 
     passage_id: str | None
@@ -29,10 +85,11 @@ class Citation:
     share: float
     kept_tokens: int
     passage_tokens: int
+    quotes: tuple[Quote, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return asdict(self)
+        return {**asdict(self), "quotes": [asdict(quote) for quote in self.quotes]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +125,7 @@ class CompressionReport:
         searched_tokens: Tokens of the whole store, where a call asked all of it; else 0.
         search_seconds: Seconds of ``prefill_seconds`` that the search among head keys took.
         decode_seconds: Seconds spent on the question and the answer, likewise.
+        quote_seconds: Seconds spent on finding the sentences that the answer rests on, likewise, after its last token.
         new_tokens: Tokens generated, the end token included.
         stop_reason: "eos", "stop" (a stop string) or "length"; empty before decoding.
         parse_mode: How passages and question were told apart: "apart" when the caller gave them so, else see
@@ -100,6 +158,7 @@ class CompressionReport:
     searched_tokens: int = 0
     search_seconds: float = 0.0
     decode_seconds: float = 0.0
+    quote_seconds: float = 0.0
     new_tokens: int = 0
     stop_reason: str = ""
     parse_mode: str = "apart"
@@ -134,17 +193,22 @@ class Answer:
         text: The generated text, stripped.
         citations: Passages with tokens in the cache, by falling share of the question's attention.
         report: What the call read, kept and cost.
+        statements: The answer's sentences, each with the sentences of the passages that it rests on. Empty with
+            ``quotes=False``; where there are no passages; and where none of their sentences is kept whole, as by token
+            selection.
     """
 
     text: str
     citations: list[Citation]
     report: CompressionReport
+    statements: tuple[Statement, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {
             "text": self.text,
             "citations": [citation.to_dict() for citation in self.citations],
+            "statements": [statement.to_dict() for statement in self.statements],
             "report": self.report.to_dict(),
         }
 

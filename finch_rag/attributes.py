@@ -123,6 +123,11 @@ class EngineAttributes:
         return self.settings.reading.cutoff
 
     @property
+    def quotes(self) -> bool:
+        """Whether the sentences are found that an answer rests on."""
+        return self.settings.quotes
+
+    @property
     def max_new_tokens(self) -> int:
         """The most tokens of an answer."""
         return self.settings.sampling.max_new_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from .prefill.planning import PrefillPlan
 from .prefill.shared import scan_shared, shares_scan
 from .prefill.shortlists import prefill_shortlists
 from .prompts.passages import Passage, as_passages
+from .quotes.finding import Written, with_quotes
 from .reading import planned, rank, read_ranked, read_request, remember
 from .request import Cancellation, Request
 from .resolving import resolve, with_store
@@ -167,7 +168,7 @@ def _shared_reader(runtime: Runtime, requests: Sequence[Request], plan: PrefillP
     return read
 
 
-def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[KeptCache]) -> Iterator[Answer]:
+def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[KeptCache]) -> list[Answer]:
     prompts = [request.answer_prompt for request in requests]
     cited = [citations(cache, kept_only=True) for cache in caches]
     writers = [runtime.writer(request.sampling) for request in requests]
@@ -175,6 +176,7 @@ def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[KeptCa
     start = time.perf_counter()
     for number in range(len(caches)):  # one by one, so that the room that reading needed is free again
         caches[number] = caches[number].fork(len(prompts[number]) + new_tokens)
+    before = [cache.length + cache.unread_tokens + len(prompt) for cache, prompt in zip(caches, prompts, strict=True)]
     texts = decode_many(
         runtime.model,
         caches,
@@ -190,9 +192,13 @@ def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[KeptCa
         replace(report(cache, len(request.answer_prompt)), notes=request.notes)
         for cache, request in zip(caches, requests, strict=True)
     ]
-    for text, cited_passages, read, writer in zip(texts, cited, reports, writers, strict=True):
+    written = []
+    for number, (text, writer) in enumerate(zip(texts, writers, strict=True)):
         new, reason = len(writer.token_ids), writer.stop_reason
-        yield Answer(text, cited_passages, replace(read, decode_seconds=seconds, new_tokens=new, stop_reason=reason))
+        told = replace(reports[number], decode_seconds=seconds, new_tokens=new, stop_reason=reason)
+        answer = Answer(text, cited[number], told)
+        written.append(Written(answer, requests[number], caches[number], before[number], writer.token_ids))
+    return with_quotes(runtime, written)
 
 
 def _lists(

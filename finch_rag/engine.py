@@ -23,6 +23,7 @@ from .prefill.selection import Selection
 from .prompts.chat_template import Message
 from .prompts.parsing import parse_prompt
 from .prompts.passages import Passage, as_passages
+from .quotes.finding import sentences_to_quote
 from .reading import read_request
 from .request import Cancellation, Progress
 from .resolving import resolve, resolve_cached, resolve_parsed, with_store
@@ -84,6 +85,8 @@ class Finch(EngineAttributes):
         shortlist_tokens: Where passages are ranked independently or by a store, the most tokens of the best ones that
             the loop then scans; 0 reads the best at once. None is 0, and about 4,096 on an accelerator where a whole
             store was asked.
+        quotes: Find the sentences of the passages that each statement of an answer rests on, by one more pass of the
+            answer's tokens after the last one: `finch_rag.Answer.statements`, `finch_rag.Citation.quotes`.
         on_progress: Called with a stage ("heads", "store", "prefill") and the steps done and in all.
 
     Attributes:
@@ -117,6 +120,7 @@ class Finch(EngineAttributes):
         strict: bool = False,
         store: StorePlace = None,
         shortlist_tokens: int | None = None,
+        quotes: bool = True,
         on_progress: Progress | None = None,
     ) -> None:
         # Copies, which the caller cannot change.
@@ -138,6 +142,7 @@ class Finch(EngineAttributes):
                 "strict": strict,
                 "store": store,
                 "shortlist_tokens": shortlist_tokens,
+                "quotes": quotes,
                 "on_progress": on_progress,
             },
             SettingsError,
@@ -360,6 +365,9 @@ class Finch(EngineAttributes):
     ) -> CompressedCache:
         """Reads passages under a question and returns the small cache, to be asked or saved.
 
+        It holds the sentences that it keeps as text too, so that answers from it can quote them, unless the engine's
+        ``quotes`` are switched off.
+
         Args:
             question: Decides what is kept.
             passages: See `ask`.
@@ -369,9 +377,11 @@ class Finch(EngineAttributes):
             InputError: Also if Finch cannot move the model's keys.
         """
         chosen, settings = with_store(self.runtime, question, as_passages(passages), self.settings.updated(options))
-        cache = read_request(self.runtime, resolve(self.runtime, question, chosen, settings)).fork(0)
+        request = resolve(self.runtime, question, chosen, settings)
+        cache = read_request(self.runtime, request).fork(0)
         if not isinstance(cache, CompressedCache):
             raise InputError(f"{self.name} keeps passages in a cache of its own ({self.runtime.no_loop}): use ask")
+        cache.document = replace(cache.document, sentences=sentences_to_quote(self.runtime, request, cache))
         return cache
 
     def ask_cached(
@@ -388,8 +398,7 @@ class Finch(EngineAttributes):
             InputError: If the cache is another model's.
             WindowError: If question and answer do not fit behind the cache.
         """
-        sampling = self.settings.updated(options).sampling
-        request = resolve_cached(self.runtime, cache, question, sampling)
+        request = resolve_cached(self.runtime, cache, question, self.settings.updated(options))
         return AnswerStream(self.runtime, request, cache).read()
 
     def rank(

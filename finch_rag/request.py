@@ -97,6 +97,7 @@ class Request:
             see `finch_rag.Finch`.
         searched: The search of the whole store that found the passages, if there was one.
         ranks: Of the passages by their retriever, from 0; None where the order is to count for nothing.
+        quotes: Whether to find the sentences that the answer rests on.
     """
 
     question: str
@@ -113,6 +114,7 @@ class Request:
     shortlist_tokens: int | None = None
     searched: Searched = NOT_SEARCHED
     ranks: tuple[int, ...] | None = None
+    quotes: bool = True
 
     @property
     def answer_prompt(self) -> list[int]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .decode.sampling import Sampling
 from .errors import InputError, WindowError
 from .fitting import build_fitting, fixed_tokens, own_settings
 from .models.cache import CompressedCache
@@ -211,22 +210,24 @@ def resolve_prompt(
         shortlist_tokens=settings.shortlist_tokens,
         searched=settings.searched,
         ranks=tuple(ranks_of(passages)) if ranked and passages is not None else None,
+        quotes=settings.quotes,
     )
 
 
-def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | None, sampling: Sampling) -> Request:
+def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | None, settings: Settings) -> Request:
     """Resolves a question to a cache.
 
     Args:
         runtime: Will execute it.
         cache: That a runtime's `read` made, with this model.
         question: The one that the cache was compressed under when None.
-        sampling: How the answer is generated.
+        settings: Of the call.
 
     Raises:
         InputError: If the cache is another model's.
         WindowError: If question and answer do not fit behind the cache.
     """
+    sampling = settings.sampling
     if cache.document.model != runtime.fingerprint:
         raise InputError(f"the cache was filled by another model than {runtime.name}: compress the passages again")
     keys = cache.layers[0].keys
@@ -253,6 +254,7 @@ def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | Non
         plan=None,
         sampling=sampling,
         on_progress=Settings().on_progress,
+        quotes=settings.quotes,
     )
 
 

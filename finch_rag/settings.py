@@ -56,11 +56,16 @@ class EngineSettings(TypedDict, total=False):
     strict: bool
     store: StorePlace
     shortlist_tokens: int | None
+    quotes: bool
     on_progress: Progress | None
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Options of generation; see `finch_rag.decode.sampling.Sampling`. ``json_schema`` is a dictionary here."""
+    """Options of generation; see `finch_rag.decode.sampling.Sampling`. ``json_schema`` is a dictionary here.
+
+    Attributes:
+        quotes: See `Finch`.
+    """
 
     max_new_tokens: int
     temperature: float
@@ -71,6 +76,7 @@ class SamplingOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int]
     json_schema: Mapping[str, Any] | None
+    quotes: bool
 
 
 class ReadingOptions(TypedDict, total=False):
@@ -208,6 +214,7 @@ RULES: Mapping[str, Rule] = {
     "stop": _stop,
     "stop_token_ids": list_of(whole_number(least=0), "token ids"),
     "json_schema": or_none(_json_schema),
+    "quotes": truth,
     "on_progress": or_none(function),
 }
 
@@ -239,6 +246,7 @@ class Settings:
         store: Asked in place of a scan, see `finch_rag.Finch`.
         shortlist_tokens: See `finch_rag.request.Request`.
         searched: See `finch_rag.request.Request`.
+        quotes: Whether to find the sentences that an answer rests on.
     """
 
     reading: ReadingSettings = field(default_factory=ReadingSettings)
@@ -250,6 +258,7 @@ class Settings:
     store: StorePlace = None
     shortlist_tokens: int | None = None
     searched: Searched = NOT_SEARCHED
+    quotes: bool = True
 
     def updated(self, options: Mapping[str, object], error: type[FinchError] = InputError) -> Settings:
         """The same with options in place of what they name.
@@ -276,4 +285,5 @@ class Settings:
             notes=values.get("notes", self.notes),
             store=values.get("store", self.store),
             shortlist_tokens=values.get("shortlist_tokens", self.shortlist_tokens),
+            quotes=values.get("quotes", self.quotes),
         )

@@ -17,6 +17,7 @@ from .answer import Answer, citations, report
 from .errors import InputError
 from .models.kept_cache import KeptCache
 from .prompts.passages import Passage
+from .quotes.finding import Written, with_quotes
 from .reading import read_request
 from .request import Cancelled, Request
 from .runtime import Runtime
@@ -105,6 +106,7 @@ def _answer(
     started = time.perf_counter()
     seconds = 0.0
     cache = cache.fork(request.room)  # frees the room that reading needed
+    before = cache.length + cache.unread_tokens + len(request.answer_prompt)
     running = runtime.decoder(cache, request)
     text = ""
     with closing(iter(running)) as deltas:
@@ -119,7 +121,9 @@ def _answer(
     figures = report(cache, len(request.answer_prompt))  # now that all of it is read
     new, reason = len(running.writer.token_ids), running.writer.stop_reason
     told = replace(figures, parse_mode=request.parse_mode, notes=request.notes)
-    answers.append(Answer(text, cited, replace(told, decode_seconds=seconds, new_tokens=new, stop_reason=reason)))
+    answer = Answer(text, cited, replace(told, decode_seconds=seconds, new_tokens=new, stop_reason=reason))
+    written = Written(answer, request, cache, before, running.writer.token_ids)
+    answers.extend(with_quotes(runtime, [written]))
 
 
 async def in_thread(work: Callable[[], Result], cancel: Callable[[], None]) -> Result:

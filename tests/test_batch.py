@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finch_rag.answer import Answer
+from finch_rag.answer import Answer, Quote
 from finch_rag.engine import Finch
 from finch_rag.errors import InputError, WindowError
 from finch_rag.prompts.passages import Passage
@@ -19,8 +19,20 @@ QUESTIONS = [f"{word} {n}?" for n, word in enumerate(("When", "Who was", "Where"
 
 def bare(answer: Answer) -> Answer:
     """Without seconds, and shares rounded."""
-    cited = [replace(citation, share=round(citation.share, 3)) for citation in answer.citations]
-    return Answer(answer.text, cited, replace(answer.report, prefill_seconds=0, decode_seconds=0))
+
+    def rounded(share: float, quotes: tuple[Quote, ...]) -> dict[str, Any]:
+        return {
+            "share": round(share, 3),
+            "quotes": tuple(replace(quote, share=round(quote.share, 3)) for quote in quotes),
+        }
+
+    cited = [replace(citation, **rounded(citation.share, citation.quotes)) for citation in answer.citations]
+    statements = tuple(
+        replace(each, sources=tuple(replace(source, **rounded(source.share, source.quotes)) for source in each.sources))
+        for each in answer.statements
+    )
+    report = replace(answer.report, prefill_seconds=0, decode_seconds=0, quote_seconds=0)
+    return Answer(answer.text, cited, report, statements)
 
 
 def one_by_one(finch: Finch, lists: list[Any], **options: Any) -> list[Answer]:

@@ -27,7 +27,7 @@ def test_ask_in_json(corpus: Path, model_folder: str) -> None:
         *("--chunk-size", 100, "--max-new-tokens", 5, "--selection", "token", "--json"),
     )
     shown = only_json(result)
-    assert list(shown) == ["question", "answer", "citations", "report"]
+    assert list(shown) == ["question", "answer", "citations", "statements", "report"]
     assert shown["question"] == QUESTION
     assert isinstance(shown["answer"], str)
     assert {citation["passage_id"] for citation in shown["citations"]} == {LIGHTHOUSE, "island.md#harbour"}
@@ -57,6 +57,22 @@ def test_ask_in_words(corpus: Path, model_folder: str) -> None:
     assert f"{report['compression_factor']:.1f} times fewer" in result.stdout
     assert f"{report['kv_bytes_full'] / 2**20:,.1f} MiB" in result.stdout
     assert "\x1b" not in result.output
+
+
+@pytest.mark.usefixtures("hashed")
+def test_ask_shows_quotes_on_request(corpus: Path, model_folder: str) -> None:
+    args = ("ask", QUESTION, "--corpus", corpus, "--model", model_folder, "--budget", 200)
+    shown = only_json(run(*args, "--json"))
+    assert shown["statements"]
+    assert shown["report"]["quote_seconds"] > 0
+    lines = run(*args, "--quotes").stdout.splitlines()
+    for statement in shown["statements"]:
+        numbers = "".join(f"[{source['index'] + 1}]" for source in statement["sources"])
+        assert any(line.endswith(f" {numbers}") for line in lines)
+        for source in statement["sources"]:
+            for quote in source["quotes"]:
+                assert f"  [{source['index'] + 1}] {quote['share']:.0%}  {' '.join(quote['text'].split())}" in lines
+    assert not any(line.startswith("  [") for line in run(*args).stdout.splitlines())
 
 
 @pytest.mark.usefixtures("hashed")

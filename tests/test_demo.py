@@ -125,7 +125,17 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_demo")
 def test_demo_reads_everything_and_says_whether_the_answer_is_right() -> None:
     shown = json.loads(CliRunner().invoke(commands.app, ["demo", "--json"]).stdout)
-    keys = ["question", "answer", "citations", "report", "answers", "right", "window", "first_piece_seconds"]
+    keys = [
+        "question",
+        "answer",
+        "citations",
+        "statements",
+        "report",
+        "answers",
+        "right",
+        "window",
+        "first_piece_seconds",
+    ]
     assert list(shown) == [*keys, "second"]
     assert list(shown["second"]) == keys
     assert (shown["second"]["question"], shown["second"]["report"]["stored_tokens"]) == (QUESTIONS[0].question, 0)

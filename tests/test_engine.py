@@ -119,7 +119,7 @@ def test_rank_orders_all_passages_by_shares_that_sum_to_one(finch: Finch, select
 @pytest.mark.parametrize("selection", ["passage", "token"])
 def test_the_answer_cites_the_ranked_passages_that_were_kept(finch: Finch, selection: Any) -> None:
     ranked = finch.rank(QUESTION, texts(9), selection=selection)
-    cited = finch.ask(QUESTION, texts(9), selection=selection).citations
+    cited = finch.ask(QUESTION, texts(9), selection=selection, quotes=False).citations
     assert cited == [citation for citation in ranked if citation.kept_tokens]
 
 
@@ -145,8 +145,8 @@ def test_reading_again_costs_one_more_pass_and_only_where_something_was_evicted(
     assert count(finch.rank, budget=60) == once
     assert count(finch.compress, budget=360) == once
     # Before an answer, no pass of its own: what was kept is read together with the question.
-    asked = count(finch.ask, budget=60, reread=False, max_new_tokens=1)
-    assert count(finch.ask, budget=60, max_new_tokens=1) == asked == once + 1
+    asked = count(finch.ask, budget=60, reread=False, max_new_tokens=1, quotes=False)
+    assert count(finch.ask, budget=60, max_new_tokens=1, quotes=False) == asked == once + 1
     assert passes[-1] == again + report.question_tokens
     assert [finch.ask(QUESTION, texts(10), budget=60, reread=value).report.reread for value in (True, False)] == [
         True,

@@ -46,6 +46,7 @@ BAD: dict[str, list[Any]] = {
     "stop": [5, [5], b"a", [["a"]], ["a", ""], [b"a"], {"a": 1}, SURROGATE],
     "stop_token_ids": [5.5, 5, [5.5], ["5"], "5", [True], [-1]],
     "json_schema": [5, "x", b"x", [{"type": "object"}], True, {"const": NAN}, {"enum": {1, 2}}, {"const": SURROGATE}],
+    "quotes": [None, 1, "yes"],
     "on_progress": [5, "print"],
 }
 GOOD: dict[str, list[Any]] = {
@@ -74,6 +75,7 @@ GOOD: dict[str, list[Any]] = {
     "stop": [None, "", "a", ["a"], ("a", "b"), []],
     "stop_token_ids": [None, [], [5], (5,)],
     "json_schema": [None, {}, {"type": "integer"}, MappingProxyType({"type": "string"})],
+    "quotes": [True, False],
     "on_progress": [None, print],
 }
 CALLS: dict[str, Callable[[Finch, Any], Any]] = {

@@ -387,7 +387,7 @@ def test_a_known_question_takes_two_passes(passages: list[Passage]) -> None:
     with finch.open_store(heads=HEADS) as store:
         store.add(named(30))
         passes = counting(finch)
-        report = finch.ask(QUESTION, passages, store=store, shortlist_tokens=0, max_new_tokens=1).report
+        report = finch.ask(QUESTION, passages, store=store, shortlist_tokens=0, max_new_tokens=1, quotes=False).report
         # The question and the neutral one; then what is kept together with the question.
         assert len(passes) == 2
         assert passes[1] == report.prefix_tokens + report.kept_tokens + report.question_tokens

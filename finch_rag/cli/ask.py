@@ -32,7 +32,7 @@ EPILOG = (
     '[bold]Examples[/]\n\nfinch-rag ask "Who signed the lease?" --corpus contracts/\n\n'
     'finch-rag ask "When was it built?" --corpus notes.md --model Qwen/Qwen2.5-1.5B-Instruct --budget 1024\n\n'
     'finch-rag ask "Who?" --corpus passages.jsonl.gz --top-k 300 --json | jq .answer\n\n'
-    'finch-rag ask "Who signed the lease?" --store contracts.store'
+    'finch-rag ask "Who signed the lease?" --store contracts.store --quotes'
 )
 
 
@@ -63,6 +63,9 @@ def ask(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="The longest answer.")] = 128,
+    quotes: Annotated[
+        bool, typer.Option("--quotes", help="Show the sentences that each sentence of the answer rests on.")
+    ] = False,
     no_store: NoStoreOption = False,
     as_json: JsonOption = False,
     stream: Annotated[
@@ -95,6 +98,7 @@ def ask(
             budget=budget,
             chunk_size=chunk_size,
             max_new_tokens=max_new_tokens,
+            quotes=quotes or as_json,
         )
         nearest = session.retrieve(question, passages, top_k, bars) if passages else []
         finch.stream(question, nearest, store=None).close()  # what cannot work shows before a store is opened
@@ -106,4 +110,4 @@ def ask(
     if as_json:
         say_json(answer_as_json(question, answer))
         return
-    show_answer(answer, streaming)
+    show_answer(answer, streaming, quotes=quotes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -68,6 +68,25 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f}"
 
 
+def quoted_lines(answer: Answer) -> Iterator[str]:
+    """An answer's sentences with the places of the passages that they rest on, and these passages' sentences.
+
+    Args:
+        answer: The answer.
+    """
+    if not answer.statements:
+        yield "(no sentence of a passage was kept whole)"
+    for statement in answer.statements:
+        yield _one_line(statement.text) + " " + "".join(f"[{source.index + 1}]" for source in statement.sources)
+        for source in statement.sources:
+            for quote in source.quotes:
+                yield f"  [{source.index + 1}] {quote.share:.0%}  {_one_line(quote.text)}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def answer_as_json(question: str, answer: Answer) -> dict[str, Any]:
     """An answer with its question, as plain values.
 
@@ -79,15 +98,20 @@ def answer_as_json(question: str, answer: Answer) -> dict[str, Any]:
     return {"question": question, "answer": shown.pop("text"), **shown}
 
 
-def show_answer(answer: Answer, streamed: bool) -> None:
+def show_answer(answer: Answer, streamed: bool, *, quotes: bool = False) -> None:
     """Shows an answer, the passages that it came from and what it took.
 
     Args:
         answer: The answer.
         streamed: Whether its text has been shown.
+        quotes: Whether to show what its sentences rest on.
     """
     say("" if streamed else answer.text or "(the model's answer is empty)")
     say()
+    if quotes:
+        for line in quoted_lines(answer):
+            say(line)
+        say()
     out.print(citations_table(answer.citations))
     say()
     out.print(report_table(answer.report))

@@ -215,7 +215,7 @@ class CompressedCache(KeptCache):
         Args:
             room: Tokens that will be appended to the copy.
         """
-        capacity = self.length + (0 if self.unread is None else len(self.unread)) + room
+        capacity = self.length + self.unread_tokens + room
         copy = CompressedCache(len(self.layers), capacity)
         copy.layers = [layer.fork(capacity) for layer in self.layers]
         copy._take_record(self)

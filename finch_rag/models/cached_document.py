@@ -49,6 +49,27 @@ class ReadingFigures:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedSentence:
+    """A sentence of a passage that a cache keeps whole.
+
+    Attributes:
+        passage: Place of the passage in the caller's list, from 0.
+        start: Of the sentence in the passage's text, in characters.
+        end: Behind its last character.
+        text: What stands there.
+        first: Document position of its first token.
+        stop: Behind its last token.
+    """
+
+    passage: int
+    start: int
+    end: int
+    text: str
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class CachedDocument:
     """What a cache remembers of the passages that were read into it.
 
@@ -61,6 +82,8 @@ class CachedDocument:
         model: Fingerprint of the model that filled the cache.
         figures: How they were read.
         older_turns: How many of the passages, the last, are older turns of the conversation.
+        sentences: Those that are kept whole, for quotes in answers from the cache alone; none where the request that is
+            answered brings the passages, and of caches that an earlier finch-rag saved.
     """
 
     passage_ids: tuple[str | None, ...] = ()
@@ -71,6 +94,7 @@ class CachedDocument:
     model: str = ""
     figures: ReadingFigures = ReadingFigures()
     older_turns: int = 0
+    sentences: tuple[CachedSentence, ...] = ()
 
     def to_json(self) -> str:
         """All fields as a JSON object."""
@@ -90,5 +114,6 @@ class CachedDocument:
         fields: dict[str, Any] = json.loads(text)
         figures = fields.pop("figures")
         heads = tuple((int(layer), int(head)) for layer, head in figures.pop("heads"))
+        sentences = tuple(CachedSentence(**sentence) for sentence in fields.pop("sentences", ()))
         plain: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
-        return cls(**plain, figures=ReadingFigures(heads=heads, **figures))
+        return cls(**plain, figures=ReadingFigures(heads=heads, **figures), sentences=sentences)

@@ -78,6 +78,26 @@ def forward_own(
         model.base_model(input_ids=token_ids.to(device), use_cache=False, **options)
 
 
+@torch.inference_mode()
+def forward_own_onto(model: PreTrainedModel, token_ids: torch.Tensor, cache: KeptCache, observer: OwnObserver) -> None:
+    """Appends tokens to a model's own cache, by its own attention and without computing logits.
+
+    Args:
+        model: See `finch_rag.models.own_attention`.
+        token_ids: Shape [tokens].
+        cache: The cache to append to.
+        observer: See `forward_own`.
+
+    Raises:
+        DeviceMemoryError: If the device has no memory for it.
+    """
+    device = input_embedding(model).device
+    options = {"past_key_values": cache, "use_cache": True, **own_positions(model, cache, len(token_ids))}
+    work, shown = f"{len(token_ids)} tokens on a cache of {cache.length}", shown_to(observer, model, 1)
+    with memory_guard(device, work), suppress(SeenEnough), shown:
+        model.base_model(input_ids=token_ids[None].to(device), **options)
+
+
 def varlen_logits(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -> torch.Tensor:
     """Logits after the last token of each of several sequences, by one forward pass.
 

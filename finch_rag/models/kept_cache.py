@@ -57,6 +57,11 @@ class KeptCache(Cache):
         return self.kept.shape[1]
 
     @property
+    def unread_tokens(self) -> int:
+        """Tokens that the next pass must take along."""
+        return 0 if self.unread is None else len(self.unread)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values in use."""
         return self.bytes_per_token * self.length

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import ModelError
 from .cache import CompressedCache
@@ -24,6 +24,7 @@ from .own_attention import runs_own_attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_GROWS = (DynamicLayer, DynamicSlidingWindowLayer)
 _PROMPT, _STEPS = 4, 4  # tokens that a model is checked on
 _ROUNDING, _ROUNDING_OF_STEPS = 0.1, 0.3  # of the largest logit; what is wrong is off by its size
 
@@ -138,6 +139,24 @@ class OwnCache(KeptCache):
                 if isinstance(states, torch.Tensor) and states.dim() == 4:
                     total += states.shape[1] * states.shape[3] * states.element_size()
         return total
+
+    def crop_to(self, length: int) -> bool:
+        """Drops the tokens from ``length`` on, where all layers have all tokens; says whether it could.
+
+        States of linear attention, and what a sliding window has left behind, do not come back.
+
+        Args:
+            length: Tokens that stay.
+        """
+        layers: list[Any] = list(self.layers)
+        now = self.length
+        if any(type(layer) not in _GROWS or layer.keys is None or layer.keys.shape[2] != now for layer in layers):
+            return False
+        for layer in layers:
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+            if type(layer) is DynamicSlidingWindowLayer:
+                layer.cumulative_length = min(length, now)
+        return True
 
     def fork(self, room: int) -> OwnCache:
         """A copy to decode on, so that this cache can be asked again.

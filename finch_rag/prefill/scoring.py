@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..models.attention import SeenEnough
+from .head_keys import capped
 
 
 class StopAt:
@@ -83,6 +84,8 @@ def question_attention(
     question_tokens: int,
     own_tokens: slice,
     heads: Sequence[int] | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention weights of the question's own tokens.
 
@@ -93,9 +96,11 @@ def question_attention(
         question_tokens: Question tokens at the end of ``query`` and of ``key``.
         own_tokens: Which of them to take.
         heads: Query heads to take; None takes all.
+        softcap: What the products are capped to, smoothly; None for no cap.
+        sinks: Products that each head pays to nothing, shape [heads]; None for none.
 
     Returns:
-        Shape [heads, own tokens, keys], float32; the weights of every query token sum to 1.
+        Shape [heads, own tokens, keys], float32; the weights of every query token sum to 1, or less with sinks.
     """
     question = query[0, :, query.shape[2] - question_tokens :][:, own_tokens]  # [heads, own, head_dim]
     keys = key[0]  # [kv_heads, keys, head_dim]
@@ -109,8 +114,12 @@ def question_attention(
         products = (grouped @ keys.transpose(1, 2)).view(*question.shape[:2], -1)
     first = keys.shape[1] - question_tokens + own_tokens.indices(question_tokens)[0]  # the first own token's key
     future = torch.ones(products.shape[1:], dtype=torch.bool, device=products.device).triu_(first + 1)
-    products = products.float().mul_(scaling).masked_fill_(future, float("-inf"))
-    return products.softmax(dim=-1)
+    products = capped(products.float().mul_(scaling), softcap).masked_fill_(future, float("-inf"))
+    if sinks is None:
+        return products.softmax(dim=-1)
+    nothing = sinks.flatten() if heads is None else torch.stack([sinks.flatten()[head] for head in heads])
+    nothing = nothing.float()[:, None, None].expand(-1, products.shape[1], 1)
+    return torch.cat((products, nothing), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def passage_sums(scores: torch.Tensor, passage_of: torch.Tensor, passages: int) -> torch.Tensor:

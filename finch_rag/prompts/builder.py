@@ -11,26 +11,17 @@ Retrieved text is untrusted: a control token's text inside a passage or question
 from __future__ import annotations
 
 import itertools
-import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from .chat_template import ASSISTANT, SYSTEM, USER, Message, Render, check_messages, frame, plain_frame
+from .encoding import Encoder
 from .passages import Passage, check_unicode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SYSTEM_PROMPT = "You are a helpful assistant that answers questions from the passages that the user gives."
 INSTRUCTIONS = "Answer the question in a few words, using the passages below."
 INSTRUCTIONS_WITHOUT_PASSAGES = "Answer the question in a few words."
-
-# White space, also as tokenizers write it: runs of it are added tokens of some, and text.
-_WHITE_SPACE = " \t\n\r\u2581\u0120\u010a\u0109"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +65,15 @@ class Prompt:
     tail: list[int]
 
 
+def text_to_read(passage: Passage) -> str:
+    """What a model reads of a passage: title, text and a blank line; nothing of one without text.
+
+    Args:
+        passage: The passage.
+    """
+    return f"{passage.titled_text}\n\n" if passage.text.strip() else ""
+
+
 def refine_instructions(instructions: str, answer: str) -> str:
     """Instructions for a better answer than an earlier one.
 
@@ -87,25 +87,12 @@ def refine_instructions(instructions: str, answer: str) -> str:
     )
 
 
-class PromptBuilder:
+class PromptBuilder(Encoder):
     """Builds prompts for one tokenizer. Safe to share between threads.
 
     Args:
         tokenizer: With a chat template, which is then used, or without.
     """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self._lock = threading.Lock()  # fast tokenizers refuse concurrent use with "Already borrowed"
-        control = {
-            token.content: token_id
-            for token_id, token in tokenizer.added_tokens_decoder.items()
-            if len(token.content) > 1 and token.content.strip(_WHITE_SPACE)
-        }
-        control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        self.control_ids = frozenset(control.values())
-        longest_first = sorted(filter(None, control), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def build(
         self,
@@ -161,66 +148,12 @@ class PromptBuilder:
         opening = f"{instructions}\n\n" if instructions else ""
         prefix = head + self.encode([opening])[0]
         if encoded is None:
-            texts = [f"{passage.titled_text}\n\n" if passage.text.strip() else "" for passage in passages]
-            encoded = self.encode(texts)
+            encoded = self.encode([text_to_read(passage) for passage in passages])
         # The label ends in a space that most tokenizers join to the next word: encode both, then find the border.
         label_ids = self.encode([label.rstrip()])[0]
         question_ids = self.encode([label + question])[0]
         start = len(label_ids) if question_ids[: len(label_ids)] == label_ids else 0
         return Prompt(prefix, encoded, question_ids, slice(start, len(question_ids)), tail)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of untrusted texts: control tokens inside them stay plain text.
-
-        Args:
-            texts: Any texts.
-
-        Returns:
-            One list a text, none of which holds a control token's id.
-        """
-        pieces = [list(self._without_control(text)) for text in texts]
-        flat = [piece for parts in pieces for piece in parts]
-        if not flat:
-            return []
-        encoded = iter(self._encode_pieces(flat))
-        return [[token for _ in parts for token in next(encoded)] for parts in pieces]
-
-    def _encode_pieces(self, pieces: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts that hold no control token as it is written.
-
-        A normaliser may still make one of look-alike characters. Such a text is cut in two until none is made, so that
-        the text stays; only a single character that stands for a control token is left out.
-        """
-        with self._lock:
-            encoded: list[list[int]] = self.tokenizer(list(pieces), add_special_tokens=False)["input_ids"]
-        hit = [place for place, tokens in enumerate(encoded) if not self.control_ids.isdisjoint(tokens)]
-        halves = [half for place in hit for half in _halves(pieces[place])]
-        if not halves:
-            return encoded
-        again = iter(self._encode_pieces([half for half in halves if half]) if any(halves) else ())
-        for place in hit:
-            encoded[place] = [token for half in _halves(pieces[place]) if half for token in next(again)]
-        return encoded
-
-    @contextmanager
-    def alone(self) -> Iterator[PreTrainedTokenizerBase]:
-        """The tokenizer, which no other thread uses meanwhile."""
-        with self._lock:
-            yield self.tokenizer
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of generated tokens, without control tokens."""
-        with self._lock:
-            text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
-
-    def _without_control(self, text: str) -> Iterator[str]:
-        """Cuts a text behind the first character of each control token in it, so that no piece holds one."""
-        start = 0
-        while self._control is not None and (match := self._control.search(text, start)):
-            yield text[start : match.start() + 1]
-            start = match.start() + 1
-        yield text[start:]
 
     def _frame(
         self, messages: list[Message], asked: int, labelled: bool, render: Render | None
@@ -254,9 +187,3 @@ class PromptBuilder:
         """Token ids of the template's own text, whose control tokens are meant."""
         with self._lock:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _halves(text: str) -> tuple[str, str]:
-    """A text in two parts; both are empty where it is a single character."""
-    middle = len(text) // 2
-    return (text[:middle], text[middle:]) if middle else ("", "")

@@ -239,7 +239,7 @@ def finish_reason_of(report: CompressionReport) -> str:
 
 
 def content_blocks_of(message: AIMessage) -> list[ContentBlock]:
-    """An answer's content as a standard text block with citations.
+    """An answer's content as a standard text block with citations: of passages, for all of it, and of quotes.
 
     LangChain calls it for ``content_blocks``, and for ``content`` with ``output_version="v1"``. So ``content`` stays a
     plain str, which string parsers, templates and most programs expect, and citations stand where the standard has
@@ -258,13 +258,32 @@ def content_blocks_of(message: AIMessage) -> list[ContentBlock]:
         return []
     block = TextContentBlock(type="text", text=message.content)
     if citations:
-        block["annotations"] = [_annotation(citation) for citation in citations]
+        by_index = {citation["index"]: citation for citation in citations}
+        quotes = (
+            _annotation(by_index[source["index"]] | _place_of(statement, quote))
+            for statement in message.response_metadata.get("statements") or []
+            for source in statement["sources"]
+            for quote in source["quotes"]
+        )
+        block["annotations"] = [*map(_annotation, citations), *quotes]
     return [block]
+
+
+def _place_of(statement: Mapping[str, Any], quote: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs where a sentence of a passage is cited for a sentence of an answer."""
+    return {
+        "start_index": statement["start"],
+        "end_index": statement["end"],
+        "cited_text": quote["text"],
+        "share": quote["share"],
+        "quote_start": quote["start"],
+        "quote_end": quote["end"],
+    }
 
 
 def _annotation(citation: Mapping[str, Any]) -> Citation:
     source = citation.get("source")
-    names = ("passage_id", "index", "share", "kept_tokens", "passage_tokens", "source")
+    names = ("passage_id", "index", "share", "kept_tokens", "passage_tokens", "source", "quote_start", "quote_end")
     annotation = create_citation(
         url=source if source is not None and "://" in source else None,
         title=citation["title"],

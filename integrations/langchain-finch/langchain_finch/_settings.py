@@ -38,6 +38,7 @@ _ENGINE_SETTINGS = (
         "heads",
         "instructions",
         "max_new_tokens",
+        "quotes",
         "reread",
         "selection",
     ),
@@ -77,6 +78,7 @@ class CallSettings(BaseModel):
     shortlist_tokens: int | None = Field(
         default=None, description="The most tokens of the best passages that the loop then scans; 0 for none."
     )
+    quotes: bool | None = Field(default=None, description="Whether to find the sentences that an answer rests on.")
 
 
 class _Call(CallSettings):

@@ -64,7 +64,7 @@ async def achunks(
 
 
 def outcome_of(stream: AnyStream) -> dict[str, Any]:
-    """Citations, report and finish reason of an answer.
+    """Citations, statements, report and finish reason of an answer.
 
     Args:
         stream: One that has ended.
@@ -75,6 +75,7 @@ def outcome_of(stream: AnyStream) -> dict[str, Any]:
         report["notes"] = [note for note in report["notes"] if note != NO_DOCUMENTS]
     return {
         "citations": citations_of(answer, stream.passages),
+        "statements": [statement.to_dict() for statement in answer.statements],
         "report": report,
         "finish_reason": finish_reason_of(answer.report),
     }

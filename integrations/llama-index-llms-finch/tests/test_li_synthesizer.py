@@ -53,6 +53,26 @@ def test_an_answer_cites_nodes_by_their_ids() -> None:
     assert str(response)
 
 
+def test_an_answers_sentences_come_with_the_nodes_sentences_that_they_rest_on() -> None:
+    found = nodes()
+    engine = RetrieverQueryEngine(
+        FixedRetriever(found), response_synthesizer=FinchSynthesizer(finch_llm(budget=200, cutoff=0))
+    )
+    response = engine.query(QUESTION)
+    statements = cited(response)["statements"]
+    quotes = [quote for each in cited(response)["citations"] for quote in each["quotes"]]
+    assert quotes
+    for statement in statements:
+        assert str(response)[statement["start"] : statement["end"]] == statement["text"]
+        for source in statement["sources"]:
+            text = found[source["index"]].node.get_content(metadata_mode=MetadataMode.LLM)
+            assert all(quote["text"] in text for quote in source["quotes"])
+    without = RetrieverQueryEngine(
+        FixedRetriever(found), response_synthesizer=FinchSynthesizer(finch_llm(quotes=False))
+    )
+    assert cited(without.query(QUESTION))["statements"] == []
+
+
 def test_source_nodes_are_the_retrieved_ones_with_their_scores_in_their_order() -> None:
     found = nodes()
     response = engine_over(found).query(QUESTION)

@@ -71,6 +71,34 @@ def test_content_is_text_and_blocks_have_citations(chat: ChatFinch, documents: l
     assert first["extras"]["kept_tokens"] == message.response_metadata["citations"][0]["kept_tokens"]
 
 
+def test_quotes_are_annotations_of_the_sentences_that_rest_on_them(chat: ChatFinch, documents: list[Document]) -> None:
+    message = chat.bind(documents=documents, reread=True, budget=120).invoke(QUESTION)
+    statements = message.response_metadata["statements"]
+    expected = [
+        (statement["start"], statement["end"], source["index"], quote["text"], quote["start"], quote["end"])
+        for statement in statements
+        for source in statement["sources"]
+        for quote in source["quotes"]
+    ]
+    assert expected
+    annotations = annotated(message)[len(message.response_metadata["citations"]) :]
+    found = []
+    for annotation in annotations:
+        extras = annotation["extras"]
+        places = (extras["quote_start"], extras["quote_end"])
+        found.append(
+            (annotation["start_index"], annotation["end_index"], extras["index"], annotation["cited_text"], *places)
+        )
+        document = documents[extras["index"]]
+        assert document.page_content[slice(*places)] == annotation["cited_text"]
+        assert (annotation["title"], extras["passage_id"]) == (document.metadata["title"], document.id)
+    assert found == expected
+    assert all(message.text[each["start"] : each["end"]] == each["text"] for each in statements)
+    without = chat.bind(documents=documents, reread=True, budget=120, quotes=False).invoke(QUESTION)
+    assert without.response_metadata["statements"] == []
+    assert len(annotated(without)) == len(without.response_metadata["citations"])
+
+
 def test_an_answer_without_documents_has_no_annotations(chat: ChatFinch) -> None:
     message = chat.invoke("Hello")
     assert message.content_blocks == [{"type": "text", "text": message.content}]
@@ -100,7 +128,7 @@ def test_streaming_adds_up_to_the_whole_message(chat: ChatFinch, documents: list
     assert [chunk.usage_metadata is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert chunks[-1].chunk_position == "last"
     assert full.content_blocks == whole.content_blocks
-    times = ("prefill_seconds", "decode_seconds")
+    times = ("prefill_seconds", "decode_seconds", "quote_seconds")
     for metadata in (full.response_metadata, whole.response_metadata):
         for name in times:
             metadata["report"].pop(name)

@@ -84,6 +84,8 @@ class FinchLLM(StoringLLM):
         store: Where passages are kept that were read, so that each is read once for all questions: a folder, True for
             memory, or an open `PassageStore`; False for none; a given engine's own when None.
         shortlist_tokens: The most tokens of the best passages that the loop then scans; see `finch_rag.Finch`.
+        quotes: Whether to find the sentences of the nodes that each sentence of an answer rests on, for the response's
+            "statements" and its citations' "quotes"; a given engine's own when None.
         generate_kwargs: do_sample, temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens of each call.
         model_kwargs: Handed to transformers' ``from_pretrained``.
         tokenizer_kwargs: The same for the tokenizer.
@@ -115,6 +117,7 @@ class FinchLLM(StoringLLM):
     instructions: str | None = Field(default=None, description="Read before the passages.")
     strict: bool | None = Field(default=None, description="Whether an unknown prompt that does not fit is an error.")
     repetition_penalty: float | None = Field(default=None, description="Above 1, makes what was said less likely.")
+    quotes: bool | None = Field(default=None, description="Whether to find the sentences that an answer rests on.")
     generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of generation.")
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of from_pretrained.")
     tokenizer_kwargs: dict[str, Any] = Field(default_factory=dict, description="The same for the tokenizer.")
@@ -147,6 +150,7 @@ class FinchLLM(StoringLLM):
         repetition_penalty: float | None = None,
         store: StorePlace = None,
         shortlist_tokens: int | None = None,
+        quotes: bool | None = None,
         generate_kwargs: Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
@@ -181,6 +185,7 @@ class FinchLLM(StoringLLM):
                 "repetition_penalty": repetition_penalty,
                 "store": store,
                 "shortlist_tokens": shortlist_tokens,
+                "quotes": True if quotes is None else quotes,
                 "strict": False if strict is None else strict,
                 "system_prompt": system_prompt,
                 "stop": stop,
@@ -217,6 +222,7 @@ class FinchLLM(StoringLLM):
             repetition_penalty=repetition_penalty,
             store=place,
             shortlist_tokens=shortlist_tokens,
+            quotes=quotes,
             generate_kwargs=generation,
             model_kwargs=checked_mapping("model_kwargs", model_kwargs),
             tokenizer_kwargs=checked_mapping("tokenizer_kwargs", tokenizer_kwargs),

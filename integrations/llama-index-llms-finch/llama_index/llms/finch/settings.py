@@ -88,6 +88,7 @@ def call_options(llm: FinchLLM, call: Mapping[str, Any]) -> dict[str, Any]:
         "instructions",
         "max_context_tokens",
         "max_new_tokens",
+        "quotes",
         "repetition_penalty",
         "selection",
         "shortlist_tokens",

@@ -39,6 +39,8 @@ dispatcher = instrument.get_dispatcher(__name__)
 class FinchSynthesizer(BaseSynthesizer):
     """Answers from all nodes in one call; ``response.metadata["finch"]`` has citations by node id, and the report.
 
+    Beside them, "statements" has the answer's sentences, each with the nodes' sentences that it rests on.
+
     Args:
         llm: A `FinchLLM`; ``Settings.llm`` when None.
         streaming: Whether the response streams.

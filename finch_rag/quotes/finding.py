@@ -1,0 +1,258 @@
+"""From an answer that is written to the sentences that it rests on: its tokens are read once more, and watched.
+
+The decoding steps stay as they are. The cache is cropped to what stood before the answer, and one pass of the answer's
+tokens goes up to the last head that is watched: it costs about as much as one step. Of models' own caches some cannot
+be cropped, or not be gone on from by several tokens: then all that the answer was written from is read again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..answer import Answer, Citation, Quote, Source, Statement
+from ..errors import DeviceMemoryError
+from ..heads.pairs import heads_by_layer
+from ..models.cache import CompressedCache
+from ..models.cached_document import CachedSentence
+from ..models.forward import forward, forward_own, forward_own_onto, forward_varlen, on_device
+from ..models.inspection import input_embedding
+from ..models.kept_cache import KeptCache
+from ..models.own_cache import OwnCache
+from ..models.varlen import VarlenSequence
+from ..prefill.planning import RetrievalHeads
+from ..prompts.sentences import sentence_spans
+from ..request import Request
+from ..runtime import Runtime
+from .attention import LEAD, AnswerObserver, middle_heads
+from .borders import kept_sentences, starts_by_decoding, without_white_space
+from .choosing import LEAST_ATTENTION, choose, shares_of
+
+_ROWS = 512  # tokens of an answer in one pass
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An answer that is decoded.
+
+    Attributes:
+        answer: Without quotes.
+        request: What was asked.
+        cache: It was decoded on; it is cropped.
+        before: Tokens of the cache before the answer's first.
+        token_ids: Of the answer.
+    """
+
+    answer: Answer
+    request: Request
+    cache: KeptCache
+    before: int
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """An answer's statements, and the sentences that they may rest on.
+
+    Attributes:
+        written: The answer.
+        sentences: Of the passages.
+        spans: Of the statements in the answer's text.
+        statement_of: The statement of each token up to the text's end; -1 for none.
+    """
+
+    written: Written
+    sentences: Sequence[CachedSentence]
+    spans: Sequence[tuple[int, int]]
+    statement_of: Sequence[int]
+
+    @property
+    def rows(self) -> int:
+        """Tokens that are looked at."""
+        return len(self.statement_of)
+
+    @property
+    def prompt(self) -> list[int]:
+        """What is read before the answer and behind the passages."""
+        return self.written.request.answer_prompt
+
+    def tokens(self) -> list[int]:
+        """What the rows of the attention are the rows of: the answer, `LEAD` tokens earlier."""
+        both = [*self.prompt, *self.written.token_ids[: self.rows]]
+        return both[len(self.prompt) - LEAD : len(both) - LEAD]
+
+    def sentence_of(self) -> torch.Tensor:
+        """The sentence of each token of prefix and kept passages, the number of sentences for none."""
+        cache = self.written.cache
+        places = {place: column for column, place in enumerate(cache.kept[0].tolist(), start=cache.prefix)}
+        owner = torch.full((cache.prefix + cache.kept_tokens,), len(self.sentences), dtype=torch.long)
+        for number, sentence in enumerate(self.sentences):
+            owner[[places[place] for place in range(sentence.first, sentence.stop)]] = number
+        return owner
+
+
+def sentences_to_quote(runtime: Runtime, request: Request, cache: KeptCache) -> tuple[CachedSentence, ...]:
+    """The sentences of a request's passages that a cache keeps whole.
+
+    Args:
+        runtime: Has read them.
+        request: What was asked.
+        cache: Has them; what it remembers is taken where the request has no passages.
+    """
+    if not request.passages or not request.quotes:
+        return cache.document.sentences if request.quotes else ()
+    own = request.passages[: len(request.passages) - request.older_turns]
+    return kept_sentences(runtime.prompts, own, request.prompt.passages, cache.kept)
+
+
+@torch.inference_mode()
+def with_quotes(runtime: Runtime, written: Sequence[Written]) -> list[Answer]:
+    """Answers with their statements, and the sentences that these rest on.
+
+    Args:
+        runtime: Has written them.
+        written: The answers, written side by side or one alone.
+
+    Returns:
+        In their order; one stays as it is where nothing can be quoted.
+    """
+    start = time.perf_counter()
+    answers = [each.answer for each in written]
+    watched: dict[int, _Watched] = {}
+    for number, each in enumerate(written):
+        if each.request.quotes and (own := _watched(runtime, each)) is not None:
+            watched[number] = own
+    if not watched:
+        return answers
+    try:
+        attention = _attention(runtime, list(watched.values()))
+    except DeviceMemoryError as error:  # the answers are there
+        _log.warning("no quotes: %s", error)
+        note = ("the device had no memory left to look for quotes",)
+        return [replace(each, report=replace(each.report, notes=each.report.notes + note)) for each in answers]
+    for (number, own), paid in zip(watched.items(), attention, strict=True):
+        answers[number] = _quoting(own, paid, LEAST_ATTENTION if _known_heads(runtime, own) else 0.0)
+    seconds = (time.perf_counter() - start) / len(written)
+    return [replace(each, report=replace(each.report, quote_seconds=seconds)) for each in answers]
+
+
+def _watched(runtime: Runtime, written: Written) -> _Watched | None:
+    """What is looked at of an answer; None where it says nothing, or there is nothing to quote."""
+    text = written.answer.text
+    spans = sentence_spans(text)
+    sentences = sentences_to_quote(runtime, written.request, written.cache) if spans else ()
+    if not sentences:
+        return None
+    starts = starts_by_decoding(runtime.prompts.decode, text, written.token_ids)
+    firsts = [first for first in without_white_space(text, starts) if first < len(text)]
+    numbers = [bisect_right(spans, first, key=lambda span: span[0]) - 1 for first in firsts]
+    owners = [n if n >= 0 and first < spans[n][1] else -1 for n, first in zip(numbers, firsts, strict=True)]
+    return _Watched(written, sentences, spans, owners) if owners else None
+
+
+def _attention(runtime: Runtime, watched: Sequence[_Watched]) -> list[torch.Tensor]:
+    """What the tokens of each answer pay to its sentences, each on the CPU, float32, shape [rows, sentences]."""
+    heads = [_known_heads(runtime, own) or middle_heads(runtime.model) for own in watched]
+    last = max(max(by_layer) for by_layer in heads)
+    caches = [own.written.cache for own in watched]
+    joinable = [cache for cache in caches if isinstance(cache, CompressedCache)]
+    if len(watched) > 1 and len(joinable) == len(watched) and max(own.rows for own in watched) <= _ROWS:
+        observers = [_observer(own, own.rows, by, last) for own, by in zip(watched, heads, strict=True)]
+        sequences = []
+        for own, cache, observer in zip(watched, joinable, observers, strict=True):
+            cache.crop_to(own.written.before - LEAD)
+            tokens = on_device(own.tokens(), input_embedding(runtime.model).device)
+            sequences.append(VarlenSequence.onto(cache, tokens, observer))
+        forward_varlen(runtime.model, sequences)
+        return [observer.attention() for observer in observers]
+    return [_one(runtime, own, by, max(by)) for own, by in zip(watched, heads, strict=True)]
+
+
+def _known_heads(runtime: Runtime, own: _Watched) -> RetrievalHeads | None:
+    """The loop's heads; where they would have to be found first, those that ranked the passages; None for neither.
+
+    Both find what a question asks for, and look it up while the answer is written.
+    """
+    return runtime.known_heads or heads_by_layer(own.written.cache.document.figures.heads) or None
+
+
+def _one(runtime: Runtime, own: _Watched, heads: RetrievalHeads, last: int) -> torch.Tensor:
+    """The attention of one answer."""
+    cache, before = own.written.cache, own.written.before - LEAD
+    if isinstance(cache, OwnCache) and (runtime.prompt_chunk_size is None or not cache.crop_to(before)):
+        observer = _observer(own, own.rows, heads, last)
+        request = own.written.request
+        document = [token for passage in request.prompt.passages for token in passage]
+        kept = [document[place] for place in cache.kept[0].tolist()]
+        everything = [*request.prompt.prefix, *kept, *own.prompt[: len(own.prompt) - LEAD], *own.tokens()]
+        forward_own(runtime.model, torch.tensor([everything]), observer)
+        return observer.attention()
+    parts = []
+    if isinstance(cache, CompressedCache):
+        cache.crop_to(before)
+    for tokens in on_device(own.tokens(), input_embedding(runtime.model).device).split(_ROWS):
+        observer = _observer(own, len(tokens), heads, last)
+        if isinstance(cache, CompressedCache):
+            forward(runtime.model, tokens, cache, observer)
+        else:
+            forward_own_onto(runtime.model, tokens, cache, observer)
+        parts.append(observer.attention())
+    return torch.cat(parts)
+
+
+def _observer(own: _Watched, rows: int, heads: RetrievalHeads, last: int) -> AnswerObserver:
+    return AnswerObserver(
+        rows=rows, sentence_of=own.sentence_of(), sentences=len(own.sentences), heads=heads, last=last
+    )
+
+
+def _quoting(own: _Watched, attention: torch.Tensor, least: float) -> Answer:
+    """An answer with what its statements rest on.
+
+    Args:
+        own: The answer.
+        attention: See `_attention`.
+        least: See `finch_rag.quotes.choosing.LEAST_ATTENTION`.
+    """
+    answer, sentences = own.written.answer, own.sentences
+    lengths = [sentence.stop - sentence.first for sentence in sentences]
+    chosen = choose(attention, own.statement_of, len(own.spans), lengths, least)
+    statements = tuple(
+        Statement(answer.text[start:end], start, end, _sources(sentences, each.quotes, each.shares.tolist()))
+        for (start, end), each in zip(own.spans, chosen, strict=True)
+    )
+    quoted = sorted({number for each in chosen for number in each.quotes})
+    by_passage = _by_passage(sentences, quoted, shares_of(attention, own.statement_of).tolist())
+    return replace(answer, citations=_with(answer.citations, by_passage), statements=statements)
+
+
+def _sources(sentences: Sequence[CachedSentence], quoted: Sequence[int], shares: Sequence[float]) -> tuple[Source, ...]:
+    """The passages of a statement's quotes, the one that gets most first."""
+    paid: dict[int, float] = {}
+    for sentence, share in zip(sentences, shares, strict=True):
+        paid[sentence.passage] = paid.get(sentence.passage, 0.0) + share
+    found = [Source(index, paid[index], own) for index, own in _by_passage(sentences, quoted, shares).items()]
+    return tuple(sorted(found, key=lambda source: -source.share))
+
+
+def _by_passage(
+    sentences: Sequence[CachedSentence], quoted: Iterable[int], shares: Sequence[float]
+) -> dict[int, tuple[Quote, ...]]:
+    """Quotes of each passage, in the order of its text."""
+    found: dict[int, tuple[Quote, ...]] = {}
+    for number in quoted:
+        sentence = sentences[number]
+        quote = Quote(sentence.text, sentence.start, sentence.end, shares[number])
+        found[sentence.passage] = (*found.get(sentence.passage, ()), quote)
+    return found
+
+
+def _with(citations: Sequence[Citation], quotes: Mapping[int, tuple[Quote, ...]]) -> list[Citation]:
+    return [replace(citation, quotes=quotes.get(citation.index, ())) for citation in citations]
