@@ -16,8 +16,8 @@ from .decode.generation import Decoder, Writer, end_tokens
 from .decode.sampling import Sampling
 from .errors import InputError, ModelError
 from .heads.found_once import FoundOnce
-from .heads.pairs import AloneHeads, Heads, heads_by_layer
-from .heads.stored import load_heads, resolve_alone_heads, resolve_heads
+from .heads.pairs import AloneHeads, Heads
+from .heads.stored import resolve_alone_heads, resolve_heads
 from .models import compiling
 from .models.attention import use_finch_attention
 from .models.fingerprint import fingerprint
@@ -159,14 +159,6 @@ class Runtime:
             return resolve_heads(self.heads, self.model, self.tokenizer, self.name, told)
 
         return self._loop_heads.get(find, wanted.check)
-
-    @cached_property
-    def known_heads(self) -> RetrievalHeads | None:
-        """The loop's heads where they need not be found first: given, stored or shipped; None where they must be."""
-        if self.no_loop:
-            return None
-        pairs = load_heads(self.model) if isinstance(self.heads, str) else self.heads
-        return None if pairs is None else heads_by_layer(pairs)
 
     def alone_reader(
         self, on_progress: Progress = no_progress, cancellation: Cancellation | None = None

@@ -15,9 +15,9 @@ from finch_rag.answer import Answer, citations, report
 from finch_rag.corpus import read_corpus
 from finch_rag.models.cached_document import CachedDocument
 from finch_rag.quotes import attention as watching
-from finch_rag.quotes import finding
-from finch_rag.quotes.attention import middle_heads
-from finch_rag.quotes.choosing import LEAST_ATTENTION, MOST_QUOTES, QUOTE_PART, choose, shares_of
+from finch_rag.quotes import choosing, finding
+from finch_rag.quotes.attention import watched_heads
+from finch_rag.quotes.choosing import LEAST_ATTENTION, QUOTE_PART, choose, shares_of
 from finch_rag.reading import read_request
 from finch_rag.resolving import resolve
 
@@ -67,20 +67,26 @@ def check_places(answer: Answer, passages: list[Passage]) -> None:
     assert any(citation.quotes for citation in answer.citations)
 
 
+def quote_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random heads look at nothing sharply."""
+    monkeypatch.setattr(choosing, "LEAST_ATTENTION", 0.0)
+
+
 def record_attention(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What was watched of each answer, and the attention that was found."""
+    """What was watched of each answer, and the attention that was found; quotes however little that is."""
     seen: list[Any] = []
     quoting = finding._quoting
+    quote_all(monkeypatch)
 
-    def recorded(own: Any, attention: torch.Tensor, least: float) -> Answer:
+    def recorded(own: Any, attention: torch.Tensor) -> Answer:
         seen.append((own, attention))
-        return quoting(own, attention, 0.0)
+        return quoting(own, attention)
 
     monkeypatch.setattr(finding, "_quoting", recorded)
     return seen
 
 
-def eager_attention(model: Any, own: Any, heads: dict[int, list[int]]) -> torch.Tensor:
+def eager_attention(model: Any, own: Any, heads: Any) -> torch.Tensor:
     """The same by a model's eager attention, of everything in one pass."""
     written, prompt = own.written, own.written.request.prompt
     document = [token for passage in prompt.passages for token in passage]
@@ -90,12 +96,15 @@ def eager_attention(model: Any, own: Any, heads: dict[int, list[int]]) -> torch.
     with torch.no_grad():
         weights = model(input_ids=torch.tensor([tokens]), output_attentions=True, use_cache=False).attentions
     first = len(before) - watching.LEAD
-    watched = torch.stack([weights[layer][0, head] for layer in heads for head in heads[layer]]).mean(0)
+    watched = torch.stack([weights[layer][0, head] for layer in heads for head in heads[layer]])
+    watched = watched[:, first : first + own.rows]
     columns = {place: len(prompt.prefix) + column for column, place in enumerate(written.cache.kept[0].tolist())}
-    return torch.stack(
-        [watched[first : first + own.rows, [columns[n] for n in range(s.first, s.stop)]].sum(1) for s in own.sentences],
-        dim=1,
+    paid = torch.stack(
+        [watched[..., [columns[n] for n in range(s.first, s.stop)]].sum(-1) for s in own.sentences], dim=-1
     )
+    owners = torch.tensor(own.statement_of)
+    means = [paid[:, owners == number].mean(1) for number in range(len(own.spans))]
+    return torch.stack(means, dim=1).nan_to_num()
 
 
 @pytest.mark.parametrize("lead", [0, 1])
@@ -107,8 +116,8 @@ def test_the_attention_is_that_of_the_models_own_pass(budget: int, lead: int, mo
     finch = small_finch(reread=True, budget=budget, cutoff=0, max_new_tokens=20)
     answer = finch.ask(QUESTION, PASSAGES)
     [(own, attention)] = seen
-    expected = eager_attention(small_model(attention="eager"), own, {0: [1], 1: [2]})
-    assert attention.shape == (own.rows, len(own.sentences))
+    expected = eager_attention(small_model(attention="eager"), own, watched_heads(finch.model))
+    assert attention.shape == (len(expected), len(own.spans), len(own.sentences))
     assert 0 < own.rows <= 20
     assert (attention - expected).abs().max() < 1e-5
     assert attention.max() > 0.01
@@ -156,7 +165,7 @@ def test_a_models_own_attention_is_watched_too(
     answer = finch.ask(QUESTION, PASSAGES)
     [(own, attention)] = seen
     if kind != "qwen3_next":  # it tells the attention of some layers only
-        expected = eager_attention(plain, own, {0: [1, 2]})
+        expected = eager_attention(plain, own, watched_heads(finch.model))
         assert (attention - expected).abs().max() < 1e-4
     assert attention.max() > 0.001
     assert bool(read) == again
@@ -312,34 +321,34 @@ def test_each_token_of_an_answer_belongs_to_its_statement(finch: Finch, before: 
     assert finch.prompts.decode(tokens[: own.rows]).strip() == text
 
 
-def test_a_statement_rests_on_what_gets_most() -> None:
-    attention = torch.tensor(
+def test_a_statement_rests_on_what_its_sharpest_heads_look_at() -> None:
+    faint = torch.full((38, 2, 4), 0.09)  # all but a twentieth of the heads look at nothing sharply
+    sharp = torch.tensor(
         [
-            [0.8, 0.1, 0.0, 0.0],
-            [0.6, 0.3, 0.0, 0.1],
-            [0.9, 0.9, 0.9, 0.9],  # of no statement
-            [0.0, 0.3, 0.3 * QUOTE_PART * 1.01, 0.3 * QUOTE_PART * 0.99],
-            [0.0, 0.0, 0.0, 0.0],
+            [[0.8, 0.1, 0.0, 0.0], [0.0, 0.3, 0.6 * QUOTE_PART * 1.01, 0.0]],
+            [[0.6, 0.1, 0.0, 0.1], [0.0, 0.9, 0.6 * QUOTE_PART * 1.01, 0.6 * QUOTE_PART * 0.98]],
         ]
     )
-    owners = [0, 0, -1, 1, 2]
-    first, second, third, fourth = choose(attention, owners, 4, [1, 1, 1, 1])
+    first, second = choose(torch.cat((faint, sharp)))
     assert first.quotes == [0]
-    assert torch.allclose(first.shares, torch.tensor([1.4, 0.4, 0.0, 0.1]) / 1.9)
+    assert torch.allclose(first.attention, torch.tensor([0.7, 0.1, 0.0, 0.05]))
     assert second.quotes == [1, 2]
-    assert (third.quotes, third.shares.tolist()) == ([], [0.0] * 4)  # pays nothing
-    assert (fourth.quotes, fourth.shares.tolist()) == ([], [0.0] * 4)  # has no token
-    assert torch.allclose(shares_of(attention, owners), attention[[0, 1, 3, 4]].sum(0) / attention[[0, 1, 3, 4]].sum())
-    [many] = choose(torch.full((1, MOST_QUOTES + 2), 0.1), [0], 1, [1] * (MOST_QUOTES + 2))
-    assert many.quotes == list(range(MOST_QUOTES))
-    [faint] = choose(torch.tensor([[0.9, 0.3], [0.1, 0.2]]) * LEAST_ATTENTION, [0, 0], 1, [1, 1])
-    assert faint.quotes == []
-    assert faint.shares.tolist() == pytest.approx([2 / 3, 1 / 3])
+    # Each statement has sharpest heads of its own.
+    [of_third, of_fourth] = choose(torch.tensor([[[0.9, 0.0], [0.1, 0.1]], [[0.1, 0.1], [0.0, 0.5]]]))
+    assert (of_third.quotes, of_fourth.quotes) == ([0], [1])
+    assert of_fourth.attention.tolist() == [0.0, 0.5]
 
 
-def test_where_no_heads_are_known_the_middle_layers_are_watched() -> None:
-    model = small_finch().model
-    assert {layer: list(heads) for layer, heads in middle_heads(model).items()} == {1: [0, 1, 2, 3]}
+def test_a_statement_that_looks_at_nothing_rests_on_nothing() -> None:
+    [little] = choose(torch.tensor([[[0.99, 0.5]]]) * LEAST_ATTENTION)
+    assert little.quotes == []
+    assert shares_of(little.attention) == pytest.approx([0.99 / 1.49, 0.5 / 1.49])
+    assert shares_of(torch.zeros(3)) == [0.0] * 3
+
+
+def test_heads_of_the_middle_layers_are_watched() -> None:
+    watched = watched_heads(small_model(num_hidden_layers=6))
+    assert {layer: list(heads) for layer, heads in watched.items()} == {layer: [0, 1, 2, 3] for layer in (2, 3, 4)}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What an answer pays to sentences, by the heads that find passages."""
+"""What the statements of an answer pay to sentences, head by head."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 # comes next while the word before it is read. 0 takes the token's own row.
 LEAD = 1
 
-# From the first part of the layers to the second.
-MIDDLE = (1 / 3, 2 / 3)
+# From the first part of the layers to the second: below it heads look at words, above it few look at passages.
+WATCHED = (1 / 3, 5 / 6)
 
 _WEIGHTS = 2**26  # at once
 
 
-def middle_heads(model: PreTrainedModel) -> RetrievalHeads:
-    """All heads of the middle layers, for where no retrieval heads are known; they tell less.
+def watched_heads(model: PreTrainedModel) -> RetrievalHeads:
+    """The heads that are watched: all of the layers between the parts that `WATCHED` says.
 
     Args:
         model: The model.
@@ -34,31 +34,37 @@ def middle_heads(model: PreTrainedModel) -> RetrievalHeads:
     """
     looking = layers_that_look(model)
     layers = sorted(looking)
-    first, stop = (round(part * len(layers)) for part in MIDDLE)
+    first, stop = (round(part * len(layers)) for part in WATCHED)
     return {layer: range(looking[layer]) for layer in layers[first : max(stop, first + 1)]}
 
 
 class AnswerObserver(StopAt):
-    """Sums, over heads, what each token of an answer pays to each sentence.
+    """Sums what the tokens of each statement pay to each sentence, for each head.
 
     Args:
-        rows: Query tokens at the end of the forward pass that are looked at.
+        statement_of: The statement of each query token at the end of the forward pass, the number of statements for
+            none, shape [rows].
+        statements: How many there are.
         sentence_of: The sentence of each key token from the first one on, the number of sentences for none, shape
             [keys or fewer].
         sentences: How many there are.
-        heads: By layer.
-        last: The layer at which the forward pass ends.
+        heads: By layer; the forward pass ends at the last.
     """
 
     def __init__(
-        self, *, rows: int, sentence_of: torch.Tensor, sentences: int, heads: RetrievalHeads, last: int
+        self,
+        *,
+        statement_of: torch.Tensor,
+        statements: int,
+        sentence_of: torch.Tensor,
+        sentences: int,
+        heads: RetrievalHeads,
     ) -> None:
-        super().__init__(last)
-        self._rows = rows
-        self._sentence_of = sentence_of
+        super().__init__(max(heads))
+        self._statement_of, self._statements = statement_of, statements
+        self._sentence_of, self._sentences = sentence_of, sentences
         self._heads = heads
-        self._sums = torch.zeros(rows, sentences + 1)
-        self._watched = sum(map(len, heads.values()))
+        self._sums: list[torch.Tensor] = []
 
     def __call__(
         self,
@@ -71,16 +77,20 @@ class AnswerObserver(StopAt):
     ) -> None:
         """See `finch_rag.models.own_attention.OwnObserver`."""
         if layer in self._heads:
-            heads = self._heads[layer]
-            self._sums, self._sentence_of = self._sums.to(query.device), self._sentence_of.to(query.device)
+            heads, rows, keys = self._heads[layer], len(self._statement_of), len(self._sentence_of)
+            self._statement_of = self._statement_of.to(query.device)
+            self._sentence_of = self._sentence_of.to(query.device)
+            sums = query.new_zeros(len(heads), self._statements + 1, self._sentences + 1, dtype=torch.float32)
             some = max(1, _WEIGHTS // (len(heads) * key.shape[2]))
-            for start in range(0, self._rows, some):
-                own = slice(start, min(start + some, self._rows))
-                weights = question_attention(query, key, scaling, self._rows, own, heads, softcap, sinks).sum(0)
-                weights = weights[:, : len(self._sentence_of)]
-                self._sums[own].scatter_add_(1, self._sentence_of.expand_as(weights), weights)
+            for start in range(0, rows, some):
+                own = slice(start, min(start + some, rows))
+                weights = question_attention(query, key, scaling, rows, own, heads, softcap, sinks)[..., :keys]
+                paid = sums.new_zeros(*weights.shape[:2], self._sentences + 1)
+                paid.index_add_(2, self._sentence_of, weights)
+                sums.index_add_(1, self._statement_of[own], paid)
+            self._sums.append(sums[:, :-1, :-1])
         super().__call__(layer, query, key, scaling)
 
-    def attention(self) -> torch.Tensor:
-        """What each row pays to each sentence, the mean over heads, on the CPU, float32, shape [rows, sentences]."""
-        return self._sums[:, :-1].cpu() / self._watched
+    def sums(self) -> torch.Tensor:
+        """Over the tokens of each statement, on the CPU, float32, shape [heads, statements, sentences]."""
+        return torch.cat([sums.cpu() for sums in self._sums])

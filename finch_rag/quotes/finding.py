@@ -17,7 +17,6 @@ import torch
 
 from ..answer import Answer, Citation, Quote, Source, Statement
 from ..errors import DeviceMemoryError
-from ..heads.pairs import heads_by_layer
 from ..models.cache import CompressedCache
 from ..models.cached_document import CachedSentence
 from ..models.forward import forward, forward_own, forward_own_onto, forward_varlen, on_device
@@ -29,9 +28,9 @@ from ..prefill.planning import RetrievalHeads
 from ..prompts.sentences import sentence_spans
 from ..request import Request
 from ..runtime import Runtime
-from .attention import LEAD, AnswerObserver, middle_heads
+from .attention import LEAD, AnswerObserver, watched_heads
 from .borders import kept_sentences, starts_by_decoding, without_white_space
-from .choosing import LEAST_ATTENTION, choose, shares_of
+from .choosing import choose, shares_of
 
 _ROWS = 512  # tokens of an answer in one pass
 
@@ -65,13 +64,18 @@ class _Watched:
         written: The answer.
         sentences: Of the passages.
         spans: Of the statements in the answer's text.
-        statement_of: The statement of each token up to the text's end; -1 for none.
+        statement_of: The statement of each token up to the text's end, the number of statements for none.
     """
 
     written: Written
     sentences: Sequence[CachedSentence]
     spans: Sequence[tuple[int, int]]
     statement_of: Sequence[int]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each statement, shape [statements]."""
+        return torch.tensor(self.statement_of).bincount(minlength=len(self.spans) + 1)[:-1]
 
     @property
     def rows(self) -> int:
@@ -138,7 +142,7 @@ def with_quotes(runtime: Runtime, written: Sequence[Written]) -> list[Answer]:
         note = ("the device had no memory left to look for quotes",)
         return [replace(each, report=replace(each.report, notes=each.report.notes + note)) for each in answers]
     for (number, own), paid in zip(watched.items(), attention, strict=True):
-        answers[number] = _quoting(own, paid, LEAST_ATTENTION if _known_heads(runtime, own) else 0.0)
+        answers[number] = _quoting(own, paid)
     seconds = (time.perf_counter() - start) / len(written)
     return [replace(each, report=replace(each.report, quote_seconds=seconds)) for each in answers]
 
@@ -153,83 +157,86 @@ def _watched(runtime: Runtime, written: Written) -> _Watched | None:
     starts = starts_by_decoding(runtime.prompts.decode, text, written.token_ids)
     firsts = [first for first in without_white_space(text, starts) if first < len(text)]
     numbers = [bisect_right(spans, first, key=lambda span: span[0]) - 1 for first in firsts]
-    owners = [n if n >= 0 and first < spans[n][1] else -1 for n, first in zip(numbers, firsts, strict=True)]
+    none = len(spans)
+    owners = [n if n >= 0 and first < spans[n][1] else none for n, first in zip(numbers, firsts, strict=True)]
     return _Watched(written, sentences, spans, owners) if owners else None
 
 
 def _attention(runtime: Runtime, watched: Sequence[_Watched]) -> list[torch.Tensor]:
-    """What the tokens of each answer pay to its sentences, each on the CPU, float32, shape [rows, sentences]."""
-    heads = [_known_heads(runtime, own) or middle_heads(runtime.model) for own in watched]
-    last = max(max(by_layer) for by_layer in heads)
+    """What the statements of each answer pay to its sentences, the mean over their tokens.
+
+    Returns:
+        Each on the CPU, float32, shape [heads, statements, sentences].
+    """
+    heads = watched_heads(runtime.model)
     caches = [own.written.cache for own in watched]
     joinable = [cache for cache in caches if isinstance(cache, CompressedCache)]
     if len(watched) > 1 and len(joinable) == len(watched) and max(own.rows for own in watched) <= _ROWS:
-        observers = [_observer(own, own.rows, by, last) for own, by in zip(watched, heads, strict=True)]
+        observers = [_observer(own, own.statement_of, heads) for own in watched]
         sequences = []
         for own, cache, observer in zip(watched, joinable, observers, strict=True):
             cache.crop_to(own.written.before - LEAD)
             tokens = on_device(own.tokens(), input_embedding(runtime.model).device)
             sequences.append(VarlenSequence.onto(cache, tokens, observer))
         forward_varlen(runtime.model, sequences)
-        return [observer.attention() for observer in observers]
-    return [_one(runtime, own, by, max(by)) for own, by in zip(watched, heads, strict=True)]
+        sums = [observer.sums() for observer in observers]
+    else:
+        sums = [_one(runtime, own, heads) for own in watched]
+    return [paid / own.lengths.clamp(min=1)[:, None] for paid, own in zip(sums, watched, strict=True)]
 
 
-def _known_heads(runtime: Runtime, own: _Watched) -> RetrievalHeads | None:
-    """The loop's heads; where they would have to be found first, those that ranked the passages; None for neither.
-
-    Both find what a question asks for, and look it up while the answer is written.
-    """
-    return runtime.known_heads or heads_by_layer(own.written.cache.document.figures.heads) or None
-
-
-def _one(runtime: Runtime, own: _Watched, heads: RetrievalHeads, last: int) -> torch.Tensor:
-    """The attention of one answer."""
+def _one(runtime: Runtime, own: _Watched, heads: RetrievalHeads) -> torch.Tensor:
+    """The same for one answer, summed over tokens."""
     cache, before = own.written.cache, own.written.before - LEAD
     if isinstance(cache, OwnCache) and (runtime.prompt_chunk_size is None or not cache.crop_to(before)):
-        observer = _observer(own, own.rows, heads, last)
+        observer = _observer(own, own.statement_of, heads)
         request = own.written.request
         document = [token for passage in request.prompt.passages for token in passage]
         kept = [document[place] for place in cache.kept[0].tolist()]
         everything = [*request.prompt.prefix, *kept, *own.prompt[: len(own.prompt) - LEAD], *own.tokens()]
         forward_own(runtime.model, torch.tensor([everything]), observer)
-        return observer.attention()
+        return observer.sums()
     parts = []
     if isinstance(cache, CompressedCache):
         cache.crop_to(before)
-    for tokens in on_device(own.tokens(), input_embedding(runtime.model).device).split(_ROWS):
-        observer = _observer(own, len(tokens), heads, last)
+    tokens_in_parts = on_device(own.tokens(), input_embedding(runtime.model).device).split(_ROWS)
+    for number, tokens in enumerate(tokens_in_parts):
+        first = number * _ROWS
+        observer = _observer(own, own.statement_of[first : first + len(tokens)], heads)
         if isinstance(cache, CompressedCache):
             forward(runtime.model, tokens, cache, observer)
         else:
             forward_own_onto(runtime.model, tokens, cache, observer)
-        parts.append(observer.attention())
-    return torch.cat(parts)
+        parts.append(observer.sums())
+    return torch.stack(parts).sum(0)
 
 
-def _observer(own: _Watched, rows: int, heads: RetrievalHeads, last: int) -> AnswerObserver:
+def _observer(own: _Watched, statement_of: Sequence[int], heads: RetrievalHeads) -> AnswerObserver:
     return AnswerObserver(
-        rows=rows, sentence_of=own.sentence_of(), sentences=len(own.sentences), heads=heads, last=last
+        statement_of=torch.tensor(statement_of),
+        statements=len(own.spans),
+        sentence_of=own.sentence_of(),
+        sentences=len(own.sentences),
+        heads=heads,
     )
 
 
-def _quoting(own: _Watched, attention: torch.Tensor, least: float) -> Answer:
+def _quoting(own: _Watched, attention: torch.Tensor) -> Answer:
     """An answer with what its statements rest on.
 
     Args:
         own: The answer.
         attention: See `_attention`.
-        least: See `finch_rag.quotes.choosing.LEAST_ATTENTION`.
     """
     answer, sentences = own.written.answer, own.sentences
-    lengths = [sentence.stop - sentence.first for sentence in sentences]
-    chosen = choose(attention, own.statement_of, len(own.spans), lengths, least)
+    chosen = choose(attention)
     statements = tuple(
-        Statement(answer.text[start:end], start, end, _sources(sentences, each.quotes, each.shares.tolist()))
+        Statement(answer.text[start:end], start, end, _sources(sentences, each.quotes, shares_of(each.attention)))
         for (start, end), each in zip(own.spans, chosen, strict=True)
     )
     quoted = sorted({number for each in chosen for number in each.quotes})
-    by_passage = _by_passage(sentences, quoted, shares_of(attention, own.statement_of).tolist())
+    of_statements = torch.stack([each.attention for each in chosen])
+    by_passage = _by_passage(sentences, quoted, shares_of(own.lengths.float() @ of_statements))
     return replace(answer, citations=_with(answer.citations, by_passage), statements=statements)
 
 
