@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .decode.constraint import can_force_json
-from .prefill.planning import ChunkSize, Strategy
+from .prefill.planning import ChunkSize, Prior, Strategy
 from .prefill.selection import Selection
 from .prompts.builder import INSTRUCTIONS
 from .prompts.chat_template import ASSISTANT, SYSTEM, USER, Message, Render
@@ -28,6 +28,7 @@ __all__ = [
     "ChunkSize",
     "Message",
     "ParsedPrompt",
+    "Prior",
     "ReadingOptions",
     "Render",
     "Selection",

@@ -116,6 +116,7 @@ class CompressionReport:
         kv_bytes_full: Bytes that the keys and values of all passages would take.
         kv_bytes_kept: Bytes that the kept ones take.
         chunks: Passes in which the passages were read.
+        rounds: How often they were ranked: 2 where the best of the first round were scanned once more.
         prefill_seconds: Seconds spent reading passages; where several questions were read for together, this one's
             part of them. What is re-prefilled in the pass that reads the question counts as decoding, and so may, on an
             accelerator, the end of the last pass before it.
@@ -152,6 +153,7 @@ class CompressionReport:
     kv_bytes_kept: int
     chunks: int
     prefill_seconds: float
+    rounds: int = 1
     known_tokens: int = 0
     stored_tokens: int = 0
     store_seconds: float = 0.0
@@ -259,6 +261,7 @@ def report(cache: KeptCache, question_tokens: int) -> CompressionReport:
         kv_bytes_kept=cache.kept_tokens * cache.bytes_per_token,
         chunks=figures.chunks,
         prefill_seconds=figures.prefill_seconds,
+        rounds=figures.rounds,
         known_tokens=figures.known_tokens,
         stored_tokens=figures.stored_tokens,
         store_seconds=figures.store_seconds,

@@ -118,6 +118,11 @@ class EngineAttributes:
         return self.settings.reading.prior
 
     @property
+    def rounds(self) -> int | None:
+        """How often passages are ranked; None leaves it to the device."""
+        return self.settings.reading.rounds
+
+    @property
     def cutoff(self) -> float | None:
         """The part of the best passage's attention below which a passage is left out; None for the default."""
         return self.settings.reading.cutoff

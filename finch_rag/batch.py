@@ -108,7 +108,7 @@ def _alone_reader(runtime: Runtime, requests: Sequence[Request], plans: Sequence
 
 def _loop_reader(runtime: Runtime, requests: Sequence[Request], plans: Sequence[PrefillPlan], shared: bool) -> Read:
     """A long list that all requests share is scanned now."""
-    if runtime.no_loop:
+    if runtime.no_loop or any(plan.rounds == 2 for plan in plans):
         return lambda group: [read_request(runtime, requests[number]) for number in group]
     lengths = requests[0].passage_tokens
     smallest = min(plan.budget for plan in plans), min(plan.chunk_size for plan in plans)

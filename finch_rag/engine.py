@@ -69,6 +69,10 @@ class Finch(EngineAttributes):
         prior: What the retriever's order counts where passages are read alone. "auto" weights the attention with it, as
             far as the two agree: an order that carries nothing changes nothing. The order is that of the scores where
             every passage has one, else that of the list. "none" ranks by the attention alone.
+        rounds: 2 ranks twice: the best passages of the first round, some 4,096 tokens of them, are scanned once more by
+            the loop, where each is read with the others before it. That finds more of what questions over several
+            passages need, and tells one clear source more sharply (docs/benchmarks.md). 1 answers from the first round.
+            None is 2 on an accelerator where passages are read alone, else 1.
         heads: Heads that rank passages in the loop: "auto" (the model's retrieval heads, found at the first use of a
             model), "all", or (layer, head) pairs. Token selection sums all heads.
         alone_heads: Heads that rank passages read alone: "auto", or (layer, head) pairs.
@@ -82,9 +86,8 @@ class Finch(EngineAttributes):
         store: Asked in place of a scan: passages of a call are read once for all calls; a call without passages asks
             all that the store has. A folder, opened at the first use; True keeps it in memory; or what `open_store`
             returns. None scans the passages of each call.
-        shortlist_tokens: Where passages are ranked independently or by a store, the most tokens of the best ones that
-            the loop then scans; 0 reads the best at once. None is 0, and about 4,096 on an accelerator where a whole
-            store was asked.
+        shortlist_tokens: The most tokens that the second of two ``rounds`` scans; 0 leaves it out. None is 4,096, or
+            twice the budget where that is more.
         quotes: Find the sentences of the passages that each statement of an answer rests on, by one more pass of the
             answer's tokens after the last one: `finch_rag.Answer.statements`, `finch_rag.Citation.quotes`.
         on_progress: Called with a stage ("heads", "store", "prefill") and the steps done and in all.
@@ -111,6 +114,7 @@ class Finch(EngineAttributes):
         reread: bool = True,
         cutoff: float | None = None,
         prior: Prior = "auto",
+        rounds: int | None = None,
         heads: Heads = "auto",
         alone_heads: AloneHeads = "auto",
         max_new_tokens: int = 128,
@@ -136,6 +140,7 @@ class Finch(EngineAttributes):
                 "reread": reread,
                 "cutoff": cutoff,
                 "prior": prior,
+                "rounds": rounds,
                 "max_new_tokens": max_new_tokens,
                 "instructions": instructions,
                 "system_prompt": system_prompt,

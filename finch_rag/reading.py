@@ -80,12 +80,33 @@ def read_request(runtime: Runtime, request: Request, *, ahead: bool = False) -> 
         rankings = rank(runtime, [request])
         return read_ranked(runtime, [request], [plan], rankings, ahead=ahead)[0]
     start = time.perf_counter()
+    if _scans_twice(request, plan):
+        return _scanned_twice(runtime, request, plan, ahead=ahead)
     if runtime.no_loop:  # there is nothing to rank
         nothing = torch.zeros(len(request.passages))
         found = prefill_best(runtime.model, [request.prompt], [nothing], [plan], ahead=ahead)[0]
         return remember(runtime, request, plan, found, time.perf_counter() - start)
     prefilled = prefill(runtime.model, request.prompt, plan, runtime.rotation, request.on_step("prefill"), ahead=ahead)
     return remember(runtime, request, plan, prefilled, time.perf_counter() - start)
+
+
+def _scans_twice(request: Request, plan: PrefillPlan) -> bool:
+    """Whether the loop is to scan the best passages of its first scan once more."""
+    most = request.shortlist_tokens or shortlist_tokens(plan.budget)
+    return plan.rounds == 2 and not plan.ranks_only and sum(request.passage_tokens) > most
+
+
+def _scanned_twice(runtime: Runtime, request: Request, plan: PrefillPlan, *, ahead: bool) -> KeptCache:
+    """The cache of a request whose passages the loop ranks, and then the best of them once more."""
+    start, prompt = time.perf_counter(), request.prompt
+    first = replace(plan, ranks_only=True)
+    ranked = prefill(runtime.model, prompt, first, runtime.rotation, request.on_step("prefill"))
+    tokens = None if request.shortlist_tokens is None else [request.shortlist_tokens]
+    [found] = prefill_shortlists(
+        runtime.model, [prompt], [ranked.attention.cpu()], [plan], runtime.rotation, tokens, ahead=ahead
+    )
+    found = found._replace(steps=ranked.steps)
+    return remember(runtime, request, plan, found, time.perf_counter() - start, rounds=2)
 
 
 def rank(runtime: Runtime, requests: Sequence[Request]) -> list[Ranking]:
@@ -233,6 +254,7 @@ def read_ranked(
             used[number],
             found[number]._replace(steps=rankings[number].steps),
             rankings[number].seconds + seconds,
+            rounds=2 if number in scanned else 1,
             **rankings[number].figures,
         )
         for number, request in enumerate(requests)
@@ -242,9 +264,8 @@ def read_ranked(
 def _shortlist(runtime: Runtime, request: Request, plan: PrefillPlan, attention: torch.Tensor) -> int:
     """The most tokens of what the loop scans of passages that are ranked; 0 reads the best at once.
 
-    Where a whole store was searched, the loop chooses among its best. On a CPU that would take most of the time.
-    Passages that a retriever has chosen are answered as well from the best at once (docs/benchmarks.md). Where the best
-    one is longer than the budget, the loop keeps what matters of it.
+    On a CPU a second round would take a good part of the time, so there it must be asked for. Where the best passage is
+    longer than the budget, the loop keeps what matters of it.
     """
     if plan.ranks_only or runtime.no_loop:
         return 0
@@ -252,8 +273,8 @@ def _shortlist(runtime: Runtime, request: Request, plan: PrefillPlan, attention:
         return request.shortlist_tokens
     on_cpu = input_embedding(runtime.model).device.type == "cpu"
     too_long = request.passage_tokens[int(attention.argmax())] > plan.budget
-    scans = too_long or (request.searched.attention and not on_cpu)
-    return shortlist_tokens(plan.budget) if scans else 0
+    twice = (not on_cpu) if plan.rounds is None else plan.rounds == 2
+    return shortlist_tokens(plan.budget) if too_long or twice else 0
 
 
 def remember(

@@ -157,6 +157,7 @@ def resolve_prompt(
     asks_store = settings.store is not None and any(lengths) and not older_turns
     if any(lengths):
         _check_strategy(reading, asks_store)
+        _check_rounds(settings)
         _check_no_loop(runtime, settings)
     whole = reading.selection == "passage"
     fixed = fixed_tokens(prompt, replace(settings, sampling=sampling))
@@ -184,6 +185,7 @@ def resolve_prompt(
         reread=reread,
         ranks_only=ranks_only,
         cutoff=reading.cutoff_part,
+        rounds=reading.rounds,
         in_order=reading.whole_text,
     )
     store = runtime.stores.at(settings.store, settings.on_progress) if asks_store else None
@@ -272,6 +274,14 @@ def _check_strategy(reading: ReadingSettings, asks_store: bool) -> None:
         raise InputError(f"{reader} reads the best passages again, and nothing else: use reread=True, or {cure}")
 
 
+def _check_rounds(settings: Settings) -> None:
+    """Raises an InputError where the rounds and the tokens of the second one say different things."""
+    rounds, tokens = settings.reading.rounds, settings.shortlist_tokens
+    if rounds is not None and tokens is not None and (rounds == 2) != (tokens > 0):
+        scans = f"scans {tokens} tokens in a second round" if tokens else "leaves the second round out"
+        raise InputError(f"rounds is {rounds}, and shortlist_tokens={tokens} {scans}: leave one of them None")
+
+
 def _check_no_loop(runtime: Runtime, settings: Settings) -> None:
     """Raises an InputError where a call needs the loop, and the model cannot run it."""
     reading = settings.reading
@@ -280,6 +290,7 @@ def _check_no_loop(runtime: Runtime, settings: Settings) -> None:
         'selection="token"': reading.selection == "token",
         "reread=False": not reading.reread,
         "shortlist_tokens": bool(settings.shortlist_tokens),
+        "rounds=2": reading.rounds == 2,
     }
     if runtime.no_loop and (asked := [name for name, asks in needs.items() if asks]):
         raise InputError(

@@ -47,6 +47,7 @@ class EngineSettings(TypedDict, total=False):
     reread: bool
     cutoff: float | None
     prior: Prior
+    rounds: int | None
     heads: Heads
     alone_heads: AloneHeads
     max_new_tokens: int
@@ -90,6 +91,7 @@ class ReadingOptions(TypedDict, total=False):
         reread: See `Finch`.
         cutoff: See `Finch`.
         prior: See `Finch`.
+        rounds: See `Finch`.
         instructions: See `Finch`.
         system_prompt: See `Finch`.
         history: Earlier messages of the conversation, dictionaries with "role" ("user" or "assistant") and "content".
@@ -110,6 +112,7 @@ class ReadingOptions(TypedDict, total=False):
     reread: bool
     cutoff: float | None
     prior: Prior
+    rounds: int | None
     instructions: str | None
     system_prompt: str | None
     history: Sequence[Mapping[str, object]]
@@ -193,6 +196,7 @@ RULES: Mapping[str, Rule] = {
     "reread": truth,
     "cutoff": or_none(number(lambda value: 0 <= value <= 1, "it must be from 0, which leaves nothing out, to 1")),
     "prior": one_of(get_args(Prior)),
+    "rounds": or_none(whole_number(most=2, cure=", or None")),
     "max_context_tokens": or_none(whole_number(unit=" token", cure=", or None for no limit")),
     "instructions": or_none(text),
     "system_prompt": or_none(text),

@@ -40,6 +40,18 @@ class StrategyName(StrEnum):
         return "loop" if self is StrategyName.LOOP else "independent"
 
 
+class PriorName(StrEnum):
+    """What a retriever's order counts."""
+
+    AUTO = "auto"
+    NONE = "none"
+
+    @property
+    def literal(self) -> Literal["auto", "none"]:
+        """The name as the engine takes it."""
+        return "none" if self is PriorName.NONE else "auto"
+
+
 class PrecisionName(StrEnum):
     """How a store keeps its keys."""
 

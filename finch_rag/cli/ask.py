@@ -19,6 +19,7 @@ from .arguments import (
     JsonOption,
     ModelOption,
     NoStoreOption,
+    PriorName,
     QuestionArgument,
     SelectionName,
     StoreOption,
@@ -62,6 +63,21 @@ def ask(
             show_default=False,
         ),
     ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="1|2",
+            min=1,
+            max=2,
+            help="Scan the best passages once more (2), for questions that need several; or not (1).  "
+            "[dim]\\[default: 2 on an accelerator, else 1][/]",
+            show_default=False,
+        ),
+    ] = None,
+    prior: Annotated[
+        PriorName,
+        typer.Option(help="Let the retriever's order count beside the attention, as far as both agree; or not."),
+    ] = PriorName.AUTO,
     max_new_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="The longest answer.")] = 128,
     quotes: Annotated[
         bool, typer.Option("--quotes", help="Show the sentences that each sentence of the answer rests on.")
@@ -95,6 +111,8 @@ def ask(
             strategy=strategy.literal,
             selection=selection.literal,
             cutoff=cutoff,
+            rounds=rounds,
+            prior=prior.literal,
             budget=budget,
             chunk_size=chunk_size,
             max_new_tokens=max_new_tokens,

@@ -22,6 +22,7 @@ class ReadingFigures:
         chunk_size_planned: What it was at first; more than ``chunk_size`` where the device's memory ran out.
         chunks: Steps of the scan.
         scanned_layers: Layers that the scan ran.
+        rounds: How often the passages were ranked.
         prefill_seconds: Seconds spent reading passages.
         known_tokens: Tokens of passages that a store had read before.
         stored_tokens: Tokens of passages that the store read for this call.
@@ -40,6 +41,7 @@ class ReadingFigures:
     chunk_size_planned: int = 0
     chunks: int = 0
     scanned_layers: int = 0
+    rounds: int = 1
     prefill_seconds: float = 0.0
     known_tokens: int = 0
     stored_tokens: int = 0

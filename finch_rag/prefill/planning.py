@@ -50,6 +50,7 @@ class ReadingSettings:
         cutoff: What got less than this part of the best passage's attention is not prefilled again; None for `CUTOFF`,
             or 0 where a text matters as a whole.
         prior: What the retriever's order counts beside the attention, see `Prior`.
+        rounds: 2 has the best passages scanned once more, by the loop; 1 does not. None leaves it to the device.
         whole_text: The passages are one text that matters as a whole, as for a summary: keep as much of it as fits into
             the window, also what is far below the best passage, in its order.
     """
@@ -62,6 +63,7 @@ class ReadingSettings:
     max_context_tokens: int | None = None
     cutoff: float | None = None
     prior: Prior = "auto"
+    rounds: int | None = None
     whole_text: bool = False
 
     @property
@@ -91,6 +93,7 @@ class PrefillPlan:
         cutoff: Leave out of the re-prefill what got less than this part of the best passage's attention.
         in_order: Passages of the re-prefill stay in their order; else the best one comes last.
         strategy: How the passages are ranked, see `Strategy`; a store has read them independently.
+        rounds: See `ReadingSettings`.
     """
 
     budget: int
@@ -102,6 +105,7 @@ class PrefillPlan:
     cutoff: float = CUTOFF
     in_order: bool = False
     strategy: Literal["loop", "independent"] = "loop"
+    rounds: int | None = None
 
     def chooses_only(self, passage_tokens: Sequence[int]) -> bool:
         """Whether the scan only chooses passages, so that nothing of its cache is answered from.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finch_rag import Finch, FinchError, InputError, Passage, SettingsError
-from finch_rag.adapters import INSTRUCTIONS, ChunkSize, Selection, Strategy, check_options
+from finch_rag.adapters import INSTRUCTIONS, ChunkSize, Prior, Selection, Strategy, check_options
 
 from ._convert import NO_DOCUMENTS, passages_of
 from ._engines import EngineSource
@@ -38,8 +38,10 @@ _ENGINE_SETTINGS = (
         "heads",
         "instructions",
         "max_new_tokens",
+        "prior",
         "quotes",
         "reread",
+        "rounds",
         "selection",
     ),
     *("strategy", "system_prompt"),
@@ -61,6 +63,8 @@ class CallSettings(BaseModel):
     cutoff: float | None = Field(
         default=None, description="Leave out what got less than this part of the best's attention."
     )
+    prior: Prior | None = Field(default=None, description='What the retriever\'s order counts: "auto" or "none".')
+    rounds: int | None = Field(default=None, description="How often passages are ranked: 1, or 2 for several sources.")
     instructions: str | None = Field(default=None, description="Read before the passages.")
     system_prompt: str | None = Field(default=None, description="System message where the messages have none.")
     max_tokens: int | None = Field(default=None, description="The most tokens of an answer; also max_new_tokens.")

@@ -26,6 +26,7 @@ from finch_rag.adapters import (
     AsyncAnswerStream,
     ChunkSize,
     Message,
+    Prior,
     Render,
     Selection,
     StorePlace,
@@ -75,6 +76,8 @@ class FinchLLM(StoringLLM):
         selection: "passage" keeps whole passages, "token" single tokens; a given engine's own when None.
         cutoff: Passages with less than this part of the best one's attention are left out; 0 leaves none out; a given
             engine's own when None.
+        prior: What the retriever's order counts beside the attention: "auto" or "none"; a given engine's own when None.
+        rounds: How often passages are ranked: 1, or 2 for questions that need several; a given engine's own when None.
         max_context_tokens: What Finch reads in one call; LlamaIndex packs nodes by it.
         context_window: What LlamaIndex packs nodes by instead; several calls where they have more tokens.
         instructions: Read before the passages; a default that asks for a short answer when None.
@@ -112,6 +115,8 @@ class FinchLLM(StoringLLM):
     strategy: str | None = Field(default=None, description='"auto", "loop" or "independent".')
     selection: str = Field(default="passage", description='"passage" or "token".')
     cutoff: float | None = Field(default=None, description="Leave out what got less than this part of the best's.")
+    prior: str | None = Field(default=None, description='What the order counts: "auto" or "none".')
+    rounds: int | None = Field(default=None, description="How often passages are ranked: 1 or 2.")
     max_context_tokens: int = Field(default=1_000_000, description="Document tokens that one call reads.", gt=0)
     context_window: int | None = Field(default=None, description="What LlamaIndex packs nodes by.", gt=0)
     instructions: str | None = Field(default=None, description="Read before the passages.")
@@ -143,6 +148,8 @@ class FinchLLM(StoringLLM):
         strategy: Strategy | None = None,
         selection: Selection | None = None,
         cutoff: float | None = None,
+        prior: Prior | None = None,
+        rounds: int | None = None,
         max_context_tokens: int = 1_000_000,
         context_window: int | None = None,
         instructions: str | None = None,
@@ -180,6 +187,8 @@ class FinchLLM(StoringLLM):
                 "strategy": "auto" if strategy is None else strategy,
                 "selection": selection,
                 "cutoff": cutoff,
+                "prior": "auto" if prior is None else prior,
+                "rounds": rounds,
                 "max_context_tokens": max_context_tokens,
                 "instructions": instructions,
                 "repetition_penalty": repetition_penalty,
@@ -215,6 +224,8 @@ class FinchLLM(StoringLLM):
             strategy=strategy,
             selection=selection,
             cutoff=cutoff,
+            prior=prior,
+            rounds=rounds,
             max_context_tokens=max_context_tokens,
             context_window=context_window,
             instructions=instructions,
