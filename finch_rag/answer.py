@@ -128,7 +128,8 @@ class CompressionReport:
         decode_seconds: Seconds spent on the question and the answer, likewise.
         quote_seconds: Seconds spent on finding the sentences that the answer rests on, likewise, after its last token.
         new_tokens: Tokens generated, the end token included.
-        stop_reason: "eos", "stop" (a stop string) or "length"; empty before decoding.
+        stop_reason: "eos", "stop" (a stop string) or "length"; "unsupported" where the answer was withheld for want of
+            support; empty before decoding.
         parse_mode: How passages and question were told apart: "apart" when the caller gave them so, else see
             `finch_rag.prompts.parsing`.
         notes: What else was done with the input: passages without text, older turns that did not fit, borders between
@@ -198,12 +199,15 @@ class Answer:
         statements: The answer's sentences, each with the sentences of the passages that it rests on. Empty with
             ``quotes=False``; where there are no passages; and where none of their sentences is kept whole, as by token
             selection.
+        support: How well the passages support the answer, between 0 and 1; see ``support`` of `finch_rag.Finch`. None
+            where it was not asked for, and where there is no sentence that the answer could rest on.
     """
 
     text: str
     citations: list[Citation]
     report: CompressionReport
     statements: tuple[Statement, ...] = ()
+    support: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -211,6 +215,7 @@ class Answer:
             "text": self.text,
             "citations": [citation.to_dict() for citation in self.citations],
             "statements": [statement.to_dict() for statement in self.statements],
+            "support": self.support,
             "report": self.report.to_dict(),
         }
 

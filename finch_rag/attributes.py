@@ -128,6 +128,16 @@ class EngineAttributes:
         return self.settings.reading.cutoff
 
     @property
+    def support(self) -> bool:
+        """Whether it is judged how well the passages support an answer."""
+        return self.settings.support or self.settings.min_support is not None
+
+    @property
+    def min_support(self) -> float | None:
+        """The least support of an answer that is not withheld; None withholds none."""
+        return self.settings.min_support
+
+    @property
     def quotes(self) -> bool:
         """Whether the sentences are found that an answer rests on."""
         return self.settings.quotes

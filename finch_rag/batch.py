@@ -16,7 +16,8 @@ from .prefill.planning import PrefillPlan
 from .prefill.shared import scan_shared, shares_scan
 from .prefill.shortlists import prefill_shortlists
 from .prompts.passages import Passage, as_passages
-from .quotes.finding import Written, with_quotes
+from .quotes.finding import Written
+from .quotes.support import finished
 from .reading import planned, rank, read_ranked, read_request, remember
 from .request import Cancellation, Request
 from .resolving import resolve, with_store
@@ -198,7 +199,7 @@ def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[KeptCa
         told = replace(reports[number], decode_seconds=seconds, new_tokens=new, stop_reason=reason)
         answer = Answer(text, cited[number], told)
         written.append(Written(answer, requests[number], caches[number], before[number], writer.token_ids))
-    return with_quotes(runtime, written)
+    return finished(runtime, written)
 
 
 def _lists(

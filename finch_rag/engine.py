@@ -90,7 +90,12 @@ class Finch(EngineAttributes):
             twice the budget where that is more.
         quotes: Find the sentences of the passages that each statement of an answer rests on, by one more pass of the
             answer's tokens after the last one: `finch_rag.Answer.statements`, `finch_rag.Citation.quotes`.
-        on_progress: Called with a stage ("heads", "store", "prefill") and the steps done and in all.
+        support: Judge how well the passages support an answer (`finch_rag.Answer.support`): the model is asked whether
+            they answer the question, and it is seen how sharply the answer looks at one sentence. What both mean for a
+            model is calibrated at the first use, on made-up examples, and kept in the user's cache.
+        min_support: Withhold an answer whose support is less: its text is empty, and the report's ``stop_reason`` is
+            "unsupported". A stream has handed out its pieces by then.
+        on_progress: Called with a stage ("heads", "store", "prefill", "support") and the steps done and in all.
 
     Attributes:
         settings: What a call does where its options do not say otherwise.
@@ -125,6 +130,8 @@ class Finch(EngineAttributes):
         store: StorePlace = None,
         shortlist_tokens: int | None = None,
         quotes: bool = True,
+        support: bool = False,
+        min_support: float | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         # Copies, which the caller cannot change.
@@ -148,6 +155,8 @@ class Finch(EngineAttributes):
                 "store": store,
                 "shortlist_tokens": shortlist_tokens,
                 "quotes": quotes,
+                "support": support,
+                "min_support": min_support,
                 "on_progress": on_progress,
             },
             SettingsError,

@@ -98,6 +98,8 @@ class Request:
         searched: The search of the whole store that found the passages, if there was one.
         ranks: Of the passages by their retriever, from 0; None where the order is to count for nothing.
         quotes: Whether to find the sentences that the answer rests on.
+        support: Whether to judge how well the passages support the answer.
+        min_support: The answer is withheld where its support is less; None withholds none.
     """
 
     question: str
@@ -115,6 +117,8 @@ class Request:
     searched: Searched = NOT_SEARCHED
     ranks: tuple[int, ...] | None = None
     quotes: bool = True
+    support: bool = False
+    min_support: float | None = None
 
     @property
     def answer_prompt(self) -> list[int]:

@@ -213,6 +213,8 @@ def resolve_prompt(
         searched=settings.searched,
         ranks=tuple(ranks_of(passages)) if ranked and passages is not None else None,
         quotes=settings.quotes,
+        support=settings.support or settings.min_support is not None,
+        min_support=settings.min_support,
     )
 
 
@@ -257,6 +259,8 @@ def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | Non
         sampling=sampling,
         on_progress=Settings().on_progress,
         quotes=settings.quotes,
+        support=settings.support or settings.min_support is not None,
+        min_support=settings.min_support,
     )
 
 

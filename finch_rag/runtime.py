@@ -99,6 +99,7 @@ class Runtime:
         if compile_layers:
             compiling.compile_layers(model)
         self._loop_heads: FoundOnce[RetrievalHeads | None] = FoundOnce()
+        self.support_weights: FoundOnce[tuple[float, ...] | ModelError] = FoundOnce()  # see `finch_rag.quotes.support`
         self._alone_reader: FoundOnce[AloneReader] = FoundOnce()
         self.stores = OpenStores(self)
 

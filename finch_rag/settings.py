@@ -58,6 +58,8 @@ class EngineSettings(TypedDict, total=False):
     store: StorePlace
     shortlist_tokens: int | None
     quotes: bool
+    support: bool
+    min_support: float | None
     on_progress: Progress | None
 
 
@@ -66,6 +68,8 @@ class SamplingOptions(TypedDict, total=False):
 
     Attributes:
         quotes: See `Finch`.
+        support: See `Finch`.
+        min_support: See `Finch`.
     """
 
     max_new_tokens: int
@@ -78,6 +82,8 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     json_schema: Mapping[str, Any] | None
     quotes: bool
+    support: bool
+    min_support: float | None
 
 
 class ReadingOptions(TypedDict, total=False):
@@ -219,6 +225,8 @@ RULES: Mapping[str, Rule] = {
     "stop_token_ids": list_of(whole_number(least=0), "token ids"),
     "json_schema": or_none(_json_schema),
     "quotes": truth,
+    "support": truth,
+    "min_support": or_none(number(lambda value: 0 <= value <= 1, "it must be from 0 to 1")),
     "on_progress": or_none(function),
 }
 
@@ -251,6 +259,8 @@ class Settings:
         shortlist_tokens: See `finch_rag.request.Request`.
         searched: See `finch_rag.request.Request`.
         quotes: Whether to find the sentences that an answer rests on.
+        support: Whether to judge how well the passages support an answer.
+        min_support: See `finch_rag.request.Request`.
     """
 
     reading: ReadingSettings = field(default_factory=ReadingSettings)
@@ -263,6 +273,8 @@ class Settings:
     shortlist_tokens: int | None = None
     searched: Searched = NOT_SEARCHED
     quotes: bool = True
+    support: bool = False
+    min_support: float | None = None
 
     def updated(self, options: Mapping[str, object], error: type[FinchError] = InputError) -> Settings:
         """The same with options in place of what they name.
@@ -290,4 +302,6 @@ class Settings:
             store=values.get("store", self.store),
             shortlist_tokens=values.get("shortlist_tokens", self.shortlist_tokens),
             quotes=values.get("quotes", self.quotes),
+            support=values.get("support", self.support),
+            min_support=values.get("min_support", self.min_support),
         )

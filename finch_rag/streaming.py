@@ -17,7 +17,8 @@ from .answer import Answer, citations, report
 from .errors import InputError
 from .models.kept_cache import KeptCache
 from .prompts.passages import Passage
-from .quotes.finding import Written, with_quotes
+from .quotes.finding import Written
+from .quotes.support import finished
 from .reading import read_request
 from .request import Cancelled, Request
 from .runtime import Runtime
@@ -123,7 +124,7 @@ def _answer(
     told = replace(figures, parse_mode=request.parse_mode, notes=request.notes)
     answer = Answer(text, cited, replace(told, decode_seconds=seconds, new_tokens=new, stop_reason=reason))
     written = Written(answer, request, cache, before, running.writer.token_ids)
-    answers.extend(with_quotes(runtime, [written]))
+    answers.extend(finished(runtime, [written]))
 
 
 async def in_thread(work: Callable[[], Result], cancel: Callable[[], None]) -> Result:

@@ -27,7 +27,7 @@ def test_ask_in_json(corpus: Path, model_folder: str) -> None:
         *("--chunk-size", 100, "--max-new-tokens", 5, "--selection", "token", "--json"),
     )
     shown = only_json(result)
-    assert list(shown) == ["question", "answer", "citations", "statements", "report"]
+    assert list(shown) == ["question", "answer", "citations", "statements", "support", "report"]
     assert shown["question"] == QUESTION
     assert isinstance(shown["answer"], str)
     assert {citation["passage_id"] for citation in shown["citations"]} == {LIGHTHOUSE, "island.md#harbour"}

@@ -130,6 +130,7 @@ def test_demo_reads_everything_and_says_whether_the_answer_is_right() -> None:
         "answer",
         "citations",
         "statements",
+        "support",
         "report",
         "answers",
         "right",

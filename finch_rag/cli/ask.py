@@ -78,6 +78,16 @@ def ask(
         PriorName,
         typer.Option(help="Let the retriever's order count beside the attention, as far as both agree; or not."),
     ] = PriorName.AUTO,
+    min_support: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PART",
+            min=0,
+            max=1,
+            help="Give no answer where the passages support it less than this; 0 only judges how far they do.",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="TOKENS", help="The longest answer.")] = 128,
     quotes: Annotated[
         bool, typer.Option("--quotes", help="Show the sentences that each sentence of the answer rests on.")
@@ -113,6 +123,7 @@ def ask(
             cutoff=cutoff,
             rounds=rounds,
             prior=prior.literal,
+            min_support=min_support,
             budget=budget,
             chunk_size=chunk_size,
             max_new_tokens=max_new_tokens,

@@ -106,7 +106,11 @@ def show_answer(answer: Answer, streamed: bool, *, quotes: bool = False) -> None
         streamed: Whether its text has been shown.
         quotes: Whether to show what its sentences rest on.
     """
-    say("" if streamed else answer.text or "(the model's answer is empty)")
+    withheld = answer.report.stop_reason == "unsupported"
+    empty = "(no answer: the passages do not support one)" if withheld else "(the model's answer is empty)"
+    say("" if streamed and not withheld else answer.text or empty)
+    if answer.support is not None:
+        say(f"(support: {answer.support:.2f} of 1)")
     say()
     if quotes:
         for line in quoted_lines(answer):

@@ -44,6 +44,21 @@ def choose(attention: torch.Tensor) -> list[Chosen]:
     return [Chosen(paid, _quotes(paid)) for paid in of_sharpest]
 
 
+def sharpness(attention: torch.Tensor, lengths: torch.Tensor) -> float:
+    """How sharply an answer looks at one sentence: what the best one gets of all its tokens, by the sharpest heads.
+
+    Args:
+        attention: See `choose`.
+        lengths: Tokens of each statement, shape [statements].
+
+    Returns:
+        Between 0 and 1.
+    """
+    weights = lengths.to(attention.dtype) / lengths.sum().clamp(min=1)
+    whole = (attention * weights[:, None]).sum(1, keepdim=True)  # [heads, 1, sentences]
+    return float(choose(whole)[0].attention.max())
+
+
 def _quotes(paid: torch.Tensor) -> list[int]:
     best = paid.max()
     if best < LEAST_ATTENTION:

@@ -12,6 +12,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -30,7 +31,7 @@ from ..request import Request
 from ..runtime import Runtime
 from .attention import LEAD, AnswerObserver, watched_heads
 from .borders import kept_sentences, starts_by_decoding, without_white_space
-from .choosing import choose, shares_of
+from .choosing import choose, shares_of, sharpness
 
 _ROWS = 512  # tokens of an answer in one pass
 
@@ -110,14 +111,29 @@ def sentences_to_quote(runtime: Runtime, request: Request, cache: KeptCache) -> 
         request: What was asked.
         cache: Has them; what it remembers is taken where the request has no passages.
     """
-    if not request.passages or not request.quotes:
-        return cache.document.sentences if request.quotes else ()
+    if not (request.quotes or request.support):
+        return ()
+    if not request.passages:
+        return cache.document.sentences
     own = request.passages[: len(request.passages) - request.older_turns]
     return kept_sentences(runtime.prompts, own, request.prompt.passages, cache.kept)
 
 
+class Quoting(NamedTuple):
+    """An answer that was looked at.
+
+    Attributes:
+        answer: With what it rests on, if that was asked for.
+        sharpness: How sharply its tokens look at one sentence, see `finch_rag.quotes.choosing.sharpness`; None where
+            there is none to look at.
+    """
+
+    answer: Answer
+    sharpness: float | None = None
+
+
 @torch.inference_mode()
-def with_quotes(runtime: Runtime, written: Sequence[Written]) -> list[Answer]:
+def with_quotes(runtime: Runtime, written: Sequence[Written]) -> list[Quoting]:
     """Answers with their statements, and the sentences that these rest on.
 
     Args:
@@ -128,10 +144,10 @@ def with_quotes(runtime: Runtime, written: Sequence[Written]) -> list[Answer]:
         In their order; one stays as it is where nothing can be quoted.
     """
     start = time.perf_counter()
-    answers = [each.answer for each in written]
+    answers = [Quoting(each.answer) for each in written]
     watched: dict[int, _Watched] = {}
     for number, each in enumerate(written):
-        if each.request.quotes and (own := _watched(runtime, each)) is not None:
+        if (each.request.quotes or each.request.support) and (own := _watched(runtime, each)) is not None:
             watched[number] = own
     if not watched:
         return answers
@@ -139,12 +155,22 @@ def with_quotes(runtime: Runtime, written: Sequence[Written]) -> list[Answer]:
         attention = _attention(runtime, list(watched.values()))
     except DeviceMemoryError as error:  # the answers are there
         _log.warning("no quotes: %s", error)
-        note = ("the device had no memory left to look for quotes",)
-        return [replace(each, report=replace(each.report, notes=each.report.notes + note)) for each in answers]
+        return [Quoting(noted(each.answer, "the device had no memory left to look for quotes")) for each in answers]
     for (number, own), paid in zip(watched.items(), attention, strict=True):
-        answers[number] = _quoting(own, paid)
+        answer = _quoting(own, paid) if own.written.request.quotes else own.written.answer
+        answers[number] = Quoting(answer, sharpness(paid, own.lengths))
     seconds = (time.perf_counter() - start) / len(written)
-    return [replace(each, report=replace(each.report, quote_seconds=seconds)) for each in answers]
+    return [each._replace(answer=took(each.answer, seconds)) for each in answers]
+
+
+def took(answer: Answer, seconds: float) -> Answer:
+    """The same with seconds added to what looking at it took."""
+    return replace(answer, report=replace(answer.report, quote_seconds=answer.report.quote_seconds + seconds))
+
+
+def noted(answer: Answer, note: str) -> Answer:
+    """The same with a note in its report."""
+    return replace(answer, report=replace(answer.report, notes=(*answer.report.notes, note)))
 
 
 def _watched(runtime: Runtime, written: Written) -> _Watched | None:

@@ -38,13 +38,14 @@ _ENGINE_SETTINGS = (
         "heads",
         "instructions",
         "max_new_tokens",
+        "min_support",
         "prior",
         "quotes",
         "reread",
         "rounds",
         "selection",
     ),
-    *("strategy", "system_prompt"),
+    *("strategy", "support", "system_prompt"),
 )
 # Standard parameters of LangChain that concern a server, which a local model has none of.
 _OF_SERVERS = ("api_key", "base_url", "max_retries", "timeout")
@@ -82,6 +83,8 @@ class CallSettings(BaseModel):
     shortlist_tokens: int | None = Field(
         default=None, description="The most tokens of the best passages that the loop then scans; 0 for none."
     )
+    support: bool | None = Field(default=None, description="Whether to judge how well passages support an answer.")
+    min_support: float | None = Field(default=None, description="Withhold an answer that is supported less.")
     quotes: bool | None = Field(default=None, description="Whether to find the sentences that an answer rests on.")
 
 

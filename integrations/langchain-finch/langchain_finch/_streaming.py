@@ -64,7 +64,7 @@ async def achunks(
 
 
 def outcome_of(stream: AnyStream) -> dict[str, Any]:
-    """Citations, statements, report and finish reason of an answer.
+    """Citations, statements, support, report and finish reason of an answer.
 
     Args:
         stream: One that has ended.
@@ -76,6 +76,7 @@ def outcome_of(stream: AnyStream) -> dict[str, Any]:
     return {
         "citations": citations_of(answer, stream.passages),
         "statements": [statement.to_dict() for statement in answer.statements],
+        "support": answer.support,
         "report": report,
         "finish_reason": finish_reason_of(answer.report),
     }

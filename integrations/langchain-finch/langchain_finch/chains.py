@@ -58,8 +58,8 @@ def create_finch_documents_chain(
             the system prompt.
         document_prompt: Formats each document's text; its own text, below its title if it has one, when None.
         document_variable_name: The documents' key in the input.
-        with_citations: Return a dictionary with "text", "citations", "statements" and "report" in place of the text;
-            not of a chain.
+        with_citations: Return a dictionary with "text", "citations", "statements", "support" and "report" in place of
+            the text; not of a chain.
         store: Keeps what is read, so that each document is read once for all questions: a folder, True for memory, or
             an open `finch_rag.PassageStore`; False for none; the LLM's own when None.
 
@@ -127,8 +127,11 @@ class _Request:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+_PARTS = ("citations", "statements", "support", "report")  # of an answer, beside its text
+
+
 class _CitedAnswer(BaseTransformOutputParser[AddableDict]):
-    """An answer's message, or a piece of one, as text, citations, statements and report."""
+    """An answer's message, or a piece of one, as text, citations, statements, support and report."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> AddableDict:
         """The parts that a message has.
@@ -141,7 +144,7 @@ class _CitedAnswer(BaseTransformOutputParser[AddableDict]):
         answer = AddableDict(text=generation.text)
         if isinstance(generation, ChatGeneration):
             found = generation.message.response_metadata
-            answer.update({name: found[name] for name in ("citations", "statements", "report") if name in found})
+            answer.update({name: found[name] for name in _PARTS if name in found})
         return answer
 
     def parse(self, text: str) -> AddableDict:

@@ -65,7 +65,7 @@ def test_a_chain_keeps_what_its_completion_model_has_loaded(
 def test_citations_come_on_request(chat: ChatFinch, documents: list[Document]) -> None:
     chain = create_finch_documents_chain(chat, with_citations=True)
     result = chain.invoke({"context": documents, "input": QUESTION})
-    assert set(result) == {"text", "citations", "statements", "report"}
+    assert set(result) == {"text", "citations", "statements", "support", "report"}
     assert set(ids(result["citations"])) <= {document.id for document in documents}
     assert result["report"]["passages"] == len(documents)
     pieces = list(chain.stream({"context": documents, "input": QUESTION}))

@@ -87,6 +87,9 @@ class FinchLLM(StoringLLM):
         store: Where passages are kept that were read, so that each is read once for all questions: a folder, True for
             memory, or an open `PassageStore`; False for none; a given engine's own when None.
         shortlist_tokens: The most tokens of the best passages that the loop then scans; see `finch_rag.Finch`.
+        support: Whether to judge how well the nodes support an answer, for the response's "support"; a given engine's
+            own when None.
+        min_support: Withhold an answer that is supported less; a given engine's own when None.
         quotes: Whether to find the sentences of the nodes that each sentence of an answer rests on, for the response's
             "statements" and its citations' "quotes"; a given engine's own when None.
         generate_kwargs: do_sample, temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens of each call.
@@ -122,6 +125,8 @@ class FinchLLM(StoringLLM):
     instructions: str | None = Field(default=None, description="Read before the passages.")
     strict: bool | None = Field(default=None, description="Whether an unknown prompt that does not fit is an error.")
     repetition_penalty: float | None = Field(default=None, description="Above 1, makes what was said less likely.")
+    support: bool | None = Field(default=None, description="Whether to judge how well nodes support an answer.")
+    min_support: float | None = Field(default=None, description="Withhold an answer that is supported less.")
     quotes: bool | None = Field(default=None, description="Whether to find the sentences that an answer rests on.")
     generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of generation.")
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of from_pretrained.")
@@ -157,6 +162,8 @@ class FinchLLM(StoringLLM):
         repetition_penalty: float | None = None,
         store: StorePlace = None,
         shortlist_tokens: int | None = None,
+        support: bool | None = None,
+        min_support: float | None = None,
         quotes: bool | None = None,
         generate_kwargs: Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -195,6 +202,8 @@ class FinchLLM(StoringLLM):
                 "store": store,
                 "shortlist_tokens": shortlist_tokens,
                 "quotes": True if quotes is None else quotes,
+                "support": False if support is None else support,
+                "min_support": min_support,
                 "strict": False if strict is None else strict,
                 "system_prompt": system_prompt,
                 "stop": stop,
@@ -234,6 +243,8 @@ class FinchLLM(StoringLLM):
             store=place,
             shortlist_tokens=shortlist_tokens,
             quotes=quotes,
+            support=support,
+            min_support=min_support,
             generate_kwargs=generation,
             model_kwargs=checked_mapping("model_kwargs", model_kwargs),
             tokenizer_kwargs=checked_mapping("tokenizer_kwargs", tokenizer_kwargs),

@@ -271,4 +271,4 @@ def _raw(answer: Answer) -> dict[str, Any]:
 
 def _additional(answer: Answer) -> dict[str, Any]:
     found = answer.to_dict()
-    return {name: found[name] for name in ("citations", "statements", "report")}
+    return {name: found[name] for name in ("citations", "statements", "support", "report")}

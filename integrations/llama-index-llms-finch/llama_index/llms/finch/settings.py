@@ -88,6 +88,7 @@ def call_options(llm: FinchLLM, call: Mapping[str, Any]) -> dict[str, Any]:
         "instructions",
         "max_context_tokens",
         "max_new_tokens",
+        "min_support",
         "prior",
         "quotes",
         "repetition_penalty",
@@ -96,6 +97,7 @@ def call_options(llm: FinchLLM, call: Mapping[str, Any]) -> dict[str, Any]:
         "shortlist_tokens",
         "stop",
         "strategy",
+        "support",
         "strict",
     )
     own = {name: getattr(llm, name) for name in names}

@@ -39,7 +39,8 @@ dispatcher = instrument.get_dispatcher(__name__)
 class FinchSynthesizer(BaseSynthesizer):
     """Answers from all nodes in one call; ``response.metadata["finch"]`` has citations by node id, and the report.
 
-    Beside them, "statements" has the answer's sentences, each with the nodes' sentences that it rests on.
+    Beside them, "statements" has the answer's sentences, each with the nodes' sentences that it rests on, and "support"
+    how well they support it, where the LLM judges that.
 
     Args:
         llm: A `FinchLLM`; ``Settings.llm`` when None.
