@@ -47,6 +47,7 @@ from llama_index.core.schema import (
 from llama_index.core.selectors import LLMSingleSelector
 from llama_index.core.tools import RetrieverTool
 from llama_index.llms.finch import FinchLLM, FinchRerank, FinchRetriever, FinchSynthesizer, PassagesMessage
+from llama_index.llms.finch.nodes import passage_of
 
 from finch_rag import Finch, InputError, Passage, PassageStore, SettingsError, StoreError
 from finch_rag.prompts.parsing import ParsedPrompt
@@ -274,6 +275,30 @@ def test_the_cutoff_reaches_the_engine(finch: Finch) -> None:
     assert 0 < kept(llm) < kept(llm, cutoff=0) <= 200
     with pytest.raises(SettingsError, match="cutoff is 2"):
         finch_llm(engine=finch, cutoff=2)
+
+
+def test_what_ranks_and_judges_reaches_the_engine(finch: Finch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finch_rag.quotes.support.calibrated", lambda runtime, told: (0.0, 1.0, 1.0))
+    message = PassagesMessage(QUESTION, nodes(40))
+    llm = finch_llm(engine=finch, rounds=1, prior="none", support=True, budget=100)
+    assert (llm.rounds, llm.prior, llm.support) == (1, "none", True)
+    answer = llm.chat([message], max_tokens=4, strategy="independent")
+    assert answer.raw["report"]["rounds"] == 1
+    assert 0 < answer.raw["support"] < 1
+    withheld = llm.chat([message], max_tokens=4, strategy="independent", min_support=1)
+    assert withheld.message.content == ""
+    assert withheld.raw["report"]["stop_reason"] == "unsupported"
+    for wrong in ({"rounds": 3}, {"prior": "scores"}, {"min_support": 2}):
+        with pytest.raises(SettingsError, match=next(iter(wrong))):
+            finch_llm(engine=finch, **wrong)
+
+
+def test_scores_of_nodes_are_those_of_passages() -> None:
+    node = TextNode(id_="a", text="some text")
+    assert passage_of(NodeWithScore(node=node, score=0.5)).score == 0.5
+    assert passage_of(NodeWithScore(node=node, score=None)).score is None
+    assert passage_of(NodeWithScore(node=node, score=float("nan"))).score is None
+    assert passage_of(NodeWithScore(node=TextNode(id_="b", text=" "), score=0.5)).score == 0.5
 
 
 # Writing down

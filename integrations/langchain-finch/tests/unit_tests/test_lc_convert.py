@@ -254,3 +254,13 @@ def test_messages_that_cannot_be_read_are_named(message: BaseMessage, said: str)
     with pytest.raises(InputError, match=said) as raised:
         conversation_of([HumanMessage("when?"), message])
     one_line(raised)
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"), [(0.25, 0.25), (1, 1.0), (float("nan"), None), ("high", None), (None, None)]
+)
+def test_a_documents_relevance_is_its_passages_score(score: Any, expected: float | None) -> None:
+    [passage] = passages_of([Document("text", metadata={"relevance_score": score, "page": 3})])
+    assert passage.score == expected
+    assert passage.metadata == {"page": 3}
+    assert passages_of([Document("text")])[0].score is None

@@ -135,6 +135,32 @@ def test_options_of_a_call_stand_in_for_the_models(llm: FinchLLM, documents: lis
     assert report(strategy="loop", reread=True)["strategy"] == report()["strategy"] == "loop"
     one, several = (report(reread=True, budget=200, cutoff=cutoff)["kept_tokens"] for cutoff in (1, 0))
     assert 0 < one < several <= 200
+    assert [report(strategy="independent", reread=True, rounds=rounds)["rounds"] for rounds in (None, 1)] == [1, 1]
+
+
+def test_the_judgement_of_a_call_reaches_the_engine(
+    llm: FinchLLM, documents: list[Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finch_rag.quotes.support.calibrated", lambda runtime, told: (0.0, 1.0, 1.0))
+
+    def answered(**options: Any) -> tuple[str, float | None]:
+        generation = llm.generate([QUESTION], documents=documents, budget=200, **options).generations[0][0]
+        return generation.text, (generation.generation_info or {})["support"]
+
+    text, without = answered()
+    assert text
+    assert without is None
+    same, support = answered(support=True)
+    assert same == text
+    assert support is not None
+    assert 0 < support < 1
+    assert answered(min_support=1)[0] == ""
+
+
+@pytest.mark.parametrize("options", [{"prior": "scores"}, {"rounds": 3}, {"min_support": 2}])
+def test_what_no_engine_takes_is_an_error(llm: FinchLLM, options: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match=next(iter(options))):
+        llm.generate([QUESTION], **options)
 
 
 def test_sampling_follows_the_seed(llm: FinchLLM) -> None:
