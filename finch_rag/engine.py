@@ -94,7 +94,7 @@ class Finch(EngineAttributes):
             they answer the question, and it is seen how sharply the answer looks at one sentence. What both mean for a
             model is calibrated at the first use, on made-up examples, and kept in the user's cache.
         min_support: Withhold an answer whose support is less: its text is empty, and the report's ``stop_reason`` is
-            "unsupported". A stream has handed out its pieces by then.
+            "unsupported". A stream hands out its text in one piece, at the end.
         on_progress: Called with a stage ("heads", "store", "prefill", "support") and the steps done and in all.
 
     Attributes:

@@ -109,10 +109,13 @@ def _answer(
     cache = cache.fork(request.room)  # frees the room that reading needed
     before = cache.length + cache.unread_tokens + len(request.answer_prompt)
     running = runtime.decoder(cache, request)
+    held_back = request.min_support is not None  # what may have to be withheld is handed out at the end
     text = ""
     with closing(iter(running)) as deltas:
         for delta in deltas:
             text += delta
+            if held_back:
+                continue
             seconds += time.perf_counter() - started  # not the reader's own time between two deltas
             yield delta
             started = time.perf_counter()
@@ -125,6 +128,8 @@ def _answer(
     answer = Answer(text, cited, replace(told, decode_seconds=seconds, new_tokens=new, stop_reason=reason))
     written = Written(answer, request, cache, before, running.writer.token_ids)
     answers.extend(finished(runtime, [written]))
+    if held_back and answers[0].text:
+        yield answers[0].text
 
 
 async def in_thread(work: Callable[[], Result], cancel: Callable[[], None]) -> Result:
