@@ -30,7 +30,7 @@ ROOMS = {
     "fitting": "what fits into the window: parsed prompts, a conversation's turns",
     "resolving": "question, passages and settings -> a request",
     "reading": "a request -> the cache that it is answered from",
-    "quotes": "which sentences an answer rests on",
+    "quotes": "which sentences an answer rests on, and how well they support it",
     "streaming": "an answer that arrives in pieces, to a thread or an event loop",
     "batch": "several requests, executed together",
     "attributes": "what an engine tells about itself",
