@@ -72,7 +72,8 @@ class Citation:
         passage_id: The caller's id, None where there was none.
         index: Place of the passage in the caller's list, from 0.
         title: The caller's title, None where there was none.
-        share: Part of the attention that the question paid to all passages; the shares of all passages sum to 1.
+        share: Part of the attention that the question paid to all passages, weighted with the retriever's order where
+            that counts (``prior`` of `finch_rag.Finch`); the shares of all passages sum to 1.
         kept_tokens: Tokens of the passage that are in the cache (the mean over layers for token selection, rounded up).
         passage_tokens: Tokens of the passage that were read.
         quotes: The sentences that the answer rests on, those of all its statements, in the order of the text. Empty

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from finch_rag.bench import kept
+from finch_rag.bench.cases import QualityCase
 from finch_rag.bench.kept import Attended, kept_by, read_attended, retrieved, write_attended
+from finch_rag.corpus.reading import Question
 from finch_rag.engine import Finch
 from finch_rag.errors import InputError
+from finch_rag.prompts.passages import Passage
 
 from .command_line import one_error, run
-from .small import chat_tokenizer, small_model
+from .small import chat_tokenizer, small_finch, small_model, texts
 
 # The second of two needed passages gets a fifth of the best one's attention; of the other question's, one was found.
 TWO = Attended("a", 2, [False, True, False, True], [0, 1, 2, 3], [100, 100, 100, 100], [0.1, 0.5, 0.3, 0.1])
@@ -118,3 +121,19 @@ def test_a_set_without_answers_is_one_line(command: tuple[str, ...], numbered: P
 def test_rules_that_cannot_be_are_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=reason):
         kept.main(tmp_path, file=tmp_path / "x.jsonl.gz", **options)
+
+
+def test_measured_attention_is_without_the_retrievers_order() -> None:
+    finch = small_finch(reread=True, alone_heads=[(0, 1)])
+    passages = [Passage(text, id=str(n)) for n, text in enumerate(texts(30))]
+
+    def shares(given: list[Passage], prior: Any) -> list[float]:
+        found = finch.rank("who built it?", given, strategy="independent", prior=prior)
+        return [each.share for each in sorted(found, key=lambda each: each.index)]
+
+    plain = shares(passages, "none")
+    best_first = [passages[place] for place in sorted(range(30), key=lambda place: -plain[place])]
+    case = QualityCase(Question("q", "who built it?", ("x",), ("3",)), best_first, list(range(30)))
+    attended = kept.attend(finch, case, "independent")
+    assert attended.attention == pytest.approx(shares(best_first, "none"), abs=1e-6)
+    assert attended.attention != pytest.approx(shares(best_first, "auto"), abs=1e-3)

@@ -2,7 +2,8 @@
 
 The attention that a question pays to its passages is measured once and kept in a file; rules are then tried on it
 without a model. A rule has a cutoff (see `finch_rag.Finch`) and a prior, for what a passage's rank by the retriever is
-worth beside the attention: ``attention / sqrt(rank + prior)`` with ranks from 0; without a prior nothing.
+worth beside the attention: ``attention / sqrt(rank + prior)`` with ranks from 0, however little both agree (Finch itself
+asks that first, see `finch_rag.prefill.prior`); without a prior nothing.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def attend(finch: Finch, case: QualityCase, strategy: Strategy) -> Attended:
         case: The question with its passages.
         strategy: How they are read.
     """
-    ranked = sorted(finch.rank(case.question.question, case.passages, strategy=strategy), key=lambda each: each.index)
+    found = finch.rank(case.question.question, case.passages, strategy=strategy, prior="none")
+    ranked = sorted(found, key=lambda each: each.index)
     gold = set(case.question.gold_ids)
     return Attended(
         case.question.id,
