@@ -2,8 +2,8 @@
 
 The attention that a question pays to its passages is measured once and kept in a file; rules are then tried on it
 without a model. A rule has a cutoff (see `finch_rag.Finch`) and a prior, for what a passage's rank by the retriever is
-worth beside the attention: ``attention / sqrt(rank + prior)`` with ranks from 0, however little both agree (Finch itself
-asks that first, see `finch_rag.prefill.prior`); without a prior nothing.
+worth beside the attention: ``attention / sqrt(rank + prior)`` with ranks from 0, however little both agree (Finch
+itself asks that first, see `finch_rag.prefill.prior`); without a prior nothing.
 """
 
 from __future__ import annotations
