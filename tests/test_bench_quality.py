@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,15 @@ import torch
 from finch_rag.answer import Answer, CompressionReport
 from finch_rag.bench import memory, quality
 from finch_rag.bench.bootstrap import bootstrap
-from finch_rag.bench.cases import LONG_INSTRUCTIONS, DataSet, QualityCase, make_cases, read_cases, write_cases
+from finch_rag.bench.cases import (
+    LONG_INSTRUCTIONS,
+    DataSet,
+    QualityCase,
+    make_cases,
+    read_cases,
+    search_by,
+    write_cases,
+)
 from finch_rag.bench.memory import in_use, peak_memory
 from finch_rag.bench.methods import METHODS, Contestant, DoesNotFitError, run
 from finch_rag.bench.summary import summarise
@@ -421,3 +430,16 @@ def test_each_answer_has_its_peak_of_memory(run_main: Any, monkeypatch: pytest.M
     monkeypatch.setattr(quality, "peak_memory", planted)
     summary, _ = run_main()
     assert {row["peak_mib"] for row in summary["methods"].values()} == {12.5}
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "cpu"), ("cuda", "cuda")])
+def test_words_are_searched_off_the_accelerator(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if before is None:
+        monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    else:
+        monkeypatch.setenv("JAX_PLATFORMS", before)
+    search = search_by("bm25", [Passage("a bridge"), Passage("the harbour"), Passage("a museum")])
+    assert search("Who built the harbour?", 2)[0] == 1
+    assert os.environ["JAX_PLATFORMS"] == after

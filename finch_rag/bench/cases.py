@@ -130,6 +130,8 @@ def search_by(name: RetrieverName, passages: Sequence[Passage]) -> Search:
     if name == "dense":
         index = Retriever.build(passages)
         return lambda question, top_k: [place for place, _ in index.search(question, top_k)]
+    # Where JAX is installed, bm25s tries it as it is imported, and JAX takes most of an accelerator's memory at once.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         import bm25s
     except ImportError as error:
@@ -141,7 +143,7 @@ def search_by(name: RetrieverName, passages: Sequence[Passage]) -> Search:
 
     def search(question: str, top_k: int) -> list[int]:
         tokens = bm25s.tokenize([question], show_progress=False)
-        places, _ = bm25.retrieve(tokens, k=top_k, show_progress=False)
+        places, _ = bm25.retrieve(tokens, k=top_k, show_progress=False, backend_selection="numpy")
         return [int(place) for place in places[0]]
 
     return search
