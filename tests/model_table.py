@@ -110,8 +110,8 @@ def _check_logits(finch: Finch, plain: Any) -> bool:
 def _check_needle(finch: Finch) -> int:
     """At how many of three places the passage is kept that a question pays most to, among many."""
     passages = texts(20)
-    options: dict[str, Any] = {"strategy": "independent", "budget": _BUDGET}
-    needle = passages.pop(finch.rank(_QUESTION, passages, strategy="independent")[0].index)
+    options: dict[str, Any] = {"strategy": "independent", "prior": "none", "budget": _BUDGET}
+    needle = passages.pop(finch.rank(_QUESTION, passages, strategy="independent", prior="none")[0].index)
     kept = 0
     for place in (0, len(passages) // 2, len(passages)):
         answer = finch.ask(_QUESTION, [*passages[:place], needle, *passages[place:]], **options)

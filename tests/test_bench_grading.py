@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -177,31 +176,20 @@ def test_citations_are_graded_where_sentences_are_marked() -> None:
     assert "citation_f1" not in rows["full"]
 
 
-@dataclass
-class Quoting:
-    """A citation that quotes."""
-
-    passage_id: str
-    quotes: tuple[Any, ...]
-
-
 def test_an_outcome_has_what_the_answer_says_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    finch = small_finch()
-    ask = finch.ask
+    monkeypatch.setattr("finch_rag.quotes.support.calibrated", lambda runtime, told: (0.0, 1.0, 1.0))
+    monkeypatch.setattr("finch_rag.quotes.choosing.LEAST_ATTENTION", 0.0)
+    finch = small_finch(reread=True)
     asked = case()
-    plain = run("full", Contestant(finch, 60, 2), asked)
-    assert (plain.support, plain.log_probability, plain.quotes) == (None, None, None)
-
-    def answer(*args: Any, **options: Any) -> Any:
-        found = ask(*args, **options)
-        cited = [Quoting("a", (SimpleNamespace(text="It rains."), SimpleNamespace(text="It snows."))), Quoting("b", ())]
-        told = {"support": 0.25, "log_probability": -1.5, "citations": cited}
-        return SimpleNamespace(text=found.text, report=found.report, **told)
-
-    monkeypatch.setattr(finch, "ask", answer)
-    outcome = run("finch", Contestant(finch, 60, 2), asked)
-    assert (outcome.support, outcome.log_probability) == (0.25, -1.5)
-    assert outcome.quotes == [("a", "It rains."), ("a", "It snows.")]
+    judged = run("full", Contestant(finch, 60, 8, judges=True), asked)
+    answer = finch.ask(
+        asked.question.question, asked.passages, budget=400, reread=False, max_new_tokens=8, support=True
+    )
+    assert judged.support == answer.support is not None
+    assert judged.quotes
+    assert judged.quotes == [(cited.passage_id, quote.text) for cited in answer.citations for quote in cited.quotes]
+    assert run("full", Contestant(finch, 60, 8), asked).support is None
+    assert run("full", Contestant(small_finch(quotes=False), 60, 8), asked).quotes is None
 
 
 @pytest.mark.parametrize("method", ["finch", "full", "refine", "map-reduce", "finch-store"])

@@ -36,7 +36,7 @@ class Outcome:
         peak_mib: Peak of memory beyond what was in use before, of the accelerator or else of the process; 0 where
             nobody measured it.
         support: How well the passages support the answer, from 0 to 1; None where the method does not say.
-        log_probability: Mean of the answer's tokens, at most 0; likewise.
+        log_probability: Mean of the answer's tokens, at most 0; of ways of answering that tell it.
         quotes: Sentences that the answer rests on, each behind its passage's id; likewise.
     """
 
@@ -61,16 +61,19 @@ class Contestant:
         budget: Document tokens in the cache.
         max_new_tokens: The most tokens of an answer.
         corpus: A store that has read all passages of the data, for the methods `OF_CORPUS`.
+        judges: Whether answers are judged, see ``support`` of `finch_rag.Finch`: where questions have no answer.
     """
 
     finch: Finch
     budget: int
     max_new_tokens: int
     corpus: PassageStore | None = None
+    judges: bool = False
 
     def ask(self, case: QualityCase, passages: Sequence[Passage], **options: Any) -> Outcome:
         """One call of the engine."""
         chosen = {"budget": self.budget, "max_new_tokens": self.max_new_tokens, **_instructed(case), **options}
+        chosen["support"] = self.judges
         return _outcome([self.finch.ask(case.question.question, passages, **chosen)])
 
     def ask_plain(self, case: QualityCase, passages: Sequence[Passage]) -> Outcome:
@@ -270,10 +273,10 @@ def _instructed(case: QualityCase) -> dict[str, Any]:
 
 
 def _quotes(answer: Answer) -> list[Quote] | None:
-    """The sentences that an answer quotes; None where its citations do not say."""
-    if not answer.citations or any(getattr(citation, "quotes", None) is None for citation in answer.citations):
+    """The sentences that an answer quotes; None where it was not looked at for quotes."""
+    if not answer.statements:
         return None
-    return [(cited.passage_id, quote.text) for cited in answer.citations for quote in getattr(cited, "quotes", ())]
+    return [(cited.passage_id, quote.text) for cited in answer.citations for quote in cited.quotes]
 
 
 def _outcome(answers: Sequence[Answer]) -> Outcome:
@@ -286,7 +289,6 @@ def _outcome(answers: Sequence[Answer]) -> Outcome:
         prefill_seconds=sum(report.prefill_seconds for report in reports),
         decode_seconds=sum(report.decode_seconds for report in reports),
         calls=len(answers),
-        support=getattr(last, "support", None),
-        log_probability=getattr(last, "log_probability", None),
+        support=last.support,
         quotes=_quotes(last),
     )

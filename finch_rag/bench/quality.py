@@ -229,13 +229,15 @@ def measure(
     todo = [item for item in wanted if (item[0].question.id, label(*item[1:])) not in done]
     if todo:
         finch = load()
+        judges = not all(case.question.answerable for case in cases)
         corpus = None
         if any(method in OF_CORPUS for _, method, _ in todo):
             corpus = finch.open_store()
             corpus.add(source.passages())
         with appending(folder / f"results-{part}.jsonl") as store:
             for number, (case, method, budget) in enumerate(todo, 1):
-                store(_record(Contestant(finch, budget, settings.max_new_tokens, corpus), case, method))
+                contestant = Contestant(finch, budget, settings.max_new_tokens, corpus, judges)
+                store(_record(contestant, case, method))
                 on_progress(len(wanted) - len(todo) + number, len(wanted))
     return {"settings": asdict(settings), **summarise(cases, read_results(folder))}
 

@@ -135,7 +135,7 @@ def needles_kept(finch: Finch, examples: Sequence[HeadExample]) -> list[Finding]
         finch: The engine.
         examples: Questions over passages, the one that answers at different places.
     """
-    answers = [finch.ask(example.question, example.passages, max_new_tokens=16) for example in examples]
+    answers = [finch.ask(example.question, example.passages, max_new_tokens=16, prior="none") for example in examples]
     cited = [[citation.index for citation in answer.citations] for answer in answers]
     kept = sum(example.gold in indexes for example, indexes in zip(examples, cited, strict=True))
     first = sum(indexes[:1] == [example.gold] for example, indexes in zip(examples, cited, strict=True))
