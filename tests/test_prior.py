@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from finch_rag import InputError, Passage
 from finch_rag.prefill.prior import agreement, weighted
 from finch_rag.prompts.passages import as_passages, ranks_of
+from finch_rag.resolving import resolve, with_store
 
 from .small import small_finch, texts
 
@@ -105,3 +107,24 @@ def test_the_order_reaches_what_is_answered_from(store: Any) -> None:
     answered = finch.ask(QUESTION, best_first, strategy="independent", store=store, cutoff=0.25)
     assert answered.citations[0].share == pytest.approx(sharper[best], abs=1e-5)
     assert finch.ask(QUESTION, passages, prior="none", strategy="independent", store=store).citations
+
+
+def test_only_a_retrievers_order_counts() -> None:
+    finch = small_finch(reread=True, budget=60, alone_heads=[(0, 1)])
+    passages = as_passages(texts(12))
+
+    def ranks(**changes: Any) -> Any:
+        settings = finch.settings.updated(changes)
+        return resolve(finch.runtime, QUESTION, passages, settings).ranks
+
+    assert ranks() == tuple(range(12))
+    assert ranks(prior="none") is None
+    history = [{"role": "user", "content": "Who built it? " * 12}, {"role": "assistant", "content": "Clara. " * 12}]
+    assert ranks(history=history * 3) is None  # older turns stand among the passages
+    whole = replace(finch.settings, reading=replace(finch.settings.reading, whole_text=True))
+    assert resolve(finch.runtime, QUESTION, passages, whole).ranks is None
+    store = finch.open_store()
+    store.add(passages)
+    found, settings = with_store(finch.runtime, QUESTION, [], finch.settings.updated({"store": store}))
+    assert found
+    assert resolve(finch.runtime, QUESTION, found, settings).ranks is None
