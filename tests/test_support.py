@@ -142,6 +142,17 @@ def test_a_cache_is_judged_too(finch: Finch, tmp_path: Path) -> None:
     assert answer.support == pytest.approx(direct.support, abs=1e-4)
 
 
+def test_a_cancellation_while_it_is_calibrated_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def signs(runtime: Any, told: Any) -> Any:
+        stream.cancel()
+        told(1, 24)
+        return ANSWERED, UNANSWERED
+
+    monkeypatch.setattr(support, "signs_of_examples", signs)
+    stream = small_finch(reread=True, budget=100, seed=9).stream(QUESTION, PASSAGES, support=True)
+    assert stream.read().support is not None
+
+
 def test_a_model_that_cannot_be_calibrated_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -90,7 +91,8 @@ def finished(runtime: Runtime, written: Sequence[Written]) -> list[Answer]:
 def _supported(runtime: Runtime, written: Written, answer: Answer, sharpness: float | None) -> Answer:
     if sharpness is None:
         return answer
-    weights = calibrated(runtime, written.request.on_step("support"))
+    # A cancellation does not end the calibration: the answer is there, and the next call needs it too.
+    weights = calibrated(runtime, partial(written.request.on_progress, "support"))
     if isinstance(weights, ModelError):
         if written.request.min_support is not None:
             raise weights
