@@ -65,7 +65,8 @@ class Finch(EngineAttributes):
             in its answer.
         cutoff: Passages with less than this part of the best one's attention are not answered from, also where the
             budget has room for them; 0 leaves none out. None is 0.25: a question with one clear source is answered from
-            it alone. Lower it for questions that need several passages.
+            it alone; but where three or more passages that are read alone stand out together, it is answered from all
+            of these. Lower it for other questions that need several passages.
         prior: What the retriever's order counts where passages are read alone. "auto" weights the attention with it, as
             far as the two agree: an order that carries nothing changes nothing. The order is that of the scores where
             every passage has one, else that of the list. "none" ranks by the attention alone.

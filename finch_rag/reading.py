@@ -22,6 +22,7 @@ from .prefill.planning import PrefillPlan
 from .prefill.prior import weighted
 from .prefill.scan import Prefilled, Steps
 from .prefill.shortlists import prefill_best, prefill_shortlists, shortlist_tokens
+from .prefill.sources import cutoff_behind_sources
 from .request import Request
 from .runtime import Runtime
 from .store.store import PassageStore
@@ -216,6 +217,10 @@ def read_ranked(
         DeviceMemoryError: If the device runs out of memory.
     """
     start = time.perf_counter()
+    plans = [
+        _for_sources(request, plan, ranking.attention)
+        for request, plan, ranking in zip(requests, plans, rankings, strict=True)
+    ]
     shortlists = [
         _shortlist(runtime, request, plan, ranking.attention)
         for request, plan, ranking in zip(requests, plans, rankings, strict=True)
@@ -259,6 +264,17 @@ def read_ranked(
         )
         for number, request in enumerate(requests)
     ]
+
+
+def _for_sources(request: Request, plan: PrefillPlan, attention: torch.Tensor) -> PrefillPlan:
+    """The plan, changed where several passages stand out together: they are read at once, all that the budget holds.
+
+    A second round would tell them apart, although the question needs each of them.
+    """
+    if not plan.finds_sources or plan.rounds == 2 or request.shortlist_tokens:
+        return plan
+    cutoff = cutoff_behind_sources(attention)
+    return plan if cutoff is None else replace(plan, cutoff=cutoff, rounds=1)
 
 
 def _shortlist(runtime: Runtime, request: Request, plan: PrefillPlan, attention: torch.Tensor) -> int:

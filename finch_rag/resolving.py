@@ -185,6 +185,7 @@ def resolve_prompt(
         reread=reread,
         ranks_only=ranks_only,
         cutoff=reading.cutoff_part,
+        finds_sources=reading.cutoff is None and not reading.whole_text,
         rounds=reading.rounds,
         in_order=reading.whole_text,
     )
@@ -196,7 +197,7 @@ def resolve_prompt(
     if asks_store or (any(lengths) and _reads_alone(runtime, reading, plan, prompt, older_turns)):
         plan = replace(plan, strategy="independent")
     if runtime.no_loop and sum(lengths) <= plan.budget:  # everything fits: as the loop, which then leaves nothing out
-        plan = replace(plan, cutoff=0.0, in_order=True)
+        plan = replace(plan, cutoff=0.0, finds_sources=False, in_order=True)
     return Request(
         question=question,
         passages=tuple(Passage("") for _ in lengths) if passages is None else tuple(passages),

@@ -55,6 +55,7 @@ def test_an_accelerator_takes_two_rounds(finch: Finch, monkeypatch: pytest.Monke
             type = "cuda"
 
     monkeypatch.setattr(reading, "input_embedding", lambda model: Elsewhere)
+    monkeypatch.setattr(reading, "cutoff_behind_sources", lambda attention: None)
     assert finch.ask(QUESTION, PASSAGES, strategy="independent").report.rounds == 2
     assert finch.ask(QUESTION, PASSAGES, strategy="independent", rounds=1).report.rounds == 1
     assert finch.ask(QUESTION, PASSAGES, strategy="independent", shortlist_tokens=0).report.rounds == 1

@@ -91,6 +91,8 @@ class PrefillPlan:
             that keep the same.
         ranks_only: Nothing is answered from the cache, so nothing is prefilled again.
         cutoff: Leave out of the re-prefill what got less than this part of the best passage's attention.
+        finds_sources: Take another ``cutoff`` where several passages stand out together, see
+            `finch_rag.prefill.sources`.
         in_order: Passages of the re-prefill stay in their order; else the best one comes last.
         strategy: How the passages are ranked, see `Strategy`; a store has read them independently.
         rounds: See `ReadingSettings`.
@@ -103,6 +105,7 @@ class PrefillPlan:
     reread: bool = False
     ranks_only: bool = False
     cutoff: float = CUTOFF
+    finds_sources: bool = False
     in_order: bool = False
     strategy: Literal["loop", "independent"] = "loop"
     rounds: int | None = None
