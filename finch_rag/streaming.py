@@ -9,15 +9,14 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from types import TracebackType
 from typing import TypeVar
 
-from .answer import Answer, citations, report
+from .answer import Answer
+from .answering import Begun
 from .errors import InputError
 from .models.kept_cache import KeptCache
 from .prompts.passages import Passage
-from .quotes.finding import Written
 from .quotes.support import finished
 from .reading import read_request
 from .request import Cancelled, Request
@@ -103,12 +102,11 @@ def _answer(
         cache = read_request(runtime, request, ahead=True) if cache is None else cache
     except Cancelled:
         return
-    cited = citations(cache, kept_only=True)
     started = time.perf_counter()
     seconds = 0.0
-    cache = cache.fork(request.room)  # frees the room that reading needed
-    before = cache.length + cache.unread_tokens + len(request.answer_prompt)
-    running = runtime.decoder(cache, request)
+    begun = Begun.of(request, cache)
+    del cache  # frees the room that reading needed
+    running = runtime.decoder(begun.cache, request)
     held_back = request.min_support is not None  # what may have to be withheld is handed out at the end
     text = ""
     with closing(iter(running)) as deltas:
@@ -122,12 +120,7 @@ def _answer(
     if running.cancelled:
         return
     seconds += time.perf_counter() - started
-    figures = report(cache, len(request.answer_prompt))  # now that all of it is read
-    new, reason = len(running.writer.token_ids), running.writer.stop_reason
-    told = replace(figures, parse_mode=request.parse_mode, notes=request.notes)
-    answer = Answer(text, cited, replace(told, decode_seconds=seconds, new_tokens=new, stop_reason=reason))
-    written = Written(answer, request, cache, before, running.writer.token_ids)
-    answers.extend(finished(runtime, [written]))
+    answers.extend(finished(runtime, [begun.written(text, running.writer, seconds)]))
     if held_back and answers[0].text:
         yield answers[0].text
 

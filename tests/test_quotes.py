@@ -12,6 +12,7 @@ import torch
 
 from finch_rag import CompressedCache, DeviceMemoryError, Finch, Passage
 from finch_rag.answer import Answer, citations, report
+from finch_rag.answering import Written
 from finch_rag.corpus import read_corpus
 from finch_rag.models.cached_document import CachedDocument
 from finch_rag.quotes import attention as watching
@@ -310,7 +311,7 @@ def test_each_token_of_an_answer_belongs_to_its_statement(finch: Finch, before: 
     cache = read_request(finch.runtime, request)
     answer = Answer(text, citations(cache), report(cache, 1))  # a stop string has cut it off
     ended = [*tokens, int(finch.tokenizer.eos_token_id)]
-    own = finding._watched(finch.runtime, finding.Written(answer, request, cache, cache.length, ended))
+    own = finding._watched(finch.runtime, Written(answer, request, cache, cache.length, ended))
     assert own is not None
     assert [text[start:end] for start, end in own.spans] == statements
     parts = [

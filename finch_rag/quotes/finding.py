@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from ..answer import Answer, Citation, Quote, Source, Statement
+from ..answering import Written
 from ..errors import DeviceMemoryError
 from ..models.cache import CompressedCache
 from ..models.cached_document import CachedSentence
@@ -36,25 +37,6 @@ from .choosing import choose, shares_of, sharpness
 _ROWS = 512  # tokens of an answer in one pass
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """An answer that is decoded.
-
-    Attributes:
-        answer: Without quotes.
-        request: What was asked.
-        cache: It was decoded on; it is cropped.
-        before: Tokens of the cache before the answer's first.
-        token_ids: Of the answer.
-    """
-
-    answer: Answer
-    request: Request
-    cache: KeptCache
-    before: int
-    token_ids: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..answer import Answer, citations, report
+from ..answer import Answer
+from ..answering import Begun, Written
 from ..errors import DeviceMemoryError, ModelError, WindowError
 from ..heads.examples import HeadExample, make_examples
 from ..models.cache import CompressedCache
@@ -35,7 +36,7 @@ from ..reading import read_request
 from ..resolving import resolve
 from ..runtime import Runtime
 from ..settings import Settings
-from .finding import Written, noted, took, with_quotes
+from .finding import noted, took, with_quotes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -224,13 +225,10 @@ def _signs(runtime: Runtime, question: str, passages: Sequence[Passage]) -> Sign
     """Those of an answer that is written now; None where it looks at no sentence."""
     settings = Settings().updated({"max_new_tokens": 16, "support": True, "quotes": False})
     request = resolve(runtime, question, list(passages), settings)
-    cache = read_request(runtime, request).fork(request.room)
-    before = cache.length + cache.unread_tokens + len(request.answer_prompt)
-    running = runtime.decoder(cache, request)
+    begun = Begun.of(request, read_request(runtime, request))
+    running = runtime.decoder(begun.cache, request)
     with closing(iter(running)) as deltas:
-        text = "".join(deltas)
-    answer = Answer(text, citations(cache), report(cache, len(request.answer_prompt)))
-    written = Written(answer, request, cache, before, running.writer.token_ids)
+        written = begun.written("".join(deltas), running.writer, 0.0)
     sharpness = with_quotes(runtime, [written])[0].sharpness
     return None if sharpness is None else Signs(_judgement(runtime, written), sharpness)
 
