@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .answer import Answer, citations, report
+from .answer import Answer
+from .answering import Begun
 from .decode.generation import decode_many
 from .errors import InputError
 from .models.kept_cache import KeptCache
@@ -16,7 +17,6 @@ from .prefill.planning import PrefillPlan
 from .prefill.shared import scan_shared, shares_scan
 from .prefill.shortlists import prefill_shortlists
 from .prompts.passages import Passage, as_passages
-from .quotes.finding import Written
 from .quotes.support import finished
 from .reading import planned, rank, read_ranked, read_request, remember
 from .request import Cancellation, Request
@@ -77,23 +77,44 @@ def answer_together(runtime: Runtime, requests: Sequence[Request], *, shared: bo
     if not requests:
         return []
     requests[0].cancellation.check()
-    plans = [planned(runtime, request) for request in requests]
-    alone = [n for n, plan in enumerate(plans) if plan.strategy == "independent" and requests[n].passages]
-    by_loop = [n for n in range(len(requests)) if n not in set(alone)]
     answers: dict[int, Answer] = {}
-    for numbers, reader in ((alone, _alone_reader), (by_loop, _loop_reader)):
-        own = [requests[number] for number in numbers]
-        if not own:
-            continue
-        read = reader(runtime, own, [plans[number] for number in numbers], shared)
-        for start in range(0, len(own), GROUP):
-            group = range(start, min(start + GROUP, len(own)))
-            found = _generate(runtime, own[group.start : group.stop], read(group))
-            answers |= zip(numbers[group.start : group.stop], found, strict=True)
+    for numbers, read in _readers(runtime, requests, shared):
+        for start in range(0, len(numbers), GROUP):
+            group = range(start, min(start + GROUP, len(numbers)))
+            own = numbers[group.start : group.stop]
+            answers |= zip(own, _generate(runtime, [requests[n] for n in own], read(group)), strict=True)
     return [answers[number] for number in range(len(requests))]
 
 
+def read_together(runtime: Runtime, requests: Sequence[Request]) -> list[KeptCache]:
+    """The caches of several requests, whose passages are read side by side.
+
+    Args:
+        runtime: The model.
+        requests: At least one, with one cancellation; all of one store, or all of none.
+
+    Raises:
+        Cancelled: If their cancellation says so.
+        NumericsError: If the model computes NaN.
+        DeviceMemoryError: If the device runs out of memory.
+    """
+    caches: dict[int, KeptCache] = {}
+    for numbers, read in _readers(runtime, requests, shared=False):
+        caches |= zip(numbers, read(range(len(numbers))), strict=True)
+    return [caches[number] for number in range(len(requests))]
+
+
 Read = Callable[[range], list[KeptCache]]  # reads for a group of requests
+
+
+def _readers(runtime: Runtime, requests: Sequence[Request], shared: bool) -> Iterator[tuple[list[int], Read]]:
+    """The numbers of the requests that are read in the same way, and what reads a group of them."""
+    plans = [planned(runtime, request) for request in requests]
+    alone = [n for n, plan in enumerate(plans) if plan.strategy == "independent" and requests[n].passages]
+    by_loop = [n for n in range(len(requests)) if n not in set(alone)]
+    for numbers, reader in ((alone, _alone_reader), (by_loop, _loop_reader)):
+        if numbers:
+            yield numbers, reader(runtime, [requests[n] for n in numbers], [plans[n] for n in numbers], shared)
 
 
 def _alone_reader(runtime: Runtime, requests: Sequence[Request], plans: Sequence[PrefillPlan], shared: bool) -> Read:
@@ -170,18 +191,16 @@ def _shared_reader(runtime: Runtime, requests: Sequence[Request], plan: PrefillP
 
 
 def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[KeptCache]) -> list[Answer]:
-    prompts = [request.answer_prompt for request in requests]
-    cited = [citations(cache, kept_only=True) for cache in caches]
     writers = [runtime.writer(request.sampling) for request in requests]
     new_tokens = max(request.sampling.max_new_tokens for request in requests)
     start = time.perf_counter()
-    for number in range(len(caches)):  # one by one, so that the room that reading needed is free again
-        caches[number] = caches[number].fork(len(prompts[number]) + new_tokens)
-    before = [cache.length + cache.unread_tokens + len(prompt) for cache, prompt in zip(caches, prompts, strict=True)]
+    begun = []
+    for request in requests:  # one by one, so that the room that reading needed is free again
+        begun.append(Begun.of(request, caches.pop(0), new_tokens))
     texts = decode_many(
         runtime.model,
-        caches,
-        prompts,
+        [each.cache for each in begun],
+        [request.answer_prompt for request in requests],
         writers,
         new_tokens=new_tokens,
         graphs=runtime.graphs,
@@ -189,16 +208,7 @@ def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[KeptCa
         chunk_size=runtime.prompt_chunk_size,
     )
     seconds = (time.perf_counter() - start) / len(requests)
-    reports = [  # now that all of it is read
-        replace(report(cache, len(request.answer_prompt)), notes=request.notes)
-        for cache, request in zip(caches, requests, strict=True)
-    ]
-    written = []
-    for number, (text, writer) in enumerate(zip(texts, writers, strict=True)):
-        new, reason = len(writer.token_ids), writer.stop_reason
-        told = replace(reports[number], decode_seconds=seconds, new_tokens=new, stop_reason=reason)
-        answer = Answer(text, cited[number], told)
-        written.append(Written(answer, requests[number], caches[number], before[number], writer.token_ids))
+    written = [each.written(text, writer, seconds) for each, text, writer in zip(begun, texts, writers, strict=True)]
     return finished(runtime, written)
 
 

@@ -56,26 +56,33 @@ class CudaGraphs:
             caches: What each answer has read so far, at least one; one alone where it is the model's own kind.
             new_tokens: The most tokens that will follow.
         """
-        step = self._take(caches, max(cache.length for cache in caches) + new_tokens)
+        step = self.take(caches[0], len(caches), max(cache.length for cache in caches) + new_tokens)
         try:
+            if step is not None:
+                step.load(caches)
             yield step
         finally:
             if step is not None:
-                with self._lock:
-                    others = [other for other in self.idle if not step.replaces(other)]
-                    self.idle = [step, *others][:MOST_IDLE]
+                self.give_back(step)
 
-    def _take(self, caches: Sequence[KeptCache], tokens: int) -> Step | None:
+    def take(self, like: KeptCache, answers: int, tokens: int) -> Step | None:
+        """A step which is the caller's until it is given back; None where plain forward passes have to do.
+
+        Args:
+            like: A cache of the model, for the shapes.
+            answers: That it serves.
+            tokens: That it must hold for each.
+        """
         capacity = -(-tokens // SIZE_STEP) * SIZE_STEP
         if not self.enabled or capacity > LARGEST:
             return None
         with self._lock:
-            fitting = [step for step in self.idle if step.serves(len(caches), capacity)]
+            fitting = [step for step in self.idle if step.serves(answers, capacity)]
             step = min(fitting, key=lambda step: step.capacity, default=None)
             if step is not None:
                 self.idle.remove(step)
         try:
-            step = step or self._make(caches[0], len(caches), capacity)
+            return step or self._make(like, answers, capacity)
         except RuntimeError as error:
             name = type(self.model).__name__
             if _is_out_of_memory(error):  # that may pass: the next answer tries again, with the memory of idle steps
@@ -86,8 +93,16 @@ class CudaGraphs:
             self.enabled = False  # a layer that asks the device for a value, a library that cannot be captured
             _log.warning("%s cannot be captured as a CUDA graph, so it decodes slower: %s", name, error)
             return None
-        step.load(caches)
-        return step
+
+    def give_back(self, step: Step) -> None:
+        """Keeps a step for the next answer.
+
+        Args:
+            step: That `take` has handed out.
+        """
+        with self._lock:
+            others = [other for other in self.idle if not step.replaces(other)]
+            self.idle = [step, *others][:MOST_IDLE]
 
     def _make(self, like: KeptCache, answers: int, capacity: int) -> Step:
         if not isinstance(like, CompressedCache):

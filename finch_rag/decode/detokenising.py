@@ -6,19 +6,27 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 
-def strip_stream(deltas: Generator[str, None, None]) -> Generator[str, None, None]:
-    """Deltas whose sum is the stripped sum of ``deltas``: white space waits until text follows it.
+class Stripped:
+    """Deltas -> deltas whose sum is the stripped sum of theirs: white space waits until text follows it."""
 
-    Closing it closes ``deltas``.
-    """
-    held, started = "", False
+    def __init__(self) -> None:
+        self._held, self._started = "", False
+
+    def push(self, delta: str) -> str:
+        """What can be shown now, maybe nothing."""
+        text = self._held + delta if self._started else delta.lstrip()
+        shown = text.rstrip()
+        self._held = text[len(shown) :]
+        self._started = self._started or bool(shown)
+        return shown
+
+
+def strip_stream(deltas: Generator[str, None, None]) -> Generator[str, None, None]:
+    """The deltas that `Stripped` makes of others, without empty ones. Closing it closes ``deltas``."""
+    stripped = Stripped()
     with closing(deltas):  # by name: Python 3.12 keeps a closed generator's variables alive
         for delta in deltas:
-            text = held + delta if started else delta.lstrip()
-            shown = text.rstrip()
-            held = text[len(shown) :]
-            if shown:
-                started = True
+            if shown := stripped.push(delta):
                 yield shown
 
 

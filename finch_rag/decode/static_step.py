@@ -110,13 +110,48 @@ class StaticStep(Step):
     def load(self, caches: Sequence[KeptCache]) -> None:
         """See `Step.load`."""
         for answer, cache in enumerate(caches):
-            layers: list[Any] = list(cache.layers)
-            for (keys, values), layer in zip(self.buffers, layers, strict=True):
-                for buffer, states in ((keys, layer.keys), (values, layer.values)):
-                    if states is not None:
-                        buffer[answer, :, : cache.length].copy_(states[0, :, : cache.length])
-                    buffer[answer, :, cache.length :].zero_()  # an answer that failed may have left NaN
-            self._position[answer] = cache.length
+            self.load_one(answer, cache)
+
+    @torch.inference_mode()
+    def load_one(self, answer: int, cache: KeptCache) -> None:
+        """Goes on from a cache, which is copied, in one answer's place; the others stay as they are.
+
+        Args:
+            answer: Its number.
+            cache: Of at most ``capacity`` tokens.
+        """
+        layers: list[Any] = list(cache.layers)
+        self._fill(answer, [(layer.keys, layer.values) for layer in layers], cache.length)
+
+    @torch.inference_mode()
+    def move_in(self, answer: int, other: StaticStep, its: int) -> None:
+        """Goes on with an answer of another step of the same model.
+
+        Args:
+            answer: Its number here.
+            other: Where it was.
+            its: Its number there.
+        """
+        own = slice(its, its + 1)
+        self._fill(answer, [(keys[own], values[own]) for keys, values in other.buffers], int(other._position[its]))
+
+    @torch.inference_mode()
+    def clear(self, answer: int) -> None:
+        """Leaves an answer's place empty; what a step computes there means nothing.
+
+        Args:
+            answer: Its number.
+        """
+        self._position[answer], self._moves[answer] = 0, 0
+
+    def _fill(self, answer: int, states: Sequence[tuple[torch.Tensor | None, ...]], length: int) -> None:
+        """Copies keys and values of each layer, [1, kv_heads, at least length, head_dim]."""
+        for buffers, pair in zip(self.buffers, states, strict=True):
+            for buffer, own in zip(buffers, pair, strict=True):
+                if own is not None:
+                    buffer[answer, :, :length].copy_(own[0, :, :length])
+                buffer[answer, :, length:].zero_()  # an answer that failed may have left NaN
+        self._position[answer], self._moves[answer] = length, 1
 
     def _forward(self) -> torch.Tensor:
         if self._fused is not None:

@@ -26,6 +26,9 @@ class Step(ABC):
         self.answers, self.capacity = answers, capacity
         self._position = torch.zeros(answers, dtype=torch.long, device=device)
         self._tokens = torch.zeros(answers, 1, dtype=torch.long, device=device)
+        self._moves = torch.ones(
+            answers, dtype=torch.long, device=device
+        )  # 0 where no answer is: it stays in its place
         self._places = torch.arange(capacity, device=device)
         self._logits: torch.Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -69,7 +72,7 @@ class Step(ABC):
 
     def _step(self) -> torch.Tensor:
         logits = self._forward()
-        self._position.add_(1)
+        self._position.add_(self._moves)
         return logits
 
     @abstractmethod

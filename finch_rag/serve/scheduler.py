@@ -1,0 +1,272 @@
+"""Requests of many callers on one model: what waits is read together, and all answers are generated in one batch.
+
+One thread has the model. Each turn it reads the passages of some of the waiting requests, as many as there are free
+places and as a bounded number of tokens allows, so that those that run already wait for a moment only; then it
+generates a token of every running answer. A request that fails, or is not wanted any more, leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from ..answer import Answer
+from ..answering import Begun
+from ..batch import read_together
+from ..decode.detokenising import Stripped
+from ..decode.running import RunningAnswer, RunningBatch
+from ..errors import FinchError
+from ..quotes.support import finished
+from ..request import Cancellation, Cancelled, Request, no_progress
+from ..runtime import Runtime
+
+READ_TOKENS = 16_384  # of passages in one turn: a third of a second with 8 billion weights on one H100
+
+_log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Is told what becomes of a request, in the scheduler's thread; must return soon."""
+
+    def on_delta(self, text: str) -> None:
+        """A piece of the answer."""
+
+    def on_answer(self, answer: Answer) -> None:
+        """The whole of it; the last call."""
+
+    def on_error(self, error: BaseException) -> None:
+        """What ended it early, `Cancelled` where it was not wanted any more; the last call."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request on its way.
+
+    Attributes:
+        request: What is asked.
+        listener: Is told.
+        begun: Its passages are read; None before.
+        running: Takes part in the batch; None before.
+        since: When its answer began, in seconds of the monotonic clock.
+        text: Of the answer so far.
+    """
+
+    request: Request
+    listener: Listener
+    begun: Begun | None = None
+    running: RunningAnswer | None = None
+    since: float = 0.0
+    stripped: Stripped = field(default_factory=Stripped)
+    text: str = ""
+
+    @property
+    def cancelled(self) -> bool:
+        return self.request.cancellation.is_cancelled()
+
+
+class _NobodyWaits(Cancellation):
+    """Of several requests that are read together: the reading ends when none of them is wanted any more."""
+
+    def __init__(self, jobs: Sequence[_Job]) -> None:
+        super().__init__()
+        self._jobs = jobs
+
+    def is_cancelled(self) -> bool:
+        return all(job.cancelled for job in self._jobs)
+
+
+class Scheduler:
+    """Executes requests as they come. Safe to share between threads.
+
+    Args:
+        runtime: The model.
+        running: The most answers that are generated side by side.
+        read_tokens: The most tokens of passages that are read in one turn, if more than one request waits.
+    """
+
+    def __init__(self, runtime: Runtime, *, running: int = 16, read_tokens: int = READ_TOKENS) -> None:
+        self._runtime = runtime
+        self._most, self._read_tokens = running, read_tokens
+        self._batch = RunningBatch(runtime.model, runtime.graphs, most=running, chunk_size=runtime.prompt_chunk_size)
+        self._waiting: deque[_Job] = deque()
+        self._taken: list[_Job] = []  # those that are read now
+        self._jobs: dict[RunningAnswer, _Job] = {}
+        self._changed = threading.Condition()
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, name="finch-scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests of which nothing is read yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that are read or answered."""
+        return sum(job.running is None for job in self._taken) + len(self._jobs)
+
+    def submit(self, request: Request, listener: Listener) -> None:
+        """Puts a request behind those that wait.
+
+        Args:
+            request: What is asked.
+            listener: Is told of the answer.
+        """
+        with self._changed:
+            if self._ending:
+                raise RuntimeError("the scheduler has ended")
+            self._waiting.append(_Job(request, listener))
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Makes it look at cancellations at once, where nothing runs."""
+        with self._changed:
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Cancels all requests, and ends."""
+        with self._changed:
+            self._ending = True
+            for job in (*self._waiting, *self._taken, *self._jobs.values()):
+                job.request.cancellation.cancel()
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ending or self._waiting or self._jobs)
+                if self._ending and not self._waiting and not self._jobs:
+                    self._batch.close()
+                    return
+                self._taken = self._next_to_read()
+            try:
+                self._read(self._taken)
+                self._taken = []
+                self._advance()
+            except Exception as error:  # ours: every caller must hear of it, and the next ones be served
+                _log.exception("a turn of the scheduler failed")
+                self._give_up(error)
+
+    def _next_to_read(self) -> list[_Job]:
+        """Takes what is read in this turn from those that wait; those that are not wanted any more leave, too."""
+        taken = [job for job in self._waiting if job.cancelled]
+        for job in taken:
+            self._waiting.remove(job)
+        tokens = 0
+        free = self._most - len(self._jobs)
+        while self._waiting and free:
+            tokens += _tokens_to_read(self._waiting[0].request)
+            if tokens > self._read_tokens and free < self._most - len(self._jobs):
+                break
+            free -= 1
+            taken.append(self._waiting.popleft())
+        return taken
+
+    def _read(self, jobs: Sequence[_Job]) -> None:
+        """Reads passages, and lets the answers begin."""
+        wanted: dict[int, list[_Job]] = {}
+        for job in jobs:
+            if job.cancelled:
+                job.listener.on_error(Cancelled())
+            else:
+                wanted.setdefault(id(job.request.store), []).append(job)
+        for together in wanted.values():
+            self._read_together(together)
+
+    def _read_together(self, jobs: Sequence[_Job]) -> None:
+        """Reads for some requests; where that fails, for each alone, so that only those that fail by themselves do."""
+        nobody_waits = _NobodyWaits(jobs)
+        try:
+            caches = read_together(
+                self._runtime,
+                [replace(job.request, cancellation=nobody_waits, on_progress=no_progress) for job in jobs],
+            )
+            for job in jobs:
+                self._begin(job, Begun.of(job.request, caches.pop(0)))
+        except Exception as error:  # of whatever kind: the others must be read
+            rest = [job for job in jobs if job.begun is None]
+            if len(jobs) == 1 or isinstance(error, Cancelled):
+                if not isinstance(error, (FinchError, Cancelled)):
+                    _log.exception("a request failed")
+                for job in rest:
+                    job.listener.on_error(error)
+                return
+            for job in rest:
+                self._read_together([job])
+
+    def _begin(self, job: _Job, begun: Begun) -> None:
+        request = job.request
+        writer = self._runtime.writer(request.sampling)
+        running = RunningAnswer(begun.cache, request.answer_prompt, writer, request.sampling.max_new_tokens)
+        job.begun, job.running, job.since = begun, running, time.perf_counter()
+        self._jobs[running] = job
+        self._batch.join(running)
+
+    def _advance(self) -> None:
+        """Generates a token of each answer."""
+        for running, job in list(self._jobs.items()):
+            if job.cancelled:
+                self._batch.leave(running)
+                self._end(job, Cancelled())
+        ended = []
+        for running, delta in self._batch.step() if self._jobs else ():
+            job = self._jobs[running]
+            if running.error is not None:
+                self._end(job, running.error)
+                continue
+            if shown := job.stripped.push(delta):
+                job.text += shown
+                if job.request.min_support is None:  # else it may have to be withheld
+                    job.listener.on_delta(shown)
+            if running.ended:
+                ended.append(job)
+        self._finish(ended)
+
+    def _finish(self, jobs: Sequence[_Job]) -> None:
+        """Tells answers that have ended, with what they rest on."""
+        now = time.perf_counter()
+        written = [
+            job.begun.written(job.text, job.running.writer, now - job.since)
+            for job in jobs
+            if job.begun is not None and job.running is not None
+        ]
+        for job, each in zip(jobs, written, strict=True):
+            try:
+                (answer,) = finished(self._runtime, [each])
+            except FinchError as error:
+                self._end(job, error)
+                continue
+            if job.request.min_support is not None and answer.text:
+                job.listener.on_delta(answer.text)
+            self._end(job, answer)
+
+    def _end(self, job: _Job, result: Answer | BaseException) -> None:
+        if job.running is not None:
+            self._jobs.pop(job.running, None)
+        if isinstance(result, Answer):
+            job.listener.on_answer(result)
+        else:
+            job.listener.on_error(result)
+
+    def _give_up(self, error: Exception) -> None:
+        """Fails all that is under way."""
+        for job in [job for job in self._taken if job.running is None]:
+            job.listener.on_error(error)
+        self._taken = []
+        self._batch.close()
+        for job in list(self._jobs.values()):
+            self._end(job, error)
+
+
+def _tokens_to_read(request: Request) -> int:
+    """Tokens of passages that a request makes the model read; what a store knows is not read again."""
+    tokens = sum(request.passage_tokens)
+    budget = tokens if request.plan is None else request.plan.budget
+    return min(tokens, budget) if request.store is not None else tokens
