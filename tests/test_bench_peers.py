@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,6 +32,7 @@ from .small import chat_tokenizer, small_model, texts
 ROOT = Path(__file__).parent.parent
 COUNT = 12
 BOTH = ("one", "two")
+DIFFERENCE = 10  # tokens
 
 
 class KeepsTheLast:
@@ -57,6 +63,52 @@ class KeepsTheLast:
     def __exit__(self, *error: object) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+class MasksTheFirst:
+    """KVzipPress as far as it is used: a head loses its first tokens behind the sinks; one loses fewer, one more."""
+
+    presses: ClassVar[list[MasksTheFirst]] = []
+
+    def __init__(self, compression_ratio: float, n_sink: int) -> None:
+        self.compression_ratio, self.n_sink = compression_ratio, n_sink
+        self.read: list[int] = []
+        self.presses.append(self)
+
+    @contextmanager
+    def __call__(self, model: Any) -> Iterator[None]:
+        tokenizer = sys.modules["kvpress.presses.kvzip_press"].AutoTokenizer.from_pretrained("no such folder")
+        self.prefix_length = len(tokenizer.encode("the template's"))
+
+        def note(module: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
+            self.read = kwargs["input_ids"][0].tolist()
+
+        hook = model.model.register_forward_pre_hook(note, with_kwargs=True)
+        yield
+        hook.remove()
+        lost = round(len(self.read) * self.compression_ratio)
+        for number, layer in enumerate(model.model.layers if lost else ()):
+            counts = [lost + (0, DIFFERENCE)[number == 1], lost - (0, DIFFERENCE)[number == 0]]
+            heads = torch.tensor([head for head, count in enumerate(counts) for _ in range(count)])
+            places = torch.tensor([self.n_sink + place for count in counts for place in range(count)])
+            layer.self_attn.masked_key_indices = (torch.zeros_like(heads), heads, places)
+
+
+@pytest.fixture
+def masking(monkeypatch: pytest.MonkeyPatch) -> list[MasksTheFirst]:
+    """The presses that `kvzip_press` makes, where kvpress is not installed."""
+    module: Any = ModuleType("kvpress.presses.kvzip_press")
+    module.KVzipPress = MasksTheFirst
+    presses: Any = ModuleType("kvpress.presses")
+    presses.kvzip_press = module
+    for name, each in (("kvpress", ModuleType("kvpress")), (presses.__name__, presses), (module.__name__, module)):
+        monkeypatch.setitem(sys.modules, name, each)
+    monkeypatch.setattr(MasksTheFirst, "presses", [])
+    return MasksTheFirst.presses
+
+
+def masks(reader: PlainModel) -> list[Any]:
+    return [getattr(layer.self_attn, "masked_key_indices", None) for layer in reader.loaded.model.model.layers]
 
 
 @pytest.fixture
@@ -161,6 +213,120 @@ def test_the_answer_goes_on_where_the_keys_end(
     prompt = reader.build(cases[0], cases[0].passages)
     fixed = len(prompt.prefix) + len(prompt.question)
     assert int(outcome.prediction) == fixed + (20 if rotates_keys else sum(map(len, prompt.passages)))
+
+
+def test_a_press_that_does_not_see_the_question_leaves_the_budget_beside_the_prefix(
+    reader: PlainModel, cases: list[QualityCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[int]] = []
+    asked: list[Any] = []
+    plain_read = PlainModel.read
+
+    def watched(self: PlainModel, tokens: list[int]) -> DynamicCache:
+        read.append(tokens)
+        return plain_read(self, tokens)
+
+    def answer(self: PlainModel, cache: DynamicCache, *rest: Any) -> str:
+        asked.append(rest)
+        return "x"
+
+    monkeypatch.setattr(PlainModel, "read", watched)
+    monkeypatch.setattr(PlainModel, "answer", answer)
+    prompt = reader.build(cases[0], cases[0].passages)
+    behind = sum(map(len, prompt.passages[6:]))  # the last tokens are passages', the prefix goes
+    for kept, first in ((behind, 6), (behind + 1, 5)):
+        outcome = peer_methods.pressed(
+            reader, KeepsTheLast(), cases[0], kept - len(prompt.prefix), [], rotates_keys=False, sees_question=False
+        )
+        assert outcome.kv_tokens == kept - len(prompt.prefix)
+        assert outcome.kept_ids == [f"p{n}" for n in range(first, COUNT)]
+    context = [*prompt.prefix, *(token for tokens in prompt.passages for token in tokens)]
+    assert read == [context] * 2
+    assert asked == [([*prompt.question, *prompt.tail], len(context))] * 2
+
+
+@pytest.mark.parametrize("method", ["kvpress-expected", "kvpress-kvzip"])
+def test_a_question_behind_everything_is_answered_as_by_the_plain_model(
+    reader: PlainModel, cases: list[QualityCase], masking: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = ModuleType("kvpress.presses.expected_attention_press")
+    module.ExpectedAttentionPress = KeepsTheLast
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    contestant = Contestant(Finch(reader.loaded.model, chat_tokenizer(), heads=[(0, 1)]), 60, 6)
+    for case in cases:
+        outcome, full = peers.PEERS[method][1](reader, case, 10_000), run("full", contestant, case)
+        assert (outcome.prediction, outcome.kv_tokens) == (full.prediction, full.kv_tokens)
+        assert set(outcome.kept_ids) == {f"p{n}" for n in range(COUNT)}
+
+
+def test_kvzip_masks_what_does_not_fit_until_the_answer_is_there(
+    reader: PlainModel, cases: list[QualityCase], masking: list[MasksTheFirst], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def answer(self: PlainModel, cache: DynamicCache, *rest: Any) -> str:
+        asked.append((cache.get_seq_length(), *rest))
+        assert all(mask is not None for mask in masks(reader))
+        if len(asked) > 2:
+            raise KeyboardInterrupt
+        return "x"
+
+    monkeypatch.setattr(PlainModel, "answer", answer)
+    prompt = reader.build(cases[0], cases[0].passages)
+    context = [*prompt.prefix, *(token for tokens in prompt.passages for token in tokens)]
+    behind = sum(map(len, prompt.passages[6:]))
+    for alive, first in ((behind, 6), (behind + 1, 5)):  # by the head that loses the fewest
+        outcome = peer_methods.kvzip_press(reader, cases[0], alive - DIFFERENCE)
+        assert outcome.kv_tokens == alive - DIFFERENCE  # the mean of all heads
+        assert outcome.kept_ids == [f"p{n}" for n in range(first, COUNT)]
+        assert masks(reader) == [None] * len(masks(reader))
+    with pytest.raises(KeyboardInterrupt):
+        peer_methods.kvzip_press(reader, cases[0], 30)
+    assert masks(reader) == [None] * len(masks(reader))
+    before = len(context) + len(prompt.question) + len(prompt.tail) - 1
+    assert asked == [(before, prompt.tail[-1:], before)] * 3
+    for press in masking:
+        assert press.read == context
+        assert press.prefix_length == press.n_sink == len(prompt.prefix)
+
+
+def test_a_question_is_read_token_by_token_where_no_mask_is_found_for_all_of_it(
+    reader: PlainModel, cases: list[QualityCase], masking: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_read = PlainModel.read
+    steps: list[int] = []
+
+    def failing(self: PlainModel, tokens: list[int], cache: DynamicCache | None = None) -> DynamicCache:
+        cache = plain_read(self, tokens, cache)
+        steps.append(len(tokens))
+        if len(tokens) > 1 and len(steps) > 1:
+            last: Any = cache.layers[-1]
+            last.crop(-len(tokens))  # its mask fails, the other layers have read
+            raise ValueError("Could not find fake keys")
+        return cache
+
+    expected = peer_methods.kvzip_press(reader, cases[1], 10_000).prediction
+    monkeypatch.setattr(PlainModel, "read", failing)
+    assert peer_methods.kvzip_press(reader, cases[1], 10_000).prediction == expected
+    assert steps[1] > 1
+    assert steps[2:] == [1] * steps[1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("kvpress") is None, reason="only the environment of bench-peers has it")
+@pytest.mark.parametrize("method", [method for method, (package, _) in peers.PEERS.items() if package == "kvpress"])
+def test_the_presses_of_kvpress_answer_one_question_after_another(
+    loaded: LoadedModel, cases: list[QualityCase], method: str
+) -> None:
+    plain = replace(PlainModel(loaded, 6), separator=peer_methods.add_separator(loaded))
+    answer = peers.PEERS[method][1]
+    with torch.inference_mode():
+        everything = [answer(plain, case, 10_000).prediction for case in cases]
+        for case, prediction in zip(cases, everything, strict=True):
+            prompt = plain.build(case, case.passages)
+            context = [*prompt.prefix, *(token for tokens in prompt.passages for token in tokens), *prompt.question]
+            assert plain.answer(plain.read(context), prompt.tail, len(context)) == prediction
+            assert answer(plain, case, 80).kv_tokens == 80
+            assert answer(plain, case, 10_000).prediction == prediction  # whatever was evicted or masked before
 
 
 def test_generation_uses_the_positions_it_is_told(reader: PlainModel, cases: list[QualityCase]) -> None:

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -59,9 +60,9 @@ class PlainModel:
             raise DoesNotFitError(f"{tokens} tokens of prompt and answer, and the window has {window}")
         return prompt
 
-    def read(self, token_ids: list[int]) -> DynamicCache:
-        """The cache of a text that is read at once."""
-        cache = DynamicCache()
+    def read(self, token_ids: list[int], cache: DynamicCache | None = None) -> DynamicCache:
+        """The cache of a text that is read at once, behind what a cache already holds."""
+        cache = DynamicCache() if cache is None else cache
         self.loaded.model.model(input_ids=self._tensor(token_ids), past_key_values=cache, use_cache=True)
         return cache
 
@@ -132,10 +133,83 @@ def snapkv_press(plain: PlainModel, case: QualityCase, budget: int) -> Outcome:
     return pressed(plain, press, case, budget, [], rotates_keys=False)
 
 
+def expected_attention_press(plain: PlainModel, case: QualityCase, budget: int) -> Outcome:
+    """Kvpress' ExpectedAttentionPress on the context; the question comes after, as in kvpress' pipeline."""
+    from kvpress.presses.expected_attention_press import ExpectedAttentionPress
+
+    return pressed(plain, ExpectedAttentionPress(), case, budget, [], rotates_keys=False, sees_question=False)
+
+
+def kvzip_press(plain: PlainModel, case: QualityCase, budget: int) -> Outcome:
+    """Kvpress' KVzipPress on the context; the question comes after.
+
+    It evicts nothing: what would go is masked, in each layer and KV head other tokens, and the cache keeps its length.
+    ``kv_tokens`` is the mean of what is not masked; memory and seconds are not those of so small a cache.
+    """
+    from kvpress.presses import kvzip_press as kvzip
+
+    prompt = plain.build(case, case.passages)
+    context, model = _before_question(prompt), plain.loaded.model
+    read, prefix = len(context), len(prompt.prefix)
+    # kvpress evicts what the template says before a message: KVzip keeps it, so all of the prefix is a sink here.
+    press = kvzip.KVzipPress(compression_ratio=1 - min(prefix + budget, read) / read, n_sink=prefix)
+    kvzip.AutoTokenizer = SimpleNamespace(from_pretrained=lambda _: plain.loaded.tokenizer)  # it loads one a question
+    clock = Clock(model.device)
+    try:
+        with press(model):
+            press.prefix_length = prefix  # entering measures the template with its own system prompt
+            cache = plain.read(context)
+        clock.mark()
+        *behind, last = [*prompt.question, *prompt.tail]
+        _read_behind_masks(plain, behind, cache)
+        text = plain.answer(cache, [last], read + len(behind))
+        clock.mark()
+        alive = _unmasked(model, read)
+    finally:
+        for layer in model.model.layers:
+            layer.self_attn.masked_key_indices = None  # kvpress does so when the next prompt is read, at the earliest
+    read_seconds, answer_seconds = clock.laps()
+    lengths = [len(tokens) for tokens in prompt.passages]
+    kept_ids = passages_with(alive.any(dim=(0, 1)).tolist()[prefix:], lengths, case.passages)
+    kept = round(float(alive.double().mean(dim=(0, 1)).sum()))
+    return Outcome(text, kept_ids, kept - prefix, read_seconds, answer_seconds)
+
+
+def _read_behind_masks(plain: PlainModel, token_ids: list[int], cache: DynamicCache) -> None:
+    """Reads on behind masked keys: one by one if need be, since kvpress' search for a mask may fail on many queries."""
+    read = cache.get_seq_length()
+    try:
+        plain.read(token_ids, cache)
+    except ValueError:
+        layers: Any = cache.layers
+        for layer in layers:  # some have read the tokens, some have not
+            layer.keys, layer.values = layer.keys[:, :, :read], layer.values[:, :, :read]
+        for token in token_ids:
+            plain.read([token], cache)
+
+
+def _unmasked(model: Any, read: int) -> torch.Tensor:
+    """What KVzipPress has left unmasked; bool of shape [layers, KV heads, read]."""
+    config = model.config
+    alive = torch.ones(config.num_hidden_layers, config.num_key_value_heads, read, dtype=torch.bool)
+    for kept, layer in zip(alive, model.model.layers, strict=True):
+        masked = getattr(layer.self_attn, "masked_key_indices", None)
+        if masked is not None:
+            _, heads, places = masked
+            kept[heads.cpu(), places.cpu()] = False
+    return alive
+
+
 def pressed(
-    plain: PlainModel, press: Any, case: QualityCase, budget: int, separator: list[int], rotates_keys: bool
+    plain: PlainModel,
+    press: Any,
+    case: QualityCase,
+    budget: int,
+    separator: list[int],
+    rotates_keys: bool,
+    sees_question: bool = True,
 ) -> Outcome:
-    """The answer from what a press leaves of context and question.
+    """The answer from what a press leaves of the context, and of the question where it sees it.
 
     Args:
         plain: The model.
@@ -144,19 +218,23 @@ def pressed(
         budget: Document tokens in the cache.
         separator: Stands between context and question.
         rotates_keys: Whether the press re-rotates what it keeps to contiguous positions.
+        sees_question: Whether the question is read with the context, or behind what the press left of it.
     """
     prompt = plain.build(case, case.passages)
     documents = sum(map(len, prompt.passages))
-    read = len(_context(prompt))
+    context, tail = _context(prompt, separator), prompt.tail
+    if not sees_question:
+        context, tail = _before_question(prompt), [*prompt.question, *prompt.tail]
+    read = len(context) - len(separator)  # which is cut out
     kept = read - documents + budget  # the prefix competes, the question stays: see compression_ratio
     press.compression_ratio = compression_ratio(read, kept)
     clock = Clock(plain.loaded.model.device)
     seen = _watch(press, read, kept, plain.loaded.model.device)
     with press(plain.loaded.model):
-        cache = plain.read(_context(prompt, separator))
+        cache = plain.read(context)
     length = cache.get_seq_length()
     clock.mark()
-    text = plain.answer(cache, prompt.tail, length if rotates_keys else read)
+    text = plain.answer(cache, tail, length if rotates_keys else read)
     clock.mark()
     read_seconds, answer_seconds = clock.laps()
     alive = seen.tolist() if kept < read else [True] * read
@@ -224,6 +302,11 @@ def longllmlingua(plain: PlainModel, case: QualityCase, budget: int) -> Outcome:
     return Outcome(answer, kept_ids, len(prompt.passages[0]), read_seconds, answer_seconds, calls)
 
 
+def _before_question(prompt: Prompt) -> list[int]:
+    """Prefix and passages."""
+    return [*prompt.prefix, *(t for tokens in prompt.passages for t in tokens)]
+
+
 def _context(prompt: Prompt, separator: Sequence[int] = ()) -> list[int]:
     """Everything before the template's end."""
-    return [*prompt.prefix, *(t for tokens in prompt.passages for t in tokens), *separator, *prompt.question]
+    return [*_before_question(prompt), *separator, *prompt.question]

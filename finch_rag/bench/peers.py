@@ -1,8 +1,10 @@
 """The questions of a results folder, answered by other projects' ways of reading many passages.
 
-    kvpress-finch    kvpress' FinchPress: tokens by the question's attention, per KV head; keys move
-    kvpress-snapkv   kvpress' SnapKVPress with the question as its window: the same, smoothed; keys stay
-    longllmlingua    the passages' text shortened by LongLLMLingua, with the same model, then read
+    kvpress-finch     kvpress' FinchPress: tokens by the question's attention, per KV head; keys move
+    kvpress-snapkv    kvpress' SnapKVPress with the question as its window: the same, smoothed; keys stay
+    kvpress-expected  kvpress' ExpectedAttentionPress, without the question: by what later queries may attend to
+    kvpress-kvzip     kvpress' KVzipPress, without the question: by what repeating the passages attends to; masked only
+    longllmlingua     the passages' text shortened by LongLLMLingua, with the same model, then read
 
 Prompt, tokens and decoding are Finch's, and so is the number of document tokens in the cache when the answer is made.
 kvpress needs transformers below 5.3, so this runs in an environment of its own:
@@ -35,7 +37,15 @@ from .arguments import check_runs, names_in, numbers_in, shard_of
 from .cases import QualityCase, read_cases
 from .memory import in_use, peak_memory
 from .methods import DoesNotFitError, Outcome
-from .peer_methods import PlainModel, add_separator, finch_press, longllmlingua, snapkv_press
+from .peer_methods import (
+    PlainModel,
+    add_separator,
+    expected_attention_press,
+    finch_press,
+    kvzip_press,
+    longllmlingua,
+    snapkv_press,
+)
 from .quality import appending, label, read_results
 from .summary import summarise
 
@@ -43,6 +53,8 @@ Method = Callable[[PlainModel, QualityCase, int], Outcome]
 PEERS: dict[str, tuple[str, Method]] = {  # with the package that each needs
     "kvpress-finch": ("kvpress", finch_press),
     "kvpress-snapkv": ("kvpress", snapkv_press),
+    "kvpress-expected": ("kvpress", expected_attention_press),
+    "kvpress-kvzip": ("kvpress", kvzip_press),
     "longllmlingua": ("llmlingua", longllmlingua),
 }
 
