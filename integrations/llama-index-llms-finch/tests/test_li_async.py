@@ -57,14 +57,6 @@ def test_each_call_gives_what_its_blocking_twin_gives(method: str) -> None:
     assert made.raw["report"]["new_tokens"] == twin.raw["report"]["new_tokens"] == 8
 
 
-def test_a_chat_answer_has_its_citation_blocks() -> None:
-    llm = finch_llm()
-    expected = llm.chat([MESSAGE]).message
-    assert len(expected.blocks) > 1
-    assert asyncio.run(outcome(llm, "achat")).message == expected
-    assert asyncio.run(outcome(llm, "astream_chat")).message == expected
-
-
 @pytest.mark.parametrize("method", ["astream_complete", "astream_chat"])
 def test_deltas_join_to_the_text_and_the_last_piece_adds_the_report(method: str) -> None:
     async def run() -> list[Any]:

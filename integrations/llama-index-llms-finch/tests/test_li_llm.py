@@ -30,7 +30,7 @@ from llama_index.core.callbacks import (
     LlamaDebugHandler,
     TokenCountingHandler,
 )
-from llama_index.core.llms import ChatMessage, CitationBlock, TextBlock
+from llama_index.core.llms import ChatMessage
 from llama_index.llms.finch import FinchLLM, PassagesMessage
 
 from finch_rag import Finch, InputError, ModelError, SettingsError, WindowError
@@ -391,21 +391,6 @@ def test_raw_and_additional_kwargs_are_plain_values_with_report_and_citations() 
     assert {citation["passage_id"] for citation in raw["citations"]} <= {f"p{n}" for n in range(12)}
 
 
-def test_a_chat_answer_has_a_citation_block_for_each_passage_that_was_kept() -> None:
-    response = finch_llm().chat([MESSAGE])
-    text, *blocks = response.message.blocks
-    citations = response.additional_kwargs["citations"]
-    assert isinstance(text, TextBlock)
-    assert len(blocks) == len(citations) == response.additional_kwargs["report"]["passages_kept"] < 12
-    for block, citation in zip(blocks, citations, strict=True):
-        assert isinstance(block, CitationBlock)
-        passage = passages()[citation["index"]]
-        assert block.cited_content == TextBlock(text=passage.text)
-        assert (block.source, block.title) == (passage.id, passage.title)
-        assert block.additional_location_info["kept_tokens"] == citation["kept_tokens"]
-    assert response.message.content == text.text
-
-
 def test_tokens_are_counted_by_the_models_tokenizer() -> None:
     counter = TokenCountingHandler()
     llm = finch_llm(callback_manager=CallbackManager([counter]))
@@ -473,6 +458,7 @@ def test_a_dictionary_has_all_settings_and_no_model() -> None:
         "stop": ["x"],
         "stopping_ids": [3],
         "is_chat_model": False,
+        "citation_blocks": False,
         "tokenizer_name": "other",
         "device_map": "cpu",
     }

@@ -24,8 +24,8 @@ from finch_rag.prompts.parsing import ParsedPrompt
 from tests.small import texts
 
 
-def chatted(*blocks: Any) -> Any:
-    return finch_llm().chat([ChatMessage(role="user", blocks=[*blocks, TextBlock(text=QUESTION)])])
+def chatted(*blocks: Any, **options: Any) -> Any:
+    return finch_llm().chat([ChatMessage(role="user", blocks=[*blocks, TextBlock(text=QUESTION)])], **options)
 
 
 def read(requests: list[ParsedPrompt]) -> list[tuple[str, str | None, str | None]]:
@@ -39,6 +39,7 @@ def test_citable_blocks_are_read_as_passages(requests: list[ParsedPrompt]) -> No
     response = chatted(
         CitableBlock(title="Notes", source="a", content=[TextBlock(text="The bridge"), TextBlock(text="is old.")]),
         CitableBlock(title="", source="", content=[document]),
+        quotes=False,
     )
     assert read(requests) == [("The bridge\nis old.", "a", "Notes"), ("The pier is old.", None, None)]
     assert [citation["passage_id"] for citation in response.additional_kwargs["citations"]].count("a") == 1

@@ -21,7 +21,7 @@ from llama_index.core.indices.prompt_helper import PromptHelper
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.prompts import BasePromptTemplate
 
-from finch_rag import AnswerStream, Finch, Passage, SettingsError
+from finch_rag import Answer, AnswerStream, Finch, Passage, SettingsError
 from finch_rag.adapters import (
     AsyncAnswerStream,
     ChunkSize,
@@ -35,9 +35,10 @@ from finch_rag.adapters import (
     shared_engine,
 )
 
-from .messages import apieces, chat_piece, chat_response, completion_piece, completion_response, pieces, split_messages
+from .messages import split_messages
 from .prompting import PromptText
 from .rendering import completion_render, messages_render, unformatted
+from .responses import apieces, chat_piece, chat_response, completion_piece, completion_response, pieces
 from .settings import (
     as_wrapper,
     call_options,
@@ -91,7 +92,9 @@ class FinchLLM(StoringLLM):
             own when None.
         min_support: Withhold an answer that is supported less; a given engine's own when None.
         quotes: Whether to find the sentences of the nodes that each sentence of an answer rests on, for the response's
-            "statements" and its citations' "quotes"; a given engine's own when None.
+            "statements", its citations' "quotes" and a chat's citation blocks; a given engine's own when None.
+        citation_blocks: Whether a chat's answer has a `CitationBlock` for each quote or, where there are none, for each
+            node that was kept. LLMs of some other packages refuse a history that has such blocks.
         generate_kwargs: do_sample, temperature, top_k, top_p, repetition_penalty, seed, max_new_tokens of each call.
         model_kwargs: Handed to transformers' ``from_pretrained``.
         tokenizer_kwargs: The same for the tokenizer.
@@ -128,6 +131,7 @@ class FinchLLM(StoringLLM):
     support: bool | None = Field(default=None, description="Whether to judge how well nodes support an answer.")
     min_support: float | None = Field(default=None, description="Withhold an answer that is supported less.")
     quotes: bool | None = Field(default=None, description="Whether to find the sentences that an answer rests on.")
+    citation_blocks: bool = Field(default=True, description="Whether an answer of a chat has citation blocks.")
     generate_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of generation.")
     model_kwargs: dict[str, Any] = Field(default_factory=dict, description="Options of from_pretrained.")
     tokenizer_kwargs: dict[str, Any] = Field(default_factory=dict, description="The same for the tokenizer.")
@@ -165,6 +169,7 @@ class FinchLLM(StoringLLM):
         support: bool | None = None,
         min_support: float | None = None,
         quotes: bool | None = None,
+        citation_blocks: bool = True,
         generate_kwargs: Mapping[str, Any] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
@@ -243,6 +248,7 @@ class FinchLLM(StoringLLM):
             store=place,
             shortlist_tokens=shortlist_tokens,
             quotes=quotes,
+            citation_blocks=citation_blocks,
             support=support,
             min_support=min_support,
             generate_kwargs=generation,
@@ -358,7 +364,7 @@ class FinchLLM(StoringLLM):
             kwargs: See `complete`.
         """
         stream = self._conversation(messages, kwargs)
-        return chat_response(stream.read(), stream.passages)
+        return self._chatted(stream.read(), stream.passages)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
@@ -368,7 +374,7 @@ class FinchLLM(StoringLLM):
             messages: See `chat`.
             kwargs: See `complete`.
         """
-        return pieces(self._conversation(messages, kwargs), chat_piece, chat_response)
+        return pieces(self._conversation(messages, kwargs), chat_piece, self._chatted)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -403,7 +409,7 @@ class FinchLLM(StoringLLM):
             kwargs: See `complete`.
         """
         stream = AsyncAnswerStream(lambda: self._conversation(messages, kwargs))
-        return chat_response(await stream.read(), stream.passages)
+        return self._chatted(await stream.read(), stream.passages)
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
@@ -414,7 +420,7 @@ class FinchLLM(StoringLLM):
             kwargs: See `complete`.
         """
         stream = AsyncAnswerStream(lambda: self._conversation(messages, kwargs))
-        return apieces(stream, chat_piece, chat_response)
+        return apieces(stream, chat_piece, self._chatted)
 
     def _conversation(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> AnswerStream:
         """Starts the answer to a conversation."""
@@ -454,6 +460,10 @@ class FinchLLM(StoringLLM):
         if render is not None:
             options["render"] = render
         return self.engine.stream_chat(messages, passages, **options)
+
+    def _chatted(self, answer: Answer, passages: Sequence[Passage], delta: str | None = None) -> ChatResponse:
+        """An answer as the response of a chat."""
+        return chat_response(answer, passages, delta, cites=self.citation_blocks)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> FinchLLM:
         shared = (self._engine, self._given_store, self._opened_store)

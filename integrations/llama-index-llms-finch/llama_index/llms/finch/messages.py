@@ -1,17 +1,14 @@
-"""LlamaIndex's nodes, blocks and messages <-> Finch's passages and messages, and answers -> responses."""
+"""LlamaIndex's nodes, blocks and messages <-> Finch's passages and messages."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from llama_index.core.base.llms.types import (
     AudioBlock,
     ChatMessage,
-    ChatResponse,
     CitableBlock,
-    CitationBlock,
-    CompletionResponse,
     DocumentBlock,
     ImageBlock,
     MessageRole,
@@ -21,12 +18,10 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.schema import NodeWithScore
 
-from finch_rag import Answer, AnswerStream, InputError, Passage
-from finch_rag.adapters import ASSISTANT, SYSTEM, AsyncAnswerStream, Message
+from finch_rag import InputError, Passage
+from finch_rag.adapters import ASSISTANT, SYSTEM, Message
 
 from .nodes import passage_of
-
-Response = TypeVar("Response", ChatResponse, CompletionResponse)
 
 _ROLES = {MessageRole.DEVELOPER: SYSTEM, MessageRole.CHATBOT: ASSISTANT, MessageRole.MODEL: ASSISTANT}
 _TOOL_ROLES = (MessageRole.TOOL, MessageRole.FUNCTION)
@@ -170,105 +165,3 @@ def _document_text(block: Any) -> str:
         raise InputError(f"the document {block.title!r} is not UTF-8 text: extract its text first") from error
     except (OSError, ValueError) as error:
         raise InputError(f"the document {block.title!r} cannot be read: {error}") from error
-
-
-def completion_response(answer: Answer, passages: Sequence[Passage], delta: str | None = None) -> CompletionResponse:
-    """An answer as the response of a completion, with report and citations in ``raw`` and ``additional_kwargs``.
-
-    Args:
-        answer: The answer.
-        passages: What was read.
-        delta: The last piece of a streamed answer.
-    """
-    return CompletionResponse(text=answer.text, delta=delta, raw=_raw(answer), additional_kwargs=_additional(answer))
-
-
-def chat_response(answer: Answer, passages: Sequence[Passage], delta: str | None = None) -> ChatResponse:
-    """An answer as the response of a chat: its text, and a citation block for each passage that was kept.
-
-    Args:
-        answer: The answer.
-        passages: What was read.
-        delta: The last piece of a streamed answer.
-    """
-    blocks = [_citation_block(citation, passages[citation.index]) for citation in answer.citations]
-    message = ChatMessage(role=MessageRole.ASSISTANT, blocks=[TextBlock(text=answer.text), *blocks])
-    return ChatResponse(message=message, delta=delta, raw=_raw(answer), additional_kwargs=_additional(answer))
-
-
-def chat_piece(text: str, delta: str) -> ChatResponse:
-    """A chat's response so far."""
-    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=text), delta=delta)
-
-
-def completion_piece(text: str, delta: str) -> CompletionResponse:
-    """A completion's response so far."""
-    return CompletionResponse(text=text, delta=delta)
-
-
-def pieces(
-    stream: AnswerStream,
-    piece: Callable[[str, str], Response],
-    last: Callable[[Answer, Sequence[Passage], str], Response],
-) -> Generator[Response, None, None]:
-    """A stream's answer as responses; the last one adds no text, but report and citations.
-
-    Args:
-        stream: Of the answer; closed at the end, or when nobody wants the rest.
-        piece: Text so far and delta -> response.
-        last: Answer, passages and delta -> response.
-    """
-    text = ""
-    with stream:
-        for delta in stream:
-            text += delta
-            yield piece(text, delta)
-    yield last(stream.answer, stream.passages, "")
-
-
-async def apieces(
-    stream: AsyncAnswerStream,
-    piece: Callable[[str, str], Response],
-    last: Callable[[Answer, Sequence[Passage], str], Response],
-) -> AsyncGenerator[Response, None]:
-    """Like `pieces`, for an event loop.
-
-    Args:
-        stream: See `pieces`.
-        piece: See `pieces`.
-        last: See `pieces`.
-    """
-    text = ""
-    try:
-        async for delta in stream:
-            text += delta
-            yield piece(text, delta)
-    finally:
-        stream.cancel()
-    yield last(stream.answer, stream.passages, "")
-
-
-def _citation_block(citation: Any, passage: Passage) -> CitationBlock:
-    return CitationBlock(
-        cited_content=TextBlock(text=passage.text),
-        source=str(citation.index) if citation.passage_id is None else citation.passage_id,
-        title=citation.title or "",
-        additional_location_info={
-            "index": citation.index,
-            "kept_tokens": citation.kept_tokens,
-            "passage_tokens": citation.passage_tokens,
-        },
-    )
-
-
-def _raw(answer: Answer) -> dict[str, Any]:
-    report = answer.report
-    read = report.prefix_tokens + report.context_tokens + report.question_tokens
-    # LlamaIndex's token counter looks for "usage".
-    usage = {"prompt_tokens": read, "completion_tokens": report.new_tokens, "total_tokens": read + report.new_tokens}
-    return {**answer.to_dict(), "usage": usage}
-
-
-def _additional(answer: Answer) -> dict[str, Any]:
-    found = answer.to_dict()
-    return {name: found[name] for name in ("citations", "statements", "support", "report")}
