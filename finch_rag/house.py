@@ -40,6 +40,7 @@ ROOMS = {
     "adapters": "what adapters of frameworks build on",
     "corpus": "a folder of text: passages, index, grading",
     "terminal": "output and progress",
+    "serve": "an HTTP server in OpenAI's shapes",
     "bench": "benchmarks",
     "cli": "the command line, one file a command",
     "house": "this drawing",

@@ -1,0 +1,1 @@
+"""An HTTP server in OpenAI's shapes, with documents and citations. Needs the extra ``serve``."""
