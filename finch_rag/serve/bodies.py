@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from .errors import ApiError, refused
 
-_SURROGATE = re.compile(r"\\u[dD][89abAB]")  # escaped: UTF-8 itself has none
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped: UTF-8 itself has none
 _JSON_TYPE = re.compile(r"application/([\w.-]+\+)?json\b", re.IGNORECASE)
 
 

@@ -35,7 +35,7 @@ class Document(BaseModel):
     text: str | None = None
     snippet: str | None = None
     url: str | None = None
-    score: float | None = Field(None, allow_inf_nan=False)
+    score: float | None = Field(default=None, allow_inf_nan=False)
     data: dict[str, Any] | str | None = None
 
 

@@ -17,6 +17,7 @@ from .watching import Run
 
 log = logging.getLogger("finch_rag.serve")
 
+_GRACE = 5.0  # seconds beyond an answer's own, in which its last events go out
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -76,7 +77,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events."""
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(None if self._seconds is None else self._seconds + _GRACE):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 async for found in self._events:
                     await send({"type": "http.response.body", "body": found, "more_body": True})

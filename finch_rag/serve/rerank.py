@@ -36,7 +36,7 @@ class RerankRequest(BaseModel):
     query: str
     documents: Documents
     model: str | None = None
-    top_n: int | None = Field(None, ge=1)
+    top_n: int | None = Field(default=None, ge=1)
     return_documents: bool | None = None
 
 

@@ -54,7 +54,7 @@ class Question(BaseModel):
     """
 
     query: str
-    top_k: int = Field(10, ge=1)
+    top_k: int = Field(default=10, ge=1)
 
 
 @routes.get("/v1/stores", tags=["stores"])
