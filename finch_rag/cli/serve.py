@@ -13,7 +13,7 @@ import typer
 from ..errors import MissingExtraError
 from ..models.embedded import EMBEDDED
 from ..terminal.loading import check_positive, load_finch
-from ..terminal.output import printable, say
+from ..terminal.output import note, printable, say
 from ..terminal.progress import ProgressBars
 from .arguments import BudgetOption, ModelOption
 
@@ -22,6 +22,7 @@ EPILOG = (
     "finch-rag serve --host 0.0.0.0 --api-key-file keys.txt --running 8 --timeout 120"
 )
 _NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+_OWN_HOSTS = ("127.0.0.1", "::1", "localhost")
 _MIB = 2**20
 
 
@@ -87,6 +88,8 @@ def serve(
         max_body_bytes=max_body_mib * _MIB,
         log_prompts=log_prompts,
     )
+    if not settings.api_keys and host not in _OWN_HOSTS:
+        note(f"whoever reaches {host} may ask, and change stores: --api-key-file asks for a key")
     with ProgressBars() as bars:
         finch = load_finch(model, bars, budget=budget)
     from ..serve.app import make_app

@@ -37,8 +37,8 @@ SENT = json.dumps({"messages": ASKED})
     [
         (b"", "required"),
         (b"{", "not JSON"),
-        (b"[]", "dictionary"),
-        (b"null", "dictionary"),
+        (b"[]", "the body"),
+        (b"null", "the body"),
         (b'{"messages": 7}', "messages"),
         (b'{"messages": [7]}', "messages.0"),
         (b'{"messages": [{"content": "x"}]}', "messages.0.role"),

@@ -172,7 +172,7 @@ def test_a_full_queue_is_a_429_at_once(engine: Finch, threads: ThreadPoolExecuto
             assert int(response.headers["Retry-After"]) >= 1
         held.let_go.set()
         assert [response.result().status_code for response in taken] == [200, 200]
-        assert (service.answers.running, service.answers.waiting) == (0, 0)
+        assert eventually(lambda: (service.answers.running, service.answers.waiting) == (0, 0))
 
 
 @pytest.mark.parametrize("stream", [False, True])
