@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -23,6 +25,8 @@ from .metrics import Meter, Metrics
 from .service import Service
 from .settings import ServeSettings
 from .shelf import Shelf
+
+_SPARE_THREADS = 4  # for steps of cancelled work that are not over yet
 
 
 def make_app(finch: Finch, settings: ServeSettings | None = None, answers: Answers | None = None) -> FastAPI:
@@ -52,6 +56,9 @@ def make_app(finch: Finch, settings: ServeSettings | None = None, answers: Answe
 
     @asynccontextmanager
     async def closed_at_the_end(app: FastAPI) -> AsyncIterator[None]:
+        # Answers and errands each hold a thread while they compute; asyncio's own pool has as many as there are cores.
+        workers = ThreadPoolExecutor(2 * settings.running + _SPARE_THREADS, thread_name_prefix="finch-rag")
+        asyncio.get_running_loop().set_default_executor(workers)
         yield
         await service.close(settings.stop_timeout)
 

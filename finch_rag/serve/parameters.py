@@ -129,12 +129,19 @@ class Parameters(BaseModel):
             raise refused(
                 "store is true, and this server keeps no answers: pass the name of a store, or leave it out", "store"
             )
-        return self.store or None
+        return self.store if isinstance(self.store, str) else None
 
     @property
     def wants_report(self) -> bool:
-        """Whether the report is part of the answer."""
-        return bool(self.finch.get("report"))
+        """Whether the report is part of the answer.
+
+        Raises:
+            ApiError: 400, if it is neither asked for nor not.
+        """
+        wanted = self.finch.get("report", False)
+        if not isinstance(wanted, bool):
+            raise refused(f"finch.report is {repr(wanted)[:60]}: pass true or false", "finch.report")
+        return wanted
 
 
 def options_of(parameters: Parameters) -> CallOptions:

@@ -283,6 +283,7 @@ def test_parameters_that_do_nothing_are_taken(client: TestClient, harmless: Any)
         ({"finch": {"render": "x"}}, "finch.render"),
         ({"finch": {"store": "/etc"}}, "finch.store"),
         ({"finch": {"budgett": 1}}, "finch.budgett"),
+        ({"finch": {"report": "yes"}}, "finch.report"),
         ({"finch": {"temperature": 1}, "temperature": 1}, "finch.temperature"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format"),

@@ -142,8 +142,7 @@ NO_NAMES = [
 def test_no_name_leaves_the_folder(shelf: TestClient, engine: Finch, tmp_path: Path, name: str) -> None:
     (tmp_path / "x").mkdir()
     assert "name" in error_in(shelf.post(STORES, json={"name": name}), 400)["message"]
-    if name:
-        error_in(shelf.post(CHAT, json={"messages": ASKED, "store": name}), 400)
+    error_in(shelf.post(CHAT, json={"messages": ASKED, "store": name}), 400)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "user-cache") == ["stores", "x"]
     assert list((tmp_path / "stores").iterdir()) == []
 
