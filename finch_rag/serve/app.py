@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..engine import Finch
-from . import chat, completions, health, models, rerank, stores
+from . import chat, completions, health, models, rerank, responses, stores
 from .answers import Answers
 from .engine_answers import EngineAnswers
 from .errands import Errands
@@ -64,7 +64,7 @@ def make_app(finch: Finch, settings: ServeSettings | None = None, answers: Answe
 
     app = FastAPI(title="finch-rag", version=__version__, lifespan=closed_at_the_end)
     app.state.service = service
-    for part in (chat, completions, rerank, stores, models, health):
+    for part in (chat, completions, responses, rerank, stores, models, health):
         app.include_router(part.routes)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_middleware(BodyLimit, most=settings.max_body_bytes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import Request
 from starlette.responses import Response
 
@@ -48,9 +50,22 @@ class ChatRequest(Parameters):
 async def complete_chat(body: ChatRequest, request: Request, service: ServiceOf) -> Response:
     """Answers the last message of a conversation, from documents, with citations."""
     service.check(body.model)
-    conversation = conversation_of(body.messages)
-    passages = [*passages_of(body.documents), *conversation.passages]
-    asked = Asked(conversation.messages, passages)
-    if body.store_name is not None and not passages:
-        asked = Asked(conversation.messages, passages, *conversation.apart())
-    return await respond(service, request, body, asked, ChatReply(service.name, passages, body.wants_report))
+    asked = asked_of(body, body.messages)
+    return await respond(service, request, body, asked, ChatReply(service.name, asked.passages, body.wants_report))
+
+
+def asked_of(parameters: Parameters, messages: Sequence[ChatMessage]) -> Asked:
+    """What a conversation asks.
+
+    Args:
+        parameters: Of the request.
+        messages: The conversation.
+
+    Raises:
+        ApiError: 400, if it cannot be read.
+    """
+    conversation = conversation_of(messages)
+    passages = [*passages_of(parameters.documents), *conversation.passages]
+    if parameters.store_name is not None and not passages:
+        return Asked(conversation.messages, passages, *conversation.apart())
+    return Asked(conversation.messages, passages)

@@ -15,7 +15,7 @@ from .errors import refused
 
 _ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "assistant": ASSISTANT}
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_DOCUMENT_PARTS = ("document", "file")
+_DOCUMENT_PARTS = ("document", "file", "input_file")
 
 
 class ChatMessage(BaseModel):

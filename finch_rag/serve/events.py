@@ -18,16 +18,16 @@ from .watching import Run
 log = logging.getLogger("finch_rag.serve")
 
 _GRACE = 5.0  # seconds beyond an answer's own, in which its last events go out
-_DONE = b"data: [DONE]\n\n"
 
 
 def event(value: dict[str, Any]) -> bytes:
-    """One event.
+    """One event, named by its type where it has one.
 
     Args:
         value: What it says.
     """
-    return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode()
+    name = f"event: {value['type']}\n" if "type" in value else ""
+    return f"{name}data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode()
 
 
 async def answer_events(
@@ -49,13 +49,12 @@ async def answer_events(
             yield event(reply.piece(first))
             async for piece in run.pieces():
                 yield event(reply.piece(piece))
-        answer = run.answer()
-        yield event(reply.closing(answer))
-        if include_usage:
-            yield event(reply.usage(answer))
-        yield _DONE
+        for chunk in reply.ending(run.answer(), include_usage):
+            yield event(chunk)
+        if reply.last_event:
+            yield f"data: {reply.last_event}\n\n".encode()
     except Exception as error:
-        yield event(error_of(error, show_messages).body)
+        yield event(reply.failure(error_of(error, show_messages).body))
 
 
 class EventStream(Response):

@@ -23,6 +23,7 @@ _IGNORED = frozenset(
         "prompt_cache_options",
         "prediction",
         "parallel_tool_calls",
+        "max_tool_calls",
     )
 )
 # They change no answer with these values; None is always among them.
@@ -40,6 +41,13 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "reasoning_effort": ("none", "minimal"),
+    "reasoning": ({},),
+    "truncation": ("disabled", "auto"),
+    "include": ([],),
+    "background": (False,),
+    "previous_response_id": (),
+    "conversation": (),
+    "prompt": (),
     "verbosity": ("medium",),
     "echo": (False,),
     "suffix": ("",),
@@ -57,6 +65,7 @@ _CURES = {
     "tools": "put what tools found into documents",
     "tool_choice": "put what tools found into documents",
     "logprobs": "no probabilities are handed out",
+    "previous_response_id": "no answers are kept: send the messages before",
 }
 _OWN = frozenset(CallOptions.__annotations__) - {"render", "on_progress", "store", "history", "notes"}
 _SAME_NAMES = ("temperature", "top_p", "top_k", "seed", "stop", "stop_token_ids", "repetition_penalty")
@@ -119,6 +128,11 @@ class Parameters(BaseModel):
         return self.max_tokens
 
     @property
+    def answer_format(self) -> dict[str, Any] | None:
+        """The form of the answer, as ``response_format`` has it; None for free text."""
+        return self.response_format
+
+    @property
     def store_name(self) -> str | None:
         """Name of a store; OpenAI has a switch of the same name, which may be off.
 
@@ -158,7 +172,7 @@ def options_of(parameters: Parameters) -> CallOptions:
     options: dict[str, Any] = {name: value for name in _SAME_NAMES if (value := getattr(parameters, name)) is not None}
     if parameters.most_tokens is not None:
         options["max_new_tokens"] = parameters.most_tokens
-    if parameters.response_format is not None and (schema := _schema(parameters.response_format)) is not None:
+    if parameters.answer_format is not None and (schema := _schema(parameters.answer_format)) is not None:
         options["json_schema"] = schema
     own = {name: value for name, value in parameters.finch.items() if name != "report"}
     if unknown := sorted(set(own) - _OWN):

@@ -51,21 +51,70 @@ def prompt_tokens(figures: CompressionReport) -> int:
 
 
 class Reply(ABC):
-    """How one answer is told.
+    """How one answer is told, whole or in the chunks of a stream.
 
     Args:
         model: The model's name.
         passages: That the request brought.
         report: Whether the usage has the report.
+
+    Attributes:
+        last_event: What ends a stream, behind the last chunk.
     """
 
-    whole_kind: str
-    chunk_kind: str
     prefix: str
+    last_event = "[DONE]"
 
     def __init__(self, model: str, passages: Sequence[Passage], report: bool) -> None:
         self._model, self._passages, self._report = model, passages, report
-        self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+        self._id, self._created = f"{self.prefix}{uuid.uuid4().hex}", int(time.time())
+
+    @abstractmethod
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """The answer in one piece.
+
+        Args:
+            answer: The answer.
+        """
+
+    @abstractmethod
+    def opening(self) -> list[dict[str, Any]]:
+        """The chunks before the text."""
+
+    @abstractmethod
+    def piece(self, text: str) -> dict[str, Any]:
+        """A chunk of the text.
+
+        Args:
+            text: The piece.
+        """
+
+    @abstractmethod
+    def ending(self, answer: Answer, include_usage: bool) -> list[dict[str, Any]]:
+        """The chunks behind the text: why it ended, its citations, and its tokens.
+
+        Args:
+            answer: The whole answer.
+            include_usage: Whether the tokens are asked for.
+        """
+
+    def failure(self, error: dict[str, Any]) -> dict[str, Any]:
+        """The chunk that says what went wrong on the way.
+
+        Args:
+            error: The body of the error.
+        """
+        return error
+
+    def _cited(self, answer: Answer) -> Cited:
+        return Cited(answer, self._passages)
+
+
+class CompletionReply(Reply):
+    """An answer as the one choice of a completion."""
+
+    whole_kind: str
+    chunk_kind: str
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """The answer in one piece.
@@ -73,7 +122,7 @@ class Reply(ABC):
         Args:
             answer: The answer.
         """
-        cited = Cited(answer, self._passages)
+        cited = self._cited(answer)
         choice = {**_ended(answer), **self._whole(answer.text, _cites(cited))}
         return {**self._about(self.whole_kind, [choice]), "usage": usage_of(answer, cited, self._report)}
 
@@ -89,22 +138,18 @@ class Reply(ABC):
         """
         return self._chunk(self._piece(text))
 
-    def closing(self, answer: Answer) -> dict[str, Any]:
-        """The last chunk with a choice: why the answer ended, and its citations.
+    def ending(self, answer: Answer, include_usage: bool) -> list[dict[str, Any]]:
+        """The last chunk with a choice, and one with the tokens.
 
         Args:
             answer: The whole answer.
+            include_usage: Whether the tokens are asked for.
         """
-        return self._chunk({**self._last(_cites(Cited(answer, self._passages))), **_ended(answer)})
-
-    def usage(self, answer: Answer) -> dict[str, Any]:
-        """The chunk with the tokens.
-
-        Args:
-            answer: The whole answer.
-        """
-        tokens = usage_of(answer, Cited(answer, self._passages), self._report)
-        return {**self._about(self.chunk_kind, []), "usage": tokens}
+        cited = self._cited(answer)
+        chunks = [self._chunk({**self._last(_cites(cited)), **_ended(answer)})]
+        if include_usage:
+            chunks.append({**self._about(self.chunk_kind, []), "usage": usage_of(answer, cited, self._report)})
+        return chunks
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         return self._about(self.chunk_kind, [{"index": 0, "logprobs": None, "finish_reason": None, **choice}])
@@ -123,10 +168,10 @@ class Reply(ABC):
     def _last(self, cites: dict[str, Any]) -> dict[str, Any]: ...
 
 
-class ChatReply(Reply):
+class ChatReply(CompletionReply):
     """A message of the assistant; citations are part of it, or of the last delta."""
 
-    whole_kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    whole_kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
     def opening(self) -> list[dict[str, Any]]:
         """The chunk that names the role."""
@@ -142,10 +187,10 @@ class ChatReply(Reply):
         return {"delta": cites}
 
 
-class TextReply(Reply):
+class TextReply(CompletionReply):
     """A text; citations stand beside it."""
 
-    whole_kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+    whole_kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl-"
 
     def _whole(self, text: str, cites: dict[str, Any]) -> dict[str, Any]:
         return {"text": text, **cites}

@@ -342,6 +342,44 @@ def test_prompts_that_cannot_be_read_are_refused(client: TestClient, sent: Any) 
     error_in(client.post(COMPLETIONS, json=sent), 400)
 
 
+def test_a_response_is_a_chat_of_another_form(client: TestClient, engine: Finch, answer: Answer) -> None:
+    said = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Who are you?"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "A model."}]},
+        {"role": "user", "content": QUESTION},
+    ]
+    sent = {"input": said, "instructions": "Be brief.", "documents": DOCUMENTS, "temperature": 0}
+    body = client.post("/v1/responses", json=sent).json()
+    messages: list[Any] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": "A model."},
+        {"role": "user", "content": QUESTION},
+    ]
+    assert body["output"][0]["content"][0]["text"] == engine.chat(messages, PASSAGES).text
+    held = HeldAnswers(answer, free_pieces=9)
+    schema = {"type": "json_schema", "name": "n", "schema": {"type": "integer"}, "strict": True}
+    with client_of(engine, answers=held) as steered:
+        sent = {"input": "x", "max_output_tokens": 5, "text": {"format": schema, "verbosity": "medium"}}
+        assert steered.post("/v1/responses", json=sent).status_code == 200
+    assert held.asked[0][2] == {"max_new_tokens": 5, "json_schema": {"type": "integer"}}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"previous_response_id": "resp_1"},
+        {"tools": [{"type": "web_search"}]},
+        {"text": {"verbosity": "high"}},
+        {"text": {"format": {"type": "json_schema"}}},
+        {"background": True},
+        {"input": [{"type": "function_call_output", "output": "x"}]},
+    ],
+)
+def test_responses_that_cannot_be_made_are_refused(client: TestClient, sent: Any) -> None:
+    error_in(client.post("/v1/responses", json={"input": "x", **sent}), 400)
+
+
 def test_models_are_listed(client: TestClient, engine: Finch) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["object"], model["max_model_len"]) == ("small", "model", engine.window)

@@ -198,6 +198,69 @@ def test_langchain_completes(base: str, expected: Answer) -> None:
     assert llm.invoke(QUESTION, max_tokens=8) == expected.text
 
 
+def test_openai_responds(client: openai.OpenAI, expected: Answer, cited: list[str | None]) -> None:
+    done: Any = client.responses.create(model="small", input=QUESTION, extra_body=EXTRA)
+    assert done.output_text == expected.text
+    (item,) = done.output
+    annotations = item.content[0].annotations
+    assert {annotation.type for annotation in annotations} == {"url_citation"}
+    assert [annotation.document["id"] for annotation in annotations] == cited
+    assert done.usage.output_tokens == expected.report.new_tokens
+    assert done.usage.finch["kept_tokens"] == expected.report.kept_tokens
+    assert (done.status, done.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
+def test_openai_streams_a_response(client: openai.OpenAI, expected: Answer, cited: list[str | None]) -> None:
+    events: list[Any] = list(client.responses.create(model="small", input=QUESTION, stream=True, extra_body=EXTRA))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == expected.text
+    added = [e.annotation for e in events if e.type == "response.output_text.annotation.added"]
+    assert [annotation["document"]["id"] for annotation in added] == cited
+    assert events[-1].type == "response.incomplete"
+    assert events[-1].response.output_text == expected.text
+    stopped = {**EXTRA, "stop": expected.text[3:5]}
+    with client.responses.stream(model="small", input=QUESTION, extra_body=stopped) as stream:
+        final = stream.get_final_response()
+    assert (final.status, final.output_text) == ("completed", expected.text[:3].rstrip())
+
+
+def test_a_response_that_fails_on_the_way_is_an_error(engine: Finch, answer: Answer) -> None:
+    with Live(engine, HeldAnswers(answer, free_pieces=1), timeout=0.3) as live:
+        hasty = openai.OpenAI(base_url=f"{live.url}/v1", api_key="any", max_retries=0)
+        with pytest.raises(openai.APIError, match="was not there after"):
+            list(hasty.responses.create(model="small", input=QUESTION, stream=True))
+
+
+def test_langchain_reads_citations_of_responses(base: str, expected: Answer, cited: list[str | None]) -> None:
+    chat = ChatOpenAI(
+        model="small",
+        base_url=base,
+        api_key=SecretStr(KEY),
+        extra_body=EXTRA,
+        use_responses_api=True,
+        output_version="v1",
+    )
+
+    def ids(message: Any) -> list[str]:
+        (block,) = [block for block in message.content_blocks if block["type"] == "text"]
+        assert block["text"] == expected.text
+        return [_document_of(annotation)["id"] for annotation in block["annotations"]]
+
+    assert ids(chat.invoke(QUESTION)) == cited
+    chunks = list(chat.stream(QUESTION))
+    assert len(chunks) > 3
+    whole: Any = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    assert ids(whole) == cited
+
+
+def _document_of(annotation: dict[str, Any]) -> dict[str, Any]:
+    """Where LangChain puts what it does not know."""
+    found: dict[str, Any] = annotation["extras"]["document"]
+    return found
+
+
 @pytest.fixture
 def like(base: str) -> OpenAILike:
     extra = {"extra_body": EXTRA}
