@@ -669,6 +669,15 @@ def test_threads_share_a_store(finch: Finch, store: PassageStore) -> None:
     assert len(store) == 6 + 3 * 4
 
 
+def test_any_thread_may_close_a_store(finch: Finch, tmp_path: Path) -> None:
+    opened: list[PassageStore] = []
+    thread = threading.Thread(target=lambda: opened.append(finch.open_store(tmp_path, heads=HEADS)))
+    thread.start()
+    thread.join()
+    opened[0].close()
+    finch.open_store(tmp_path, heads=HEADS).close()  # the folder is free
+
+
 def test_small_additions_are_joined(finch: Finch, tmp_path: Path) -> None:
     with finch.open_store(tmp_path, heads=HEADS) as store:
         for passage in named(20):

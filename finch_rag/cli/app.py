@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import FinchError
 from ..terminal.output import say, show_error, show_log
-from . import ask, bench, check, demo, heads, index, rank, store
+from . import ask, bench, check, demo, heads, index, rank, serve, store
 
 
 class Commands(TyperGroup):
@@ -38,6 +38,7 @@ app.command(epilog=ask.EPILOG)(ask.ask)
 app.command(epilog=rank.EPILOG)(rank.rank)
 app.command(epilog=index.EPILOG)(index.index)
 app.add_typer(store.app, name="store")
+app.command(epilog=serve.EPILOG)(serve.serve)
 app.command("demo")(demo.show_demo)
 app.command(epilog=heads.EPILOG)(heads.heads)
 app.command(epilog=check.EPILOG)(check.check)

@@ -67,7 +67,7 @@ class Storage:
             return StoreIndex(file, about, writes=False)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._writer = FileLock(folder / "writer.lock")
+            self._writer = FileLock(folder / "writer.lock", thread_local=False)  # any thread may close it
             self._writer.acquire(timeout=0)
         except Timeout as error:
             raise StoreError(
