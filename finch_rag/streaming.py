@@ -37,10 +37,12 @@ class AnswerStream(Iterator[str]):
         cache: Holds the passages; they are read when the first delta is asked for when None.
 
     Attributes:
+        request: What is asked.
         passages: What is read; a citation's ``index`` is a place in it.
     """
 
     def __init__(self, runtime: Runtime, request: Request, cache: KeptCache | None = None) -> None:
+        self.request = request
         self.passages: Sequence[Passage] = request.passages
         self._cancellation = request.cancellation
         self._lock = threading.RLock()

@@ -16,7 +16,7 @@ from .. import __version__
 from ..engine import Finch
 from . import chat, completions, health, models, rerank, responses, stores
 from .answers import Answers
-from .engine_answers import EngineAnswers
+from .batched_answers import BatchedAnswers
 from .errands import Errands
 from .errors import error_of
 from .keys import KeyRing
@@ -35,14 +35,14 @@ def make_app(finch: Finch, settings: ServeSettings | None = None, answers: Answe
     Args:
         finch: The engine.
         settings: How it is run.
-        answers: Who answers; streams of the engine, side by side, when None.
+        answers: Who answers; the engine, in one running batch, when None.
 
     Raises:
         SettingsError: If the folder of stores cannot be made.
     """
     settings = ServeSettings() if settings is None else settings
     if answers is None:
-        answers = EngineAnswers(finch, running=settings.running, waiting=settings.waiting)
+        answers = BatchedAnswers(finch, running=settings.running, waiting=settings.waiting)
     errands = Errands(running=settings.running, waiting=settings.waiting)
     service = Service(
         finch,

@@ -124,11 +124,6 @@ class Scheduler:
             self._waiting.append(_Job(request, listener))
             self._changed.notify()
 
-    def wake(self) -> None:
-        """Makes it look at cancellations at once, where nothing runs."""
-        with self._changed:
-            self._changed.notify()
-
     def close(self) -> None:
         """Cancels all requests, and ends."""
         with self._changed:
