@@ -176,7 +176,7 @@ def test_a_full_queue_is_a_429_at_once(engine: Finch, threads: ThreadPoolExecuto
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("hold", [1, 4])  # while the passages are read, and while the answer is made
+@pytest.mark.parametrize("hold", [1, 12])  # while the passages are read, and while the answer is made
 def test_a_client_that_goes_ends_its_answer(
     stream: bool, hold: int, caches: weakref.WeakSet[CompressedCache], threads: ThreadPoolExecutor
 ) -> None:
@@ -202,6 +202,9 @@ def test_a_client_that_goes_ends_its_answer(
         assert eventually(lambda: live.service.answers.running == 0)
         assert held.count == hold  # no step more
         assert eventually(lambda: not caches)
+        status = "200" if stream and hold > 1 else "499"  # the first piece was out, or nothing
+        counted = {"endpoint": CHAT, "status": status}
+        assert eventually(lambda: live.service.metrics.registry.get_sample_value("finch_requests_total", counted) == 1)
         ask()  # the server lives on
         assert held.count > hold
 

@@ -155,11 +155,12 @@ def test_no_path_leaves_the_folder(shelf: TestClient, tmp_path: Path, name: str)
     assert (tmp_path / "x").is_dir()
 
 
-def test_what_is_no_store_is_not_touched(shelf: TestClient, tmp_path: Path) -> None:
+def test_what_is_no_store_is_not_touched(shelf: TestClient, engine: Finch, tmp_path: Path) -> None:
     other = tmp_path / "stores" / "photos"
     other.mkdir()
     (other / "a.jpg").touch()
-    (tmp_path / "stores" / "linked").symlink_to(tmp_path)
+    engine.open_store(tmp_path / "elsewhere").close()
+    (tmp_path / "stores" / "linked").symlink_to(tmp_path / "elsewhere")
     assert shelf.get(STORES).json()["data"] == []
     for name in ("photos", "linked"):
         assert error_in(shelf.delete(f"{STORES}/{name}"), 404)["code"] == "store_not_found"
