@@ -213,5 +213,14 @@ def test_closing_cancels_what_runs_and_what_waits(engine: Finch) -> None:
     scheduler.close()
     assert all(each.times == 1 for each in heard)
     assert isinstance(heard[2].error, Cancelled)
-    with pytest.raises(RuntimeError, match="ended"):
-        scheduler.submit(request_of(engine, "Who?", texts(2)), Heard())
+    assert asked(scheduler, request_of(engine, "Who?", texts(3))).read().text == engine.ask("Who?", texts(3)).text
+
+
+def test_no_thread_is_left_where_nothing_is_asked(engine: Finch) -> None:
+    scheduler = Scheduler(engine.runtime)
+    asked(scheduler, request_of(engine, "Who?", texts(3))).read()
+    scheduler.close()
+    deadline = time.monotonic() + 10
+    while any(thread.name == "finch-scheduler" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

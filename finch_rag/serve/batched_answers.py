@@ -112,9 +112,8 @@ class BatchedPieces(AsyncIterator[str]):
         self._answer: Answer | None = None
 
     async def __anext__(self) -> str:
-        if self._told is None:
-            if not await self._place.turn() or not await self._begin():
-                raise StopAsyncIteration
+        if self._told is None and not (await self._place.turn() and await self._begin()):
+            raise StopAsyncIteration
         try:
             return await self._next_piece()
         except asyncio.CancelledError:
@@ -131,7 +130,7 @@ class BatchedPieces(AsyncIterator[str]):
         return True
 
     async def _next_piece(self) -> str:
-        if self._told is None or self._answer is not None:
+        if self._told is None or self._cancelled or self._answer is not None:
             raise StopAsyncIteration
         piece = await self._told.pieces.get()
         if isinstance(piece, str):

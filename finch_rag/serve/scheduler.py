@@ -1,8 +1,9 @@
 """Requests of many callers on one model: what waits is read together, and all answers are generated in one batch.
 
-One thread has the model. Each turn it reads the passages of some of the waiting requests, as many as there are free
-places and as a bounded number of tokens allows, so that those that run already wait for a moment only; then it
-generates a token of every running answer. A request that fails, or is not wanted any more, leaves the others alone.
+One thread has the model; it is there while there is work. Each turn it reads the passages of some of the waiting
+requests, as many as there are free places and as a bounded number of tokens allows, so that those that run already wait
+for a moment only; then it generates a token of every running answer. A request that fails, or is not wanted any more,
+leaves the others alone.
 """
 
 from __future__ import annotations
@@ -97,9 +98,7 @@ class Scheduler:
         self._taken: list[_Job] = []  # those that are read now
         self._jobs: dict[RunningAnswer, _Job] = {}
         self._changed = threading.Condition()
-        self._ending = False
-        self._thread = threading.Thread(target=self._run, name="finch-scheduler", daemon=True)
-        self._thread.start()
+        self._working = False
 
     @property
     def waiting(self) -> int:
@@ -119,26 +118,24 @@ class Scheduler:
             listener: Is told of the answer.
         """
         with self._changed:
-            if self._ending:
-                raise RuntimeError("the scheduler has ended")
             self._waiting.append(_Job(request, listener))
-            self._changed.notify()
+            if not self._working:
+                self._working = True
+                threading.Thread(target=self._work, name="finch-scheduler", daemon=True).start()
 
     def close(self) -> None:
-        """Cancels all requests, and ends."""
+        """Cancels all requests, and waits for the end of the step under way."""
         with self._changed:
-            self._ending = True
             for job in (*self._waiting, *self._taken, *self._jobs.values()):
                 job.request.cancellation.cancel()
-            self._changed.notify()
-        self._thread.join()
+            self._changed.wait_for(lambda: not self._working)
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._ending or self._waiting or self._jobs)
-                if self._ending and not self._waiting and not self._jobs:
-                    self._batch.close()
+                if not self._waiting and not self._jobs:
+                    self._working = False
+                    self._changed.notify_all()
                     return
                 self._taken = self._next_to_read()
             try:
@@ -185,16 +182,20 @@ class Scheduler:
             )
             for job in jobs:
                 self._begin(job, Begun.of(job.request, caches.pop(0)))
+        except Cancelled:
+            for job in jobs:
+                if job.begun is None:
+                    job.listener.on_error(Cancelled())  # a new one: this one's frames hold what was read
         except Exception as error:  # of whatever kind: the others must be read
             rest = [job for job in jobs if job.begun is None]
-            if len(jobs) == 1 or isinstance(error, Cancelled):
-                if not isinstance(error, (FinchError, Cancelled)):
-                    _log.exception("a request failed")
+            if len(jobs) > 1:
                 for job in rest:
-                    job.listener.on_error(error)
+                    self._read_together([job])
                 return
+            if not isinstance(error, FinchError):
+                _log.exception("a request failed")
             for job in rest:
-                self._read_together([job])
+                job.listener.on_error(error)
 
     def _begin(self, job: _Job, begun: Begun) -> None:
         request = job.request

@@ -16,7 +16,7 @@ import pytest
 from finch_rag import Answer, Finch
 from finch_rag.models.cache import CompressedCache
 from finch_rag.serve.answers import Answers, BusyError
-from finch_rag.serve.engine_answers import EngineAnswers
+from finch_rag.serve.batched_answers import BatchedAnswers
 from finch_rag.serve.places import Places
 
 from ..small import texts
@@ -60,13 +60,13 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def test_an_engines_answers_are_answers() -> None:
-    answers: Answers = EngineAnswers(served_finch(), running=1, waiting=0)
+    answers: Answers = BatchedAnswers(served_finch(), running=1, waiting=0)
     assert (answers.running, answers.waiting) == (0, 0)
 
 
 def test_answers_are_those_of_the_engine(engine: Finch, answer: Answer) -> None:
     async def both() -> list[Answer]:
-        answers = EngineAnswers(engine, running=2, waiting=2)
+        answers = BatchedAnswers(engine, running=2, waiting=2)
         asked = [answers.ask(QUESTION, PASSAGES, {}), answers.chat(QUESTION, PASSAGES, {"budget": 40})]
         for pieces in asked:
             assert "".join([piece async for piece in pieces]) == pieces.answer.text
@@ -81,7 +81,7 @@ def test_answers_are_those_of_the_engine(engine: Finch, answer: Answer) -> None:
 
 def test_the_next_begins_when_one_is_closed(engine: Finch) -> None:
     async def three() -> None:
-        answers = EngineAnswers(engine, running=1, waiting=2)
+        answers = BatchedAnswers(engine, running=1, waiting=2)
         first, second, third = (answers.ask(QUESTION, PASSAGES, {}) for _ in range(3))
         assert (answers.running, answers.waiting) == (1, 2)
         with pytest.raises(BusyError, match="1 answers run and 2 wait") as busy:
@@ -104,7 +104,7 @@ def test_the_next_begins_when_one_is_closed(engine: Finch) -> None:
 
 def test_a_place_is_free_after_an_error(engine: Finch) -> None:
     async def ask() -> None:
-        answers = EngineAnswers(engine, running=1, waiting=0)
+        answers = BatchedAnswers(engine, running=1, waiting=0)
         pieces = answers.ask("", PASSAGES, {})
         with pytest.raises(Exception, match="question"):
             await anext(pieces)
@@ -116,7 +116,7 @@ def test_a_place_is_free_after_an_error(engine: Finch) -> None:
 
 def test_closing_finishes_what_runs_and_then_cancels(engine: Finch) -> None:
     async def close() -> tuple[list[str], list[str]]:
-        answers = EngineAnswers(engine, running=1, waiting=1)
+        answers = BatchedAnswers(engine, running=1, waiting=1)
         await answers.close(1)  # nothing to wait for
 
         async def read(pieces: Any) -> list[str]:
