@@ -102,6 +102,48 @@ def bench_many(
     )
 
 
+@app.command("load")
+def bench_load(
+    model: ModelOption = EMBEDDED,
+    clients: Annotated[str, typer.Option(metavar="N,N,...", help="Clients that ask at once.")] = "1,4,16",
+    requests: Annotated[
+        int, typer.Option(metavar="N", help="Questions; as many as there are clients at the least.")
+    ] = 32,
+    tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of the passages that a request brings along.")
+    ] = 2048,
+    store_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of a store that all ask instead; 0 for none.")
+    ] = 0,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="The most tokens of an answer.")] = 64,
+    budget: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="Tokens of passages kept.", show_default=False)
+    ] = None,
+    running: Annotated[int, typer.Option(metavar="N", help="The most answers that the server makes at once.")] = 16,
+    shape: ShapeOption = None,
+) -> None:
+    """Put load on a server of this model: requests a second, seconds to the first token and to the end.
+
+    The server runs here, the clients in a process of their own, over loopback; the extra serve is needed. All numbers
+    of clients ask the same questions, and their answers are compared with those of the first number.
+
+    Prints a table; the last line is one JSON object.
+    """
+    with extra():
+        from ..bench import load
+    load.main(
+        model=model,
+        shape=shape,
+        clients=numbers_in("clients", clients),
+        requests=requests,
+        tokens=tokens,
+        store_tokens=store_tokens,
+        new_tokens=new_tokens,
+        budget=budget,
+        running=running,
+    )
+
+
 @app.command(
     "quality",
     epilog="[bold]Examples[/]\n\nfinch-rag bench quality nq_open/ --top-k 30 --budget 256,512\n\n"

@@ -48,7 +48,7 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    running: Annotated[int, typer.Option(metavar="N", help="The most answers at once.")] = 4,
+    running: Annotated[int, typer.Option(metavar="N", help="The most answers at once.")] = 16,
     waiting: Annotated[int, typer.Option(metavar="N", help="The most requests that wait; others get a 429.")] = 64,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The most of a request, waiting included.")] = 600,
     first_token_timeout: Annotated[

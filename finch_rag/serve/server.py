@@ -23,6 +23,9 @@ class Server(uvicorn.Server):
         host: Address to listen at.
         port: Port to listen at; 0 takes a free one.
         on_ready: Called with the address, as a URL, when requests are taken.
+
+    Attributes:
+        service: The application's parts.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class Server(uvicorn.Server):
                 app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=_LAST
             )
         )
-        self._service: Service = app.state.service
+        self.service: Service = app.state.service
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -50,7 +53,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finishes what runs, then stops listening. A second Ctrl-C ends it at once."""
-        closing = asyncio.create_task(self._service.close(self._service.settings.stop_timeout))
+        closing = asyncio.create_task(self.service.close(self.service.settings.stop_timeout))
         while not closing.done() and not self.force_exit:
             await asyncio.wait([closing], timeout=_TICK)
         closing.cancel()

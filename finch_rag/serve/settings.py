@@ -44,7 +44,7 @@ class ServeSettings:
     name: str | None = None
     stores: Path | None = None
     api_keys: tuple[str, ...] = ()
-    running: int = 4
+    running: int = 16
     waiting: int = 64
     timeout: float | None = 600.0
     first_token_timeout: float | None = None
