@@ -47,16 +47,15 @@ class Begun:
     before: int
 
     @classmethod
-    def of(cls, request: Request, cache: KeptCache, new_tokens: int | None = None) -> Begun:
-        """Begins an answer from a copy of a cache, so that the cache can be asked again.
+    def of(cls, request: Request, cache: KeptCache) -> Begun:
+        """Begins an answer on a copy of a cache, so that the cache can be asked again.
 
         Args:
             request: What is asked.
             cache: Holds the passages. Let go of it afterwards: it has the room that reading needed.
-            new_tokens: The most tokens of the answer; the request's own when None.
         """
         prompt = request.answer_prompt
-        own = cache.fork(len(prompt) + (request.sampling.max_new_tokens if new_tokens is None else new_tokens))
+        own = cache.fork(request.room)
         before = own.length + own.unread_tokens + len(prompt)
         return cls(request, own, citations(cache, kept_only=True), before)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .answer import Answer
 from .answering import Begun
-from .decode.generation import decode_many
+from .decode.running import decode_many
 from .errors import InputError
 from .models.kept_cache import KeptCache
 from .prefill.batched import prefill_batched
@@ -192,17 +192,15 @@ def _shared_reader(runtime: Runtime, requests: Sequence[Request], plan: PrefillP
 
 def _generate(runtime: Runtime, requests: Sequence[Request], caches: list[KeptCache]) -> list[Answer]:
     writers = [runtime.writer(request.sampling) for request in requests]
-    new_tokens = max(request.sampling.max_new_tokens for request in requests)
     start = time.perf_counter()
-    begun = []
-    for request in requests:  # one by one, so that the room that reading needed is free again
-        begun.append(Begun.of(request, caches.pop(0), new_tokens))
+    # One by one, so that the room that reading needed is free again.
+    begun = [Begun.of(request, caches.pop(0)) for request in requests]
     texts = decode_many(
         runtime.model,
         [each.cache for each in begun],
         [request.answer_prompt for request in requests],
         writers,
-        new_tokens=new_tokens,
+        new_tokens=[request.sampling.max_new_tokens for request in requests],
         graphs=runtime.graphs,
         check=requests[0].cancellation.check,
         chunk_size=runtime.prompt_chunk_size,

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from finch_rag import batch
 from finch_rag.bench import many
 from finch_rag.cli.app import app
-from finch_rag.decode import generation
+from finch_rag.decode import running
 from finch_rag.errors import InputError
 from finch_rag.models.cache import CompressedCache
 from finch_rag.prefill import shared
@@ -65,7 +65,7 @@ def test_more_questions_than_a_group_are_measured_as_they_are_answered(monkeypat
     monkeypatch.setattr("finch_rag.prefill.shortlists._SHORTLIST_TOKENS", 200)
     scans: list[int] = []
     groups: list[int] = []
-    scan, decode = shared.scan_shared, generation.decode_many
+    scan, decode = shared.scan_shared, running.decode_many
 
     def scanned(model: Any, prompts: Any, *rest: Any) -> Any:
         scans.append(len(prompts))

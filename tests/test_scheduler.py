@@ -24,6 +24,7 @@ from finch_rag.serve.scheduler import Scheduler
 
 from .small import small_finch, texts
 from .test_batch import bare
+from .test_own_models import new_finch
 
 QUESTIONS = [f"{word} {n}?" for n, word in enumerate(("When", "Who was", "Where", "Why did the boats", "How") * 4)]
 
@@ -224,3 +225,21 @@ def test_no_thread_is_left_where_nothing_is_asked(engine: Finch) -> None:
     while any(thread.name == "finch-scheduler" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_answers_of_a_model_with_a_cache_of_its_own_come_one_after_another() -> None:
+    finch = new_finch("gemma3_text")
+    assert finch.runtime.no_loop
+    scheduler = Scheduler(finch.runtime, running=3)
+    expected = [finch.ask(question, texts(5), max_new_tokens=6).text for question in QUESTIONS[:5]]
+    requests = [request_of(finch, question, texts(5), max_new_tokens=6) for question in QUESTIONS[:5]]
+    heard = [asked(scheduler, request) for request in requests]
+    assert [each.read().text for each in heard] == expected
+    cancelled = request_of(finch, "Who?", texts(5), max_new_tokens=80)
+    last = asked(scheduler, request_of(finch, QUESTIONS[0], texts(5), max_new_tokens=6))
+    given_up = asked(scheduler, cancelled)
+    cancelled.cancellation.cancel()
+    with pytest.raises(Cancelled):
+        given_up.read()
+    assert last.read().text == expected[0]
+    scheduler.close()

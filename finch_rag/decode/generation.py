@@ -10,10 +10,9 @@ import torch
 
 from ..errors import NumericsError
 from ..models.cache import CompressedCache
-from ..models.forward import memory_guard, on_device, own_positions, varlen_logits
+from ..models.forward import memory_guard, on_device, own_positions
 from ..models.inspection import input_embedding
 from ..models.kept_cache import KeptCache
-from ..models.varlen import VarlenSequence
 from .constraint import JsonConstraint
 from .cuda_graphs import CudaGraphs
 from .detokenising import StopStrings, TextStream, strip_stream
@@ -84,8 +83,39 @@ class Writer:
             NumericsError: If they are NaN.
             InputError: If the constraint leaves no token.
         """
+        token, has_nan = self.choose(logits).tolist()
+        return self.take(token, bool(has_nan))
+
+    def choose(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token's id, and 1 where the logits are NaN, else 0: shape [2], on their device.
+
+        The first half of `push`: several answers' tokens then come to the host in one transfer.
+
+        Args:
+            logits: Float32, shape [1, vocabulary].
+
+        Raises:
+            InputError: If the constraint leaves no token.
+        """
+        token = self._pick(logits if self._constraint is None else self._constraint.mask(logits))
+        return torch.stack((token.view(()), logits.isnan().any().long()))
+
+    def take(self, token: int, has_nan: bool) -> str:
+        """Appends a token; returns the text that became certain, maybe none.
+
+        Args:
+            token: That `choose` has chosen.
+            has_nan: Whether its logits were NaN.
+
+        Raises:
+            NumericsError: If they were.
+        """
+        if has_nan:
+            raise NumericsError(
+                f"the model's logits are NaN at token {len(self.token_ids)} of the answer: load it with dtype float32 "
+                "or bfloat16, and check its weights"
+            )
         constraint = self._constraint
-        token = self._checked(self._pick(logits if constraint is None else constraint.mask(logits)), logits)
         complete = constraint is not None and constraint.take(token)
         self.token_ids.append(token)
         if token in self._eos:
@@ -105,16 +135,6 @@ class Writer:
         if self._stops.stopped:
             self.stop_reason = "stop"
         return text
-
-    def _checked(self, token: torch.Tensor, logits: torch.Tensor) -> int:
-        """The token's id, in one transfer with the check of the logits that it was chosen by."""
-        chosen, has_nan = torch.stack((token.view(()), logits.isnan().any().long())).tolist()
-        if has_nan:
-            raise NumericsError(
-                f"the model's logits are NaN at token {len(self.token_ids)} of the answer: load it with dtype float32 "
-                "or bfloat16, and check its weights"
-            )
-        return int(chosen)
 
 
 class Decoder:
@@ -202,74 +222,3 @@ class Decoder:
             )
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
-
-
-@torch.inference_mode()
-def decode_many(
-    model: PreTrainedModel,
-    caches: Sequence[KeptCache],
-    prompts: Sequence[Sequence[int]],
-    writers: Sequence[Writer],
-    *,
-    new_tokens: int,
-    graphs: CudaGraphs,
-    check: Callable[[], None] = lambda: None,
-    chunk_size: int | None = None,
-) -> list[str]:
-    """Generates several answers side by side: each step is one pass, which reads the weights once for all.
-
-    Args:
-        model: The model that filled the caches.
-        caches: One an answer, with room for its prompt and the answer.
-        prompts: Token ids to read before each answer.
-        writers: Make the answers.
-        new_tokens: The most tokens of an answer.
-        graphs: CUDA graphs of the model.
-        check: Called before each step; what it raises ends the generation.
-        chunk_size: Of caches of the model's own kind, see `Decoder`.
-
-    Returns:
-        The answers' texts.
-    """
-    joinable = [cache for cache in caches if isinstance(cache, CompressedCache)]
-    if len(joinable) < len(caches):  # caches of the model's own kind share no pass
-        return _one_by_one(
-            [
-                Decoder(model, cache, prompt, writer, new_tokens=new_tokens, graphs=graphs, chunk_size=chunk_size)
-                for cache, prompt, writer in zip(caches, prompts, writers, strict=True)
-            ],
-            check,
-        )
-    device = input_embedding(model).device
-
-    def forward(answers: Sequence[int], tokens: Sequence[Sequence[int]]) -> dict[int, torch.Tensor]:
-        ids = [on_device(token_ids, device) for token_ids in tokens]
-        batch = [VarlenSequence.onto(joinable[answer], own) for answer, own in zip(answers, ids, strict=True)]
-        return dict(zip(answers, varlen_logits(model, batch).split(1), strict=True))
-
-    deltas: list[list[str]] = [[] for _ in writers]
-    running = list(range(len(writers)))
-    logits = forward(running, prompts)
-    with graphs.lend(joinable, new_tokens - 1) as step:
-        while True:
-            for answer in running:
-                deltas[answer].append(writers[answer].push(logits[answer]))
-            running = [answer for answer in running if not writers[answer].ended]
-            if not running:
-                return ["".join(parts).strip() for parts in deltas]
-            check()
-            if step is None:
-                logits = forward(running, [writers[answer].token_ids[-1:] for answer in running])
-            else:  # its shape is fixed: answers that have ended run on, unseen
-                logits = dict(enumerate(step([writer.token_ids[-1] for writer in writers]).split(1)))
-
-
-def _one_by_one(decoders: Sequence[Decoder], check: Callable[[], None]) -> list[str]:
-    texts = []
-    for decoder in decoders:
-        deltas = []
-        for delta in decoder:
-            check()
-            deltas.append(delta)
-        texts.append("".join(deltas))
-    return texts

@@ -1,12 +1,15 @@
 """Answers that are generated side by side, and begin and end at any step: continuous batching (Orca, OSDI 2022).
 
 Each step is one pass for all of them, over caches of unequal length, so the weights are read once for all. On a GPU the
-pass is a captured step whose places answers take and leave (`finch_rag.decode.static_step`).
+pass is a captured step whose places answers take and leave (`finch_rag.decode.static_step`). Caches of the model's own
+kind share no pass: those answers are generated one after another, each by a captured step of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -79,7 +82,8 @@ class RunningBatch:
         self._model, self._graphs = model, graphs
         self._most, self._chunk_size = most, chunk_size
         self._step: StaticStep | None = None
-        self._passes: dict[RunningAnswer, Generator[torch.Tensor, None, None]] = {}  # of caches that can share none
+        self._alone: deque[RunningAnswer] = deque()  # whose caches share no pass
+        self._passes: Generator[torch.Tensor, None, None] | None = None  # of the first of them
 
     def join(self, answer: RunningAnswer) -> None:
         """Takes part from the next step on.
@@ -88,7 +92,7 @@ class RunningBatch:
             answer: Of which nothing is generated yet.
         """
         self.answers.append(answer)
-        self._new.append(answer)
+        (self._new if isinstance(answer.cache, CompressedCache) else self._alone).append(answer)
 
     def leave(self, answer: RunningAnswer) -> None:
         """Takes part no more; nothing happens where it has left already.
@@ -101,8 +105,11 @@ class RunningBatch:
         self.answers.remove(answer)
         if answer in self._new:
             self._new.remove(answer)
-        if answer in self._passes:
-            self._passes.pop(answer).close()
+        if answer in self._alone:
+            if self._passes is not None and answer is self._alone[0]:
+                self._passes.close()
+                self._passes = None
+            self._alone.remove(answer)
         if self._step is None or answer.place is None:
             return
         self._step.clear(answer.place)
@@ -112,16 +119,20 @@ class RunningBatch:
             self._step = None
 
     def step(self) -> list[tuple[RunningAnswer, str]]:
-        """Generates a token of each answer.
+        """Generates a token of each answer; of those whose caches share no pass, of the first.
 
         Returns:
-            Each answer with the text that became certain, maybe none. Those that have ended, see
+            Each of these answers with the text that became certain, maybe none. Those that have ended, see
             `RunningAnswer.ended`, have left.
         """
         new, self._new = self._new, []
-        older = [answer for answer in self.answers if answer not in new]
+        older = [answer for answer in self.answers if answer not in new and answer not in self._alone]
         # The prompts in a pass of their own: where memory runs out for them, the others go on.
-        deltas = [*self._pushed(self._next_tokens(older)), *self._pushed(self._prompts(new))]
+        deltas = [
+            *self._pushed(self._next_tokens(older)),
+            *self._pushed(self._prompts(new)),
+            *self._pushed(self._next_alone()),
+        ]
         for answer, _ in deltas:
             if answer.ended:
                 self.leave(answer)
@@ -134,35 +145,30 @@ class RunningBatch:
         for answer in list(self.answers):
             self.leave(answer)
 
-    def _pushed(self, passed: _Passed) -> Iterator[tuple[RunningAnswer, str]]:
+    def _pushed(self, passed: _Passed) -> list[tuple[RunningAnswer, str]]:
+        """The text that each answer's next token makes certain."""
+        chosen: list[tuple[RunningAnswer, torch.Tensor]] = []
+        deltas: dict[RunningAnswer, str] = {}
         for answer, logits in passed:
-            delta = ""
+            deltas[answer] = ""
             if isinstance(logits, FinchError):
                 answer.error = logits
-            else:
-                try:
-                    delta = answer.writer.push(logits)
-                except FinchError as error:  # NaN, or a form that leaves no token: the others go on
-                    answer.error = error
-            yield answer, delta
+                continue
+            try:
+                chosen.append((answer, answer.writer.choose(logits)))
+            except FinchError as error:  # a form that leaves no token: the others go on
+                answer.error = error
+        tokens = torch.stack([choice for _, choice in chosen]).tolist() if chosen else []  # one transfer for all
+        for (answer, _), (token, has_nan) in zip(chosen, tokens, strict=True):
+            try:
+                deltas[answer] = answer.writer.take(token, bool(has_nan))
+            except FinchError as error:  # NaN
+                answer.error = error
+        return list(deltas.items())
 
     def _prompts(self, new: Sequence[RunningAnswer]) -> _Passed:
         """Logits after the prompts."""
-        joinable = [answer for answer in new if isinstance(answer.cache, CompressedCache)]
-        yield from self._joint_pass(joinable, [[*answer.cache.take_unread(), *answer.prompt] for answer in joinable])
-        for answer in new:
-            if answer not in joinable:
-                decoder = Decoder(
-                    self._model,
-                    answer.cache,
-                    answer.prompt,
-                    answer.writer,
-                    new_tokens=answer.new_tokens,
-                    graphs=self._graphs,
-                    chunk_size=self._chunk_size,
-                )
-                self._passes[answer] = decoder.logits()
-                yield self._own_pass(answer)
+        return self._joint_pass(new, [[*answer.cache.take_unread(), *answer.prompt] for answer in new])
 
     def _next_tokens(self, older: Sequence[RunningAnswer]) -> _Passed:
         """Logits after the last tokens."""
@@ -174,12 +180,30 @@ class RunningBatch:
             rows = self._step(tokens).split(1)
             for place, answer in placed.items():
                 yield answer, rows[place]
-        rest = [answer for answer in older if answer.place is None]
-        joinable = [answer for answer in rest if answer not in self._passes]
-        yield from self._joint_pass(joinable, [answer.writer.token_ids[-1:] for answer in joinable])
-        for answer in rest:
-            if answer in self._passes:
-                yield self._own_pass(answer)
+        loose = [answer for answer in older if answer.place is None]
+        yield from self._joint_pass(loose, [answer.writer.token_ids[-1:] for answer in loose])
+
+    def _next_alone(self) -> _Passed:
+        """Logits of the first answer whose cache shares no pass."""
+        if not self._alone:
+            return
+        answer = self._alone[0]
+        if self._passes is None:
+            decoder = Decoder(
+                self._model,
+                answer.cache,
+                answer.prompt,
+                answer.writer,
+                new_tokens=answer.new_tokens,
+                graphs=self._graphs,
+                chunk_size=self._chunk_size,
+            )
+            self._passes = decoder.logits()
+        try:
+            logits: torch.Tensor | FinchError = next(self._passes)
+        except FinchError as error:
+            logits = error
+        yield answer, logits
 
     def _joint_pass(self, answers: Sequence[RunningAnswer], tokens: Sequence[Sequence[int]]) -> _Passed:
         """One pass that appends each answer's tokens to its cache."""
@@ -199,15 +223,9 @@ class RunningBatch:
         else:
             yield from zip(answers, logits.split(1), strict=True)
 
-    def _own_pass(self, answer: RunningAnswer) -> tuple[RunningAnswer, torch.Tensor | FinchError]:
-        try:
-            return answer, next(self._passes[answer])
-        except FinchError as error:
-            return answer, error
-
     def _place(self, answer: RunningAnswer) -> None:
         """Moves an answer whose prompt is read into the captured step, if there is one for it."""
-        if answer in self._passes or not self._graphs.enabled:
+        if not self._graphs.enabled:
             return
         placed = [other for other in self.answers if other.place is not None]
         step = self._step
@@ -220,8 +238,8 @@ class RunningBatch:
 
     def _larger(self, answer: RunningAnswer, placed: Sequence[RunningAnswer]) -> StaticStep | None:
         """A step with room for one answer more, to which those in the present one have moved; None if there is none."""
-        places = 1 if not placed else self._most
-        if len(placed) == places:
+        places = 1 if len(self.answers) == 1 else self._most
+        if len(placed) >= places:
             return None
         step = self._graphs.take(answer.cache, places, max(each.tokens for each in (answer, *placed)))
         if not isinstance(step, StaticStep):
@@ -236,3 +254,44 @@ class RunningBatch:
             self._graphs.give_back(self._step)
         self._step = step
         return step
+
+
+def decode_many(
+    model: PreTrainedModel,
+    caches: Sequence[KeptCache],
+    prompts: Sequence[Sequence[int]],
+    writers: Sequence[Writer],
+    *,
+    new_tokens: Sequence[int],
+    graphs: CudaGraphs,
+    check: Callable[[], None] = lambda: None,
+    chunk_size: int | None = None,
+) -> list[str]:
+    """Generates several answers side by side, to the end of the last.
+
+    Args:
+        model: The model that filled the caches.
+        caches: One an answer, with room for its prompt and the answer.
+        prompts: Token ids to read before each answer.
+        writers: Make the answers.
+        new_tokens: The most tokens of each answer.
+        graphs: CUDA graphs of the model.
+        check: Called before each step; what it raises ends the generation.
+        chunk_size: Of caches of the model's own kind, see `Decoder`.
+
+    Returns:
+        The answers' texts.
+    """
+    batch = RunningBatch(model, graphs, most=len(caches), chunk_size=chunk_size)
+    answers = [RunningAnswer(*each) for each in zip(caches, prompts, writers, new_tokens, strict=True)]
+    texts = dict.fromkeys(answers, "")
+    for answer in answers:
+        batch.join(answer)
+    with closing(batch):
+        while batch.answers:
+            check()
+            for answer, delta in batch.step():
+                if answer.error is not None:
+                    raise answer.error
+                texts[answer] += delta
+    return [text.strip() for text in texts.values()]
