@@ -17,6 +17,7 @@ from finch_rag.decode import running as running_module
 from finch_rag.engine import Finch
 from finch_rag.errors import DeviceMemoryError, NumericsError
 from finch_rag.prompts.passages import as_passages
+from finch_rag.quotes import support
 from finch_rag.request import Cancelled, Request
 from finch_rag.resolving import resolve, with_store
 from finch_rag.serve import scheduler as scheduler_module
@@ -123,12 +124,15 @@ def test_a_question_without_passages_and_one_to_a_store(engine: Finch, scheduler
 
 
 def test_no_more_run_than_there_are_places(engine: Finch, scheduler: Scheduler) -> None:
-    most = 0
+    most = most_bytes = 0
     heard = [asked(scheduler, request_of(engine, question, texts(3), max_new_tokens=20)) for question in QUESTIONS]
     while not all(each.done.is_set() for each in heard):
-        most = max(most, scheduler.running)
+        most, most_bytes = max(most, scheduler.running), max(most_bytes, scheduler.cache_bytes)
         time.sleep(0.001)
     assert 1 <= most <= 3
+    per_token = 2 * 2 * 2 * 16 * 4  # keys and values of two layers with two heads of 16 in float32
+    assert 0 < most_bytes <= 3 * (60 + 250) * per_token  # budget, and the rest of prompt and answer
+    assert scheduler.cache_bytes == 0
 
 
 def test_a_cancelled_answer_ends_and_the_others_do_not(engine: Finch, scheduler: Scheduler) -> None:
@@ -206,6 +210,32 @@ def test_an_answer_without_support_is_withheld_also_from_the_stream(engine: Finc
     heard = asked(scheduler, request_of(engine, "Who?", texts(6), **options))
     assert heard.read().report.stop_reason == expected.report.stop_reason == "unsupported"
     assert heard.deltas == []
+
+
+def test_what_answers_rest_on_is_looked_for_together_and_where_that_fails_alone(
+    engine: Finch, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [request_of(engine, question, texts(4), max_new_tokens=12) for question in QUESTIONS[:3]]
+    expected = [bare(engine.ask(question, texts(4), max_new_tokens=12)) for question in QUESTIONS[:3]]
+    really = support.finished
+    together: list[int] = []
+
+    def fails(runtime: Any, written: Any) -> Any:
+        together.append(len(written))
+        if any(each.request.question == QUESTIONS[1] for each in written):
+            raise NumericsError("NaN")
+        return really(runtime, written)
+
+    monkeypatch.setattr(scheduler_module, "finished", fails)
+    monkeypatch.setattr(scheduler, "_read_tokens", 10**6)
+    heard = [Heard() for _ in requests]
+    with scheduler._changed:  # so that all of them are read in one turn
+        for request, each in zip(requests, heard, strict=True):
+            scheduler.submit(request, each)
+    with pytest.raises(NumericsError):
+        heard[1].read()
+    assert [bare(heard[0].read()), bare(heard[2].read())] == [expected[0], expected[2]]
+    assert together[0] > 1
 
 
 def test_closing_cancels_what_runs_and_what_waits(engine: Finch) -> None:

@@ -56,6 +56,10 @@ class Answers(Protocol):
     def waiting(self) -> int:
         """Requests that wait for their turn."""
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values of the answers that are being made."""
+
     def ask(self, question: str, passages: Sequence[Passage], options: CallOptions) -> AnswerPieces:
         """The answer to a question, see `finch_rag.Finch.ask`.
 

@@ -45,6 +45,11 @@ class BatchedAnswers:
         """Requests that wait for their turn."""
         return self._places.waiting
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values of the answers that are being made."""
+        return self._scheduler.cache_bytes
+
     def ask(self, question: str, passages: Sequence[Passage], options: CallOptions) -> BatchedPieces:
         """The answer to a question.
 

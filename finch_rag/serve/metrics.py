@@ -57,6 +57,9 @@ class Metrics:
             self._tokens.labels(kind)  # so that it is there from the start
         self._gauge("finch_running", "Answers that are being made.").set_function(lambda: answers.running)
         self._gauge("finch_waiting", "Requests that wait for their turn.").set_function(lambda: answers.waiting)
+        self._gauge(
+            "finch_cache_bytes", "Room for keys and values in the caches of answers that are being made."
+        ).set_function(lambda: answers.cache_bytes)
         self._gauge("finch_errands", "Rankings and store requests that run or wait.").set_function(
             lambda: errands.running + errands.waiting
         )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..answer import Answer
-from ..answering import Begun
+from ..answering import Begun, Written
 from ..batch import read_together
 from ..decode.detokenising import Stripped
 from ..decode.running import RunningAnswer, RunningBatch
@@ -109,6 +109,12 @@ class Scheduler:
     def running(self) -> int:
         """Requests that are read or answered."""
         return sum(job.running is None for job in self._taken) + len(self._jobs)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that the caches of running answers have room for."""
+        jobs = list(self._jobs.values())
+        return sum(job.begun.cache.bytes_per_token * job.running.tokens for job in jobs if job.begun and job.running)
 
     def submit(self, request: Request, listener: Listener) -> None:
         """Puts a request behind those that wait.
@@ -233,15 +239,17 @@ class Scheduler:
             for job in jobs
             if job.begun is not None and job.running is not None
         ]
-        for job, each in zip(jobs, written, strict=True):
-            try:
-                (answer,) = finished(self._runtime, [each])
-            except FinchError as error:
-                self._end(job, error)
-                continue
-            if job.request.min_support is not None and answer.text:
-                job.listener.on_delta(answer.text)
-            self._end(job, answer)
+        for job, result in zip(jobs, self._finished(written), strict=True):
+            if isinstance(result, Answer) and job.request.min_support is not None and result.text:
+                job.listener.on_delta(result.text)
+            self._end(job, result)
+
+    def _finished(self, written: Sequence[Written]) -> list[Answer | FinchError]:
+        """Answers with what they rest on, looked at together; where that fails, each alone."""
+        try:
+            return [*finished(self._runtime, written)] if written else []
+        except FinchError as error:
+            return [error] if len(written) == 1 else [found for each in written for found in self._finished([each])]
 
     def _end(self, job: _Job, result: Answer | BaseException) -> None:
         if job.running is not None:

@@ -140,7 +140,7 @@ class HeldAnswers:
         self.let_go = asyncio.Event()
         self.asked: list[tuple[Any, Sequence[Passage], CallOptions]] = []
         self.pieces: list[HeldPieces] = []
-        self.running = self.waiting = 0
+        self.running = self.waiting = self.cache_bytes = 0
 
     def ask(self, question: str, passages: Sequence[Passage], options: CallOptions) -> HeldPieces:
         return self._made(question, passages, options)
