@@ -273,3 +273,29 @@ def test_answers_of_a_model_with_a_cache_of_its_own_come_one_after_another() -> 
         given_up.read()
     assert last.read().text == expected[0]
     scheduler.close()
+
+
+def test_places_have_room_for_longer_answers_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    finch = small_finch()
+    graphs = finch.runtime.graphs
+    monkeypatch.setattr(graphs, "enabled", True)
+    taken: list[tuple[int, int]] = []
+    really = graphs.take
+
+    def recorded(like: Any, answers: int, tokens: int) -> Any:
+        taken.append((answers, tokens))
+        return really(like, answers, tokens)
+
+    monkeypatch.setattr(graphs, "take", recorded)
+    scheduler = Scheduler(finch.runtime, running=3)
+    requests = [
+        request_of(finch, question, texts(4), max_new_tokens=40 + 40 * n) for n, question in enumerate(QUESTIONS[:3])
+    ]
+    heard = [Heard() for _ in requests]
+    with scheduler._changed:  # one turn for all
+        for request, each in zip(requests, heard, strict=True):
+            scheduler.submit(request, each)
+    for request, each in zip(requests, heard, strict=True):
+        assert each.read().report.new_tokens == request.sampling.max_new_tokens
+    assert [answers for answers, _ in taken] == [3]  # one step, never a larger one
+    assert all(tokens & (tokens - 1) == 0 for _, tokens in taken)

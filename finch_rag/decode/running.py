@@ -21,7 +21,7 @@ from ..models.forward import on_device, varlen_logits
 from ..models.inspection import input_embedding
 from ..models.kept_cache import KeptCache
 from ..models.varlen import VarlenSequence
-from .cuda_graphs import CudaGraphs
+from .cuda_graphs import LARGEST, CudaGraphs
 from .generation import Decoder, Writer
 from .static_step import StaticStep
 
@@ -241,7 +241,10 @@ class RunningBatch:
         places = 1 if len(self.answers) == 1 else self._most
         if len(placed) >= places:
             return None
-        step = self._graphs.take(answer.cache, places, max(each.tokens for each in (answer, *placed)))
+        tokens = max(each.tokens for each in (answer, *placed))
+        if places > 1:  # with room for longer ones to come: a capture takes a second
+            tokens = max(tokens, min(LARGEST, 1 << (tokens - 1).bit_length()))
+        step = self._graphs.take(answer.cache, places, tokens)
         if not isinstance(step, StaticStep):
             return None
         for place in range(step.answers):
