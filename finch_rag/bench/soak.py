@@ -92,7 +92,7 @@ def main(
     _print(summary)
     say_json(summary)
     if problems := summary["problems"]:
-        raise FinchError(f"the soak found {len(problems)} problems, the first: {problems[0]}")
+        raise FinchError(f"the soak found {summary['problems_in_all']} problems, the first: {problems[0]}")
     return summary
 
 
@@ -128,6 +128,7 @@ def _soaked(finch: Finch, folder: Path, order: Order, running: int) -> dict[str,
         "slowest_seconds": round(tally.slowest, 2),
         "mib_before": {name: round(value / 2**20, 1) for name, value in before.items()},
         "mib_after": {name: round(value / 2**20, 1) for name, value in after.items()},
+        "problems_in_all": len(problems),
         "problems": problems[:_MOST_SHOWN],
     }
 
