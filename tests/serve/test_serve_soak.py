@@ -95,6 +95,10 @@ def test_what_stays_behind_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     sizes = iter([{"process": 100}, {"process": 111}])
     fill = soak._fill_stores
 
+    def filled(server: Any) -> None:
+        servers.append(server)
+        fill(server)
+
     def spoils(ask: Any, order: Order) -> Tally:
         asked.append(order)
         if len(asked) == 2:  # the soak, behind the warm-up
@@ -104,7 +108,7 @@ def test_what_stays_behind_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         return Tally()
 
     monkeypatch.setattr(soak, "_asked", spoils)
-    monkeypatch.setattr(soak, "_fill_stores", lambda server: (servers.append(server), fill(server)))
+    monkeypatch.setattr(soak, "_fill_stores", filled)
     monkeypatch.setattr(soak, "_POOL", 1)
     monkeypatch.setattr(soak, "_QUIET", 0.2)
     monkeypatch.setattr(soak, "settled", lambda device: next(sizes))
