@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := $(wildcard integrations/*)
 
-.PHONY: setup demo test quick test-quantised test-lowest lint types format check house notebooks bench bench-peers clean
+.PHONY: setup demo test quick test-quantised test-lowest lint types format check house notebooks bench soak bench-peers clean
 
 setup: .venv/.installed
 
@@ -65,6 +65,10 @@ notebooks: setup
 
 bench: setup
 	$(BIN)/finch-rag bench speed
+
+# Half an hour of random requests to the server, behind five minutes of a warm-up.
+soak: setup
+	$(BIN)/finch-rag bench soak --minutes 30
 
 # kvpress needs transformers below 5.3, so the peers live in an environment of their own.
 .venv-peers/.installed: finch_rag/bench/peers-requirements.txt

@@ -293,6 +293,8 @@ def test_version_and_help_load_no_model_library() -> None:
             ("bench",),
             ("bench", "speed"),
             ("bench", "many"),
+            ("bench", "load"),
+            ("bench", "soak"),
             ("bench", "quality"),
             ("bench", "positions"),
             ("bench", "recall"),

@@ -6,12 +6,9 @@ questions, so their answers are compared with those of one client alone.
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +18,17 @@ from rich.table import Table
 from ..engine import Finch
 from ..errors import FinchError, InputError
 from ..prompts.passages import Passage
-from ..serve.app import make_app
-from ..serve.server import Server
 from ..serve.settings import ServeSettings
 from ..terminal.loading import load_finch
 from ..terminal.output import out, say_json
 from ..terminal.progress import ProgressBars
 from .load_client import Asked, serve_orders
 from .memory import in_use, peak_memory
+from .serving import clients as clients_of
+from .serving import served
 from .shapes import SHAPES, made_passages, random_finch, random_passages
 
 _STORE = "load"
-_STARTS = 60  # seconds that a server may take to listen
 
 
 def main(
@@ -77,8 +73,8 @@ def main(
         bodies = _bodies(finch, max(requests, *clients), 0 if store_tokens else tokens, new_tokens, budget)
         with (
             tempfile.TemporaryDirectory() as folder,
-            _served(finch, Path(folder), running, len(bodies)) as server,
-            _clients(f"{server.url}/v1/chat/completions") as ask,
+            served(finch, ServeSettings(stores=Path(folder), running=running, waiting=len(bodies))) as server,
+            clients_of(serve_orders, f"{server.url}/v1/chat/completions") as ask,
         ):
             if store_tokens:
                 server.service.shelf.create(_STORE, "bfloat16")
@@ -86,13 +82,13 @@ def main(
                     _passages(finch, store_tokens), on_progress=lambda done, total: bars("store", done, total)
                 )
             for number in (1, min(running, len(bodies))):  # makes the captured steps
-                ask(bodies[: 2 * number], number)
+                ask((bodies[: 2 * number], number))
             rows: dict[str, dict[str, Any]] = {}
             alone: list[Asked] = []
             for step, number in enumerate(clients):
                 bars("clients", step, len(clients))
                 with peak_memory(device, in_use(device)) as peak:
-                    seconds, found = ask(bodies[: max(requests, number)], number)
+                    seconds, found = ask((bodies[: max(requests, number)], number))
                 alone = alone or found
                 rows[str(number)] = {**_figures(seconds, found, alone), "peak_mib": round(peak[0])}
             bars("clients", len(clients), len(clients))
@@ -135,52 +131,6 @@ def _bodies(finch: Finch, count: int, tokens: int, new_tokens: int, budget: int 
 def _passages(finch: Finch, tokens: int) -> list[Passage]:
     """Some that the model's tokenizer makes so many tokens of."""
     return random_passages(tokens) if len(finch.tokenizer) <= 256 else made_passages(finch, tokens)
-
-
-@contextmanager
-def _served(finch: Finch, folder: Path, running: int, waiting: int) -> Iterator[Server]:
-    """A server in a thread, until the block ends."""
-    settings = ServeSettings(stores=folder, running=running, waiting=waiting)
-    ready = threading.Event()
-    server = Server(make_app(finch, settings), host="127.0.0.1", port=0, on_ready=lambda url: ready.set())
-    thread = threading.Thread(target=server.run, name="finch-server", daemon=True)
-    thread.start()
-    if not ready.wait(_STARTS):
-        raise FinchError(f"the server does not listen after {_STARTS} s")
-    try:
-        yield server
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-class _Ask:
-    """Has the other process ask."""
-
-    def __init__(self, orders: Any) -> None:
-        self._orders = orders
-
-    def __call__(self, bodies: Sequence[dict[str, Any]], clients: int) -> tuple[float, list[Asked]]:
-        """Seconds in all, and what became of each request."""
-        self._orders.send((list(bodies), clients))
-        seconds, found = self._orders.recv()
-        return seconds, found
-
-
-@contextmanager
-def _clients(url: str) -> Iterator[_Ask]:
-    """A process that asks, until the block ends."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve_orders, args=(theirs, url), daemon=True)
-    process.start()
-    theirs.close()  # so that its end shows here
-    try:
-        yield _Ask(ours)
-        ours.send(None)
-    finally:
-        process.join(10)
-        process.kill()
 
 
 def _figures(seconds: float, found: Sequence[Asked], alone: Sequence[Asked]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -35,17 +35,43 @@ class Asked:
 
 
 def serve_orders(orders: Connection, url: str) -> None:
-    """Takes (requests, clients) from a pipe, and answers with (seconds in all, what became of each), until None comes.
+    """Takes (requests, clients) from a pipe, and answers with (seconds in all, what became of each).
 
     Args:
         orders: The pipe.
         url: Where requests go.
     """
-    while (order := orders.recv()) is not None:
-        requests, clients = order
+
+    async def carry_out(order: tuple[Sequence[dict[str, Any]], int]) -> tuple[float, list[Asked]]:
         start = time.perf_counter()
-        found = asyncio.run(_ask_all(url, requests, clients))
-        orders.send((time.perf_counter() - start, found))
+        found = await _ask_all(url, *order)
+        return time.perf_counter() - start, found
+
+    take_orders(orders, carry_out)
+
+
+def take_orders(orders: Connection, carry_out: Callable[[Any], Coroutine[Any, Any, Any]]) -> None:
+    """Carries out what comes from a pipe, and sends back what comes of it, until None comes.
+
+    Args:
+        orders: The pipe.
+        carry_out: Is run in an event loop of its own.
+    """
+    while (order := orders.recv()) is not None:
+        orders.send(asyncio.run(carry_out(order)))
+
+
+async def events_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The events of a streamed answer, as they come; the last one, which is no JSON, is an empty object.
+
+    Args:
+        response: Whose body is not read yet.
+    """
+    async for line in response.aiter_lines():
+        if line == "data: [DONE]":
+            yield {}
+        elif line.startswith("data: "):
+            yield json.loads(line.removeprefix("data: "))
 
 
 async def _ask_all(url: str, requests: Sequence[dict[str, Any]], clients: int) -> list[Asked]:
@@ -68,16 +94,14 @@ async def _ask(http: httpx.AsyncClient, url: str, number: int, body: dict[str, A
     pieces: list[str] = []
     first, error = 0.0, ""
     async with http.stream("POST", url, json={**body, "stream": True}) as response:
-        async for line in response.aiter_lines():
-            if response.status_code != 200:
-                error += line
-            elif line.startswith("data: {"):
-                event = json.loads(line.removeprefix("data: "))
-                error += json.dumps(event["error"]) if "error" in event else ""
-                piece = "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
-                if piece and not pieces:
-                    first = time.perf_counter() - start
-                if piece:
-                    pieces.append(piece)
+        if response.status_code != 200:
+            error = (await response.aread()).decode()
+        async for event in events_of(response):
+            error += json.dumps(event["error"]) if "error" in event else ""
+            piece = "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
+            if piece and not pieces:
+                first = time.perf_counter() - start
+            if piece:
+                pieces.append(piece)
     last = time.perf_counter() - start
     return Asked(number, response.status_code, "".join(pieces), first or last, last, error[:200])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,9 +23,25 @@ def in_use(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)  # glibc keeps what was freed for later, hundreds of MiB that nothing uses
+    _trim()
     return _resident()
+
+
+def settled(device: torch.device) -> dict[str, int]:
+    """Bytes that stay in use: garbage is collected before, and what glibc keeps for later is given back.
+
+    Args:
+        device: Where the model is.
+
+    Returns:
+        Resident ones of the process and, on a CUDA device, allocated ones of it.
+    """
+    gc.collect()
+    _trim()
+    found = {"process": _resident()}
+    if device.type == "cuda":
+        found["device"] = torch.cuda.memory_allocated(device)
+    return found
 
 
 @contextmanager
@@ -57,6 +74,11 @@ def peak_memory(device: torch.device, before: int) -> Iterator[list[float]]:
     finally:
         done.set()
         watcher.join()
+
+
+def _trim() -> None:
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)  # glibc keeps what was freed for later, hundreds of MiB that nothing uses
 
 
 def _resident() -> int:

@@ -144,6 +144,30 @@ def bench_load(
     )
 
 
+@app.command("soak")
+def bench_soak(
+    model: ModelOption = EMBEDDED,
+    minutes: Annotated[
+        float, typer.Option(metavar="N", help="Of the soak; half as many, 5 at the most, go before as a warm-up.")
+    ] = 30.0,
+    clients: Annotated[int, typer.Option(metavar="N", help="Clients that ask at once.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of what they send.")] = 0,
+    running: Annotated[int, typer.Option(metavar="N", help="The most answers that the server makes at once.")] = 4,
+) -> None:
+    """Soak a server of this model in random requests, one in ten hostile, and check every answer.
+
+    The server runs here, the clients in a process of their own, over loopback; the extra serve is needed. An answer
+    must be that of the same request alone, a refusal a 4xx. At the end nothing may run, no cache be left, no memory be
+    lost.
+
+    Prints a table; the last line is one JSON object. It fails if anything was wrong.
+    """
+    check_positive(clients=clients, running=running)
+    with extra():
+        from ..bench import soak
+    soak.main(model=model, minutes=minutes, clients=clients, seed=seed, running=running)
+
+
 @app.command(
     "quality",
     epilog="[bold]Examples[/]\n\nfinch-rag bench quality nq_open/ --top-k 30 --budget 256,512\n\n"

@@ -30,7 +30,7 @@ def check_positive(**options: int | None) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}: the least is 1")
 
 
-def load_finch(model: str, bars: ProgressBars, **settings: Unpack[EngineSettings]) -> Finch:
+def load_finch(model: str, bars: ProgressBars, dtype: str = "auto", **settings: Unpack[EngineSettings]) -> Finch:
     """An engine whose progress is shown; the libraries below it are kept quiet."""
     local = model == EMBEDDED or Path(model).exists()
     waiting = bars.busy(f"loading {model}") if local else nullcontext()  # a download has bars of its own
@@ -45,6 +45,6 @@ def load_finch(model: str, bars: ProgressBars, **settings: Unpack[EngineSettings
         if local or not err.is_terminal:
             transformers.logging.disable_progress_bar()
         settings["on_progress"] = bars
-        finch = Finch.from_pretrained(model, **settings)
+        finch = Finch.from_pretrained(model, dtype=dtype, **settings)
         transformers.logging.disable_progress_bar()  # the embedding model is loaded by the same library
         return finch
