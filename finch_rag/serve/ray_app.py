@@ -28,7 +28,7 @@ from ..errors import MissingExtraError, SettingsError
 from ..models.embedded import EMBEDDED
 from .affinity import names_store, routing_key
 from .app import make_app
-from .errors import ApiError
+from .errors import ApiError, error_of
 from .events import event
 from .keys import KeyRing, read_keys
 from .limits import OPEN_PATHS, too_large, wrong_key
@@ -261,8 +261,8 @@ class Front:
             self._check_key(request)
             body = await self._body(request)
             return await self._answered(request, body, routing_key(request.scope["path"], body))
-        except ApiError as error:
-            return error.response
+        except Exception as error:
+            return error_of(error).response
 
     def _check_key(self, request: Request) -> None:
         if request.scope["path"] not in OPEN_PATHS and not self._keys.opens(
@@ -297,7 +297,7 @@ class Front:
             messages = self._answers.remote(scope, body, key=key, turn=turn)
             try:
                 start = await anext(messages)
-                first = await anext(messages)
+                first = await anext(messages)  # so that a stream, too, can be begun again until it has a piece
             except BackPressureError:
                 raise ApiError(
                     429,
