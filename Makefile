@@ -4,7 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := $(wildcard integrations/*)
 
+<<<<<<< HEAD
 .PHONY: setup demo test quick test-quantised test-lowest lint types format check house notebooks bench soak bench-peers clean
+=======
+.PHONY: setup demo test quick test-quantised test-lowest test-ray lint types format check house notebooks bench bench-peers clean
+>>>>>>> wt-ray
 
 setup: .venv/.installed
 
@@ -44,6 +48,16 @@ test-lowest: setup .venv-lowest/.installed
 	$(BIN)/python -c 'from finch_rag.models.embedded import embedded_folder; embedded_folder()'
 	.venv-lowest/bin/pytest -n auto --dist worksteal
 
+# Ray brings some thirty packages along that nothing else here needs.
+.venv-ray/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/pip install --quiet -c constraints.txt -e '.[ray]' pandas pytest pytest-asyncio pytest-xdist httpx
+	touch $@
+
+# One process: the cluster of the tests has two workers of its own.
+test-ray: .venv-ray/.installed
+	.venv-ray/bin/pytest tests/test_ray_data.py tests/serve/test_affinity.py tests/serve/test_ray_front.py tests/serve/test_ray.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -82,4 +96,4 @@ bench-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m finch_rag.bench.peers $(RESULTS) $(ARGS)
 
 clean:
-	rm -rf .venv .venv-peers .venv-lowest .quantised .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-lowest .venv-ray .quantised .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -41,6 +41,7 @@ ROOMS = {
     "adapters": "what adapters of frameworks build on",
     "corpus": "a folder of text: passages, index, grading",
     "terminal": "output and progress",
+    "ray_data": "tables of questions, answered by batches, also on many machines",
     "serve": "an HTTP server in OpenAI's shapes",
     "bench": "benchmarks",
     "cli": "the command line, one file a command",

@@ -11,6 +11,31 @@ from .keys import KeyRing
 OPEN_PATHS = frozenset({"/health"})
 
 
+def wrong_key() -> ApiError:
+    """A 401."""
+    return ApiError(
+        401,
+        "the API key is missing or wrong: send Authorization: Bearer KEY",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def too_large(size: str, most: int) -> ApiError:
+    """A 413.
+
+    Args:
+        size: Bytes of the body, in words.
+        most: The most bytes.
+    """
+    return ApiError(
+        413,
+        f"the body has {size} bytes, the most is {most:,}: pass fewer documents, keep them in a store, or start the "
+        "server with a larger --max-body-mib",
+        code="body_too_large",
+    )
+
+
 class KeyGuard:
     """Lets only requests in that bring an API key.
 
@@ -26,13 +51,7 @@ class KeyGuard:
         """Passes a request on, or refuses it."""
         guarded = scope["type"] == "http" and scope["path"] not in OPEN_PATHS
         if guarded and not self._keys.opens(dict(scope["headers"]).get(b"authorization", b"")):
-            wrong = ApiError(
-                401,
-                "the API key is missing or wrong: send Authorization: Bearer KEY",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            return await wrong.response(scope, receive, send)
+            return await wrong_key().response(scope, receive, send)
         return await self._app(scope, receive, send)
 
 
@@ -53,7 +72,7 @@ class BodyLimit:
             return await self._app(scope, receive, send)
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > self._most:
-            return await self._too_large(f"{int(announced[:20]):,}").response(scope, receive, send)
+            return await too_large(f"{int(announced[:20]):,}", self._most).response(scope, receive, send)
         arrived = 0
 
         async def limited() -> Message:
@@ -61,15 +80,7 @@ class BodyLimit:
             message = await receive()
             arrived += len(message.get("body", b""))
             if arrived > self._most:
-                raise self._too_large(f"more than {self._most:,}")
+                raise too_large(f"more than {self._most:,}", self._most)
             return message
 
         return await self._app(scope, limited, send)
-
-    def _too_large(self, size: str) -> ApiError:
-        return ApiError(
-            413,
-            f"the body has {size} bytes, the most is {self._most:,}: pass fewer documents, keep them in a store, or "
-            "start the server with a larger --max-body-mib",
-            code="body_too_large",
-        )
