@@ -4,11 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := $(wildcard integrations/*)
 
-<<<<<<< HEAD
-.PHONY: setup demo test quick test-quantised test-lowest lint types format check house notebooks bench soak bench-peers clean
-=======
-.PHONY: setup demo test quick test-quantised test-lowest test-ray lint types format check house notebooks bench bench-peers clean
->>>>>>> wt-ray
+.PHONY: setup demo test quick test-quantised test-lowest test-ray lint types format check house notebooks bench soak bench-peers clean
 
 setup: .venv/.installed
 

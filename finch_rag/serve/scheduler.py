@@ -1,9 +1,9 @@
 """Requests of many callers on one model: what waits is read together, and all answers are generated in one batch.
 
-One thread has the model; it is there while there is work. Each turn it reads the passages of some of the waiting
-requests, as many as there are free places and as a bounded number of tokens allows, so that those that run already wait
-for a moment only; then it generates a token of every running answer. A request that fails, or is not wanted any more,
-leaves the others alone.
+One thread has the model; where nothing is asked for a minute it goes. Each turn it reads the passages of some of the
+waiting requests, as many as there are free places and as a bounded number of tokens allows, so that those that run
+already wait for a moment only; then it generates a token of every running answer. A request that fails, or is not
+wanted any more, leaves the others alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..quotes.support import finished
 from ..request import Cancellation, Cancelled, Request, no_progress
 from ..runtime import Runtime
 
+_IDLE = 60.0  # seconds; libraries keep buffers for each thread, so it is not a new one for every request
 READ_TOKENS = 16_384  # of passages in one turn: a third of a second with 8 billion weights on one H100
 
 _log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class Scheduler:
         self._taken: list[_Job] = []  # those that are read now
         self._jobs: dict[RunningAnswer, _Job] = {}
         self._changed = threading.Condition()
-        self._working = False
+        self._has_thread = self._ending = False
 
     @property
     def waiting(self) -> int:
@@ -125,8 +126,9 @@ class Scheduler:
         """
         with self._changed:
             self._waiting.append(_Job(request, listener))
-            if not self._working:
-                self._working = True
+            self._changed.notify_all()
+            if not self._has_thread:
+                self._has_thread = True
                 threading.Thread(target=self._work, name="finch-scheduler", daemon=True).start()
 
     def close(self) -> None:
@@ -134,13 +136,18 @@ class Scheduler:
         with self._changed:
             for job in (*self._waiting, *self._taken, *self._jobs.values()):
                 job.request.cancellation.cancel()
-            self._changed.wait_for(lambda: not self._working)
+            self._ending = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._has_thread)
+            self._ending = False
 
     def _work(self) -> None:
         while True:
             with self._changed:
+                if not self._jobs:
+                    self._changed.wait_for(lambda: self._waiting or self._ending, _IDLE)
                 if not self._waiting and not self._jobs:
-                    self._working = False
+                    self._has_thread = False
                     self._changed.notify_all()
                     return
                 self._taken = self._next_to_read()
