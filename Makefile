@@ -47,7 +47,7 @@ test-lowest: setup .venv-lowest/.installed
 # Ray brings some thirty packages along that nothing else here needs.
 .venv-ray/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-ray
-	.venv-ray/bin/pip install --quiet -c constraints.txt -e '.[ray]' pandas pytest pytest-asyncio pytest-xdist httpx
+	.venv-ray/bin/pip install --quiet -c constraints.txt -e '.[ray]' pandas pytest pytest-asyncio pytest-xdist httpx httpx2
 	touch $@
 
 # One process: the cluster of the tests has two workers of its own.

@@ -27,6 +27,8 @@ from .support import ASKED, CHAT, DOCUMENTS, QUESTION, error_in, events_of
 ray = pytest.importorskip("ray")
 serve = pytest.importorskip("ray.serve")
 
+pytestmark = pytest.mark.slow
+
 SETTINGS: dict[str, Any] = {
     "heads": [(0, 1), (1, 2)],
     "alone_heads": [(0, 1), (1, 2)],
@@ -72,7 +74,7 @@ def url(cluster: None, model_folder: str, tmp_path_factory: pytest.TempPathFacto
         "model": model_folder,
         "name": "small",
         "num_replicas": "2",
-        "engine": json.dumps(SETTINGS),
+        "engine": json.dumps({**SETTINGS, "store": True}),  # what came before is not read again
         "stores": str(tmp_path_factory.mktemp("stores")),
         "ray_actor_options": '{"num_cpus": 0.5}',
         "max_body_mib": "1",
@@ -133,6 +135,8 @@ def test_the_same_documents_go_to_the_same_replica(client: httpx.Client) -> None
         with ThreadPoolExecutor(4) as pool:
             asked = list(pool.map(lambda n, own=own: ask(client, own[::-1] if n % 2 else own, f"When {n}?"), range(6)))
         assert len({answer.headers[REPLICA] for answer in asked}) == 1
+        usage = ask(client, own, "Who?").json()["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == usage["finch"]["context_tokens"] > 0
 
 
 def test_answers_are_the_engine_s(client: httpx.Client, model_folder: str) -> None:
