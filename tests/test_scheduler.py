@@ -247,14 +247,21 @@ def test_closing_cancels_what_runs_and_what_waits(engine: Finch) -> None:
     assert asked(scheduler, request_of(engine, "Who?", texts(3))).read().text == engine.ask("Who?", texts(3)).text
 
 
-def test_no_thread_is_left_where_nothing_is_asked(engine: Finch) -> None:
+@pytest.mark.parametrize("closes", [True, False])
+def test_no_thread_is_left_where_nothing_is_asked(closes: bool, engine: Finch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "_IDLE", 60 if closes else 0.05)
+    before = set(threading.enumerate())
     scheduler = Scheduler(engine.runtime)
-    asked(scheduler, request_of(engine, "Who?", texts(3))).read()
-    scheduler.close()
+    for question in QUESTIONS[:2]:
+        asked(scheduler, request_of(engine, question, texts(3))).read()
+    if closes:
+        scheduler.close()
     deadline = time.monotonic() + 10
-    while any(thread.name == "finch-scheduler" for thread in threading.enumerate()):
+    while {thread.name for thread in set(threading.enumerate()) - before} & {"finch-scheduler"}:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    assert asked(scheduler, request_of(engine, "Who?", texts(3))).read().text == engine.ask("Who?", texts(3)).text
+    scheduler.close()
 
 
 def test_answers_of_a_model_with_a_cache_of_its_own_come_one_after_another() -> None:
