@@ -178,7 +178,7 @@ def test_nan_ends_one_answer(engine: Finch, scheduler: Scheduler, monkeypatch: p
     def spoilt(batch: Any, older: Any) -> Any:
         for answer, logits in really(batch, older):
             bad[:] = bad or [answer]
-            yield answer, torch.full((1, 8), float("nan")) if answer is bad[0] else logits
+            yield answer, torch.full_like(logits, float("nan")) if answer is bad[0] else logits
 
     monkeypatch.setattr(running_module.RunningBatch, "_next_tokens", spoilt)
     heard = [asked(scheduler, request) for request in requests]
@@ -194,7 +194,7 @@ def test_an_error_of_our_own_is_told_to_all_and_the_next_is_served(
     engine: Finch, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(running_module.RunningBatch, "step", lambda batch: 1 / 0)
+        patched.setattr(running_module.RunningBatch, "step", lambda *_: 1 / 0)
         heard = [asked(scheduler, request_of(engine, question, texts(4))) for question in QUESTIONS[:2]]
         for each in heard:
             with pytest.raises(ZeroDivisionError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..errors import NumericsError
+from ..errors import FinchError, NumericsError
 from ..models.cache import CompressedCache
 from ..models.forward import memory_guard, on_device, own_positions
 from ..models.inspection import input_embedding
@@ -16,7 +16,7 @@ from ..models.kept_cache import KeptCache
 from .constraint import JsonConstraint
 from .cuda_graphs import CudaGraphs
 from .detokenising import StopStrings, TextStream, strip_stream
-from .sampling import Sampling, sampler
+from .sampling import Sampling, is_greedy, sampler
 from .step import Step
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Writer:
         constraint: Decides which tokens may come next, and when nothing may; all may when None.
 
     Attributes:
+        greedy: Whether it takes the likeliest of all tokens.
         token_ids: Generated so far, the end token included.
         ended: Whether the answer is complete.
         stop_reason: Why it ended.
@@ -63,6 +64,7 @@ class Writer:
     ) -> None:
         self._pick = sampler(sampling)
         self._constraint = constraint
+        self.greedy = constraint is None and is_greedy(sampling)
         own = frozenset() if sampling.ignore_eos else eos_token_ids
         free = constraint is None  # what is held to a form ends by it alone
         self._eos = own | frozenset(sampling.stop_token_ids if free else ())
@@ -135,6 +137,28 @@ class Writer:
         if self._stops.stopped:
             self.stop_reason = "stop"
         return text
+
+
+def choose_together(writers: Sequence[Writer], logits: Sequence[torch.Tensor]) -> list[torch.Tensor | FinchError]:
+    """What `Writer.choose` returns for each of several answers, or the error that it raises.
+
+    The greedy ones choose by the same few kernels: on a GPU one answer's launches take longer than what they launch.
+
+    Args:
+        writers: Make the answers.
+        logits: Of each, float32, shape [1, vocabulary].
+    """
+    chosen: list[torch.Tensor | FinchError] = []
+    greedy = [rows for writer, rows in zip(writers, logits, strict=True) if writer.greedy]
+    if greedy:
+        together = torch.cat(greedy)
+        likeliest = iter(torch.stack((together.argmax(-1), together.isnan().any(-1).long()), dim=1))
+    for writer, rows in zip(writers, logits, strict=True):
+        try:
+            chosen.append(next(likeliest) if writer.greedy else writer.choose(rows))
+        except FinchError as error:  # a form that leaves no token: the others go on
+            chosen.append(error)
+    return chosen
 
 
 class Decoder:

@@ -22,7 +22,7 @@ from ..models.inspection import input_embedding
 from ..models.kept_cache import KeptCache
 from ..models.varlen import VarlenSequence
 from .cuda_graphs import LARGEST, CudaGraphs
-from .generation import Decoder, Writer
+from .generation import Decoder, Writer, choose_together
 from .static_step import StaticStep
 
 if TYPE_CHECKING:
@@ -118,8 +118,11 @@ class RunningBatch:
             self._graphs.give_back(self._step)
             self._step = None
 
-    def step(self) -> list[tuple[RunningAnswer, str]]:
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[tuple[RunningAnswer, str]]:
         """Generates a token of each answer; of those whose caches share no pass, of the first.
+
+        Args:
+            meanwhile: Called when a GPU has its work, before its tokens are waited for.
 
         Returns:
             Each of these answers with the text that became certain, maybe none. Those that have ended, see
@@ -129,9 +132,9 @@ class RunningBatch:
         older = [answer for answer in self.answers if answer not in new and answer not in self._alone]
         # The prompts in a pass of their own: where memory runs out for them, the others go on.
         deltas = [
-            *self._pushed(self._next_tokens(older)),
-            *self._pushed(self._prompts(new)),
-            *self._pushed(self._next_alone()),
+            *self._pushed(self._next_tokens(older), meanwhile),
+            *self._pushed(self._prompts(new), meanwhile),
+            *self._pushed(self._next_alone(), meanwhile),
         ]
         for answer, _ in deltas:
             if answer.ended:
@@ -145,19 +148,21 @@ class RunningBatch:
         for answer in list(self.answers):
             self.leave(answer)
 
-    def _pushed(self, passed: _Passed) -> list[tuple[RunningAnswer, str]]:
+    def _pushed(self, passed: _Passed, meanwhile: Callable[[], None]) -> list[tuple[RunningAnswer, str]]:
         """The text that each answer's next token makes certain."""
-        chosen: list[tuple[RunningAnswer, torch.Tensor]] = []
+        found = list(passed)
+        rows = {answer: logits for answer, logits in found if isinstance(logits, torch.Tensor)}
+        choices = dict(zip(rows, choose_together([own.writer for own in rows], [*rows.values()]), strict=True))
         deltas: dict[RunningAnswer, str] = {}
-        for answer, logits in passed:
+        chosen: list[tuple[RunningAnswer, torch.Tensor]] = []
+        for answer, failed in found:
+            choice = choices.get(answer, failed)
             deltas[answer] = ""
-            if isinstance(logits, FinchError):
-                answer.error = logits
-                continue
-            try:
-                chosen.append((answer, answer.writer.choose(logits)))
-            except FinchError as error:  # a form that leaves no token: the others go on
-                answer.error = error
+            if isinstance(choice, FinchError):
+                answer.error = choice
+            else:
+                chosen.append((answer, choice))
+        meanwhile()
         tokens = torch.stack([choice for _, choice in chosen]).tolist() if chosen else []  # one transfer for all
         for (answer, _), (token, has_nan) in zip(chosen, tokens, strict=True):
             try:

@@ -50,6 +50,15 @@ class Sampling:
 Sampler = Callable[[torch.Tensor], torch.Tensor]
 
 
+def is_greedy(sampling: Sampling) -> bool:
+    """Whether the next token is the one with the largest logit.
+
+    Args:
+        sampling: Checked settings.
+    """
+    return sampling.temperature == 0 and sampling.repetition_penalty in (None, 1)
+
+
 def sampler(sampling: Sampling) -> Sampler:
     """Logits of shape [1, vocabulary] -> a token's id, one element, on their device.
 

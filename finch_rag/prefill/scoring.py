@@ -105,7 +105,7 @@ def question_attention(
     question = query[0, :, query.shape[2] - question_tokens :][:, own_tokens]  # [heads, own, head_dim]
     keys = key[0]  # [kv_heads, keys, head_dim]
     group = question.shape[0] // keys.shape[0]
-    if heads is not None:
+    if heads is not None and list(heads) != list(range(question.shape[0])):
         # By stacking: an index tensor would have to be copied to the device.
         chosen = torch.stack([question[head] for head in heads])
         products = chosen @ torch.stack([keys[head // group] for head in heads]).transpose(1, 2)  # [chosen, own, keys]

@@ -61,8 +61,9 @@ class AnswerObserver(StopAt):
         heads: RetrievalHeads,
     ) -> None:
         super().__init__(max(heads))
-        self._statement_of, self._statements = statement_of, statements
-        self._sentence_of, self._sentences = sentence_of, sentences
+        # Ones where a token belongs to a statement or sentence: products with them are sums, in a fixed order.
+        self._statement_of = _members(statement_of, statements).T  # [statements, rows]
+        self._sentence_of = _members(sentence_of, sentences)  # [keys, sentences]
         self._heads = heads
         self._sums: list[torch.Tensor] = []
 
@@ -77,20 +78,25 @@ class AnswerObserver(StopAt):
     ) -> None:
         """See `finch_rag.models.own_attention.OwnObserver`."""
         if layer in self._heads:
-            heads, rows, keys = self._heads[layer], len(self._statement_of), len(self._sentence_of)
+            heads, keys = self._heads[layer], self._sentence_of.shape[0]
             self._statement_of = self._statement_of.to(query.device)
             self._sentence_of = self._sentence_of.to(query.device)
-            sums = query.new_zeros(len(heads), self._statements + 1, self._sentences + 1, dtype=torch.float32)
+            (statements, rows), sentences = self._statement_of.shape, self._sentence_of.shape[1]
+            sums = query.new_zeros(len(heads), statements, sentences, dtype=torch.float32)
             some = max(1, _WEIGHTS // (len(heads) * key.shape[2]))
             for start in range(0, rows, some):
                 own = slice(start, min(start + some, rows))
                 weights = question_attention(query, key, scaling, rows, own, heads, softcap, sinks)[..., :keys]
-                paid = sums.new_zeros(*weights.shape[:2], self._sentences + 1)
-                paid.index_add_(2, self._sentence_of, weights)
-                sums.index_add_(1, self._statement_of[own], paid)
-            self._sums.append(sums[:, :-1, :-1])
+                sums += self._statement_of[:, own] @ weights @ self._sentence_of
+            self._sums.append(sums)
         super().__call__(layer, query, key, scaling)
 
     def sums(self) -> torch.Tensor:
         """Over the tokens of each statement, on the CPU, float32, shape [heads, statements, sentences]."""
-        return torch.cat([sums.cpu() for sums in self._sums])
+        first = self._sums[0].device  # the layers of a large model may lie on several
+        return torch.cat([sums.to(first) for sums in self._sums]).cpu()
+
+
+def _members(owner_of: torch.Tensor, owners: int) -> torch.Tensor:
+    """Ones where a token belongs to an owner, float32, shape [tokens, owners]; ``owners`` is the number of none."""
+    return torch.nn.functional.one_hot(owner_of, owners + 1)[:, :-1].float()

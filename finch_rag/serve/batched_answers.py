@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from ..answer import Answer
@@ -16,6 +17,8 @@ from ..settings import CallOptions
 from ..streaming import in_thread
 from .places import Place, Places
 from .scheduler import Scheduler
+
+_Piece = str | Answer | BaseException
 
 _LAST_STEP = 5.0  # seconds that cancelled answers get to end their step
 
@@ -34,6 +37,7 @@ class BatchedAnswers:
         self._places = Places(running, waiting, "answers")
         self._scheduler = Scheduler(finch.runtime, running=running)
         self._alive: weakref.WeakSet[BatchedPieces] = weakref.WeakSet()
+        self._mail: _Mail | None = None
 
     @property
     def running(self) -> int:
@@ -79,7 +83,10 @@ class BatchedAnswers:
         return self._pieces(lambda: self._finch.stream_chat(messages, passages, **options).request)
 
     def _pieces(self, resolve: Callable[[], Request]) -> BatchedPieces:
-        pieces = BatchedPieces(self._places.admit(), resolve, self._scheduler)
+        loop = asyncio.get_running_loop()
+        if self._mail is None or self._mail.loop is not loop:
+            self._mail = _Mail(loop)
+        pieces = BatchedPieces(self._places.admit(), resolve, self._scheduler, self._mail)
         self._alive.add(pieces)
         return pieces
 
@@ -107,10 +114,11 @@ class BatchedPieces(AsyncIterator[str]):
         place: Where it waits and runs.
         resolve: Makes the request, which takes a thread: long texts become tokens, a store may be searched.
         scheduler: Executes it.
+        mail: From the scheduler's thread to the event loop that awaits the answer.
     """
 
-    def __init__(self, place: Place, resolve: Callable[[], Request], scheduler: Scheduler) -> None:
-        self._place, self._resolve, self._scheduler = place, resolve, scheduler
+    def __init__(self, place: Place, resolve: Callable[[], Request], scheduler: Scheduler, mail: _Mail) -> None:
+        self._place, self._resolve, self._scheduler, self._mail = place, resolve, scheduler, mail
         self._request: Request | None = None
         self._told: _Told | None = None
         self._cancelled = False
@@ -130,7 +138,7 @@ class BatchedPieces(AsyncIterator[str]):
         self._request = await in_thread(self._resolve, self.cancel)
         if self._cancelled:
             return False
-        self._told = _Told(asyncio.get_running_loop())
+        self._told = _Told(self._mail)
         self._scheduler.submit(self._request, self._told)
         return True
 
@@ -176,41 +184,77 @@ class BatchedPieces(AsyncIterator[str]):
             self._place.leave()
 
 
+class _Mail:
+    """Takes pieces of answers from the scheduler's thread to an event loop.
+
+    However many come at once wake it up once: each time the two threads would wait for each other.
+
+    Args:
+        loop: The event loop.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._pieces: deque[tuple[_Told, _Piece]] = deque()
+        self._under_way = False
+
+    def send(self, told: _Told, piece: _Piece) -> None:
+        """Hands a piece over, in any thread.
+
+        Args:
+            told: Who gets it, in the event loop.
+            piece: The piece.
+        """
+        self._pieces.append((told, piece))
+        if self._under_way:
+            return
+        self._under_way = True
+        try:
+            self.loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            return
+
+    def _deliver(self) -> None:
+        self._under_way = False  # first: what comes from now on wakes it up again
+        while self._pieces:
+            told, piece = self._pieces.popleft()
+            told.put(piece)
+
+
 class _Told:
     """Hears the scheduler's thread, and tells an event loop.
 
     Args:
-        loop: The event loop.
+        mail: To the event loop.
 
     Attributes:
         pieces: Of the answer; last the answer itself, or what ended it.
         over: Whether the scheduler is done with it.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.pieces: asyncio.Queue[str | Answer | BaseException] = asyncio.Queue()
+    def __init__(self, mail: _Mail) -> None:
+        self._mail = mail
+        self.pieces: asyncio.Queue[_Piece] = asyncio.Queue()
         self.over = asyncio.Event()
 
     def on_delta(self, text: str) -> None:
         """See `finch_rag.serve.scheduler.Listener`."""
-        self._tell(text)
+        self._mail.send(self, text)
 
     def on_answer(self, answer: Answer) -> None:
         """See `finch_rag.serve.scheduler.Listener`."""
-        self._tell(answer)
+        self._mail.send(self, answer)
 
     def on_error(self, error: BaseException) -> None:
         """See `finch_rag.serve.scheduler.Listener`."""
-        self._tell(error)
+        self._mail.send(self, error)
 
-    def _tell(self, piece: str | Answer | BaseException) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._put, piece)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            return
+    def put(self, piece: _Piece) -> None:
+        """Takes a piece, in the event loop.
 
-    def _put(self, piece: str | Answer | BaseException) -> None:
+        Args:
+            piece: The piece.
+        """
         self.pieces.put_nowait(piece)
         if not isinstance(piece, str):
             self.over.set()

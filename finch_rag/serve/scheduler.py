@@ -98,6 +98,7 @@ class Scheduler:
         self._waiting: deque[_Job] = deque()
         self._taken: list[_Job] = []  # those that are read now
         self._jobs: dict[RunningAnswer, _Job] = {}
+        self._untold: list[tuple[Listener, str]] = []  # pieces of answers
         self._changed = threading.Condition()
         self._has_thread = self._ending = False
 
@@ -176,6 +177,8 @@ class Scheduler:
 
     def _read(self, jobs: Sequence[_Job]) -> None:
         """Reads passages, and lets the answers begin."""
+        if jobs:
+            self._tell()  # it takes long
         wanted: dict[int, list[_Job]] = {}
         for job in jobs:
             if job.cancelled:
@@ -225,7 +228,10 @@ class Scheduler:
                 self._batch.leave(running)
                 self._end(job, Cancelled())
         ended = []
-        for running, delta in self._batch.step() if self._jobs else ():
+        # A GPU computes while listeners take up what they are told; without one nothing would be gained by waiting.
+        overlapped = self._runtime.graphs.enabled
+        meanwhile = self._tell if overlapped else _nothing
+        for running, delta in self._batch.step(meanwhile) if self._jobs else ():
             job = self._jobs[running]
             if running.error is not None:
                 self._end(job, running.error)
@@ -233,10 +239,18 @@ class Scheduler:
             if shown := job.stripped.push(delta):
                 job.text += shown
                 if job.request.min_support is None:  # else it may have to be withheld
-                    job.listener.on_delta(shown)
+                    self._untold.append((job.listener, shown))
             if running.ended:
                 ended.append(job)
+        if ended or not overlapped:
+            self._tell()
         self._finish(ended)
+
+    def _tell(self) -> None:
+        """Tells the listeners of the pieces that they do not know yet."""
+        untold, self._untold = self._untold, []
+        for listener, piece in untold:
+            listener.on_delta(piece)
 
     def _finish(self, jobs: Sequence[_Job]) -> None:
         """Tells answers that have ended, with what they rest on."""
@@ -259,6 +273,7 @@ class Scheduler:
             return [error] if len(written) == 1 else [found for each in written for found in self._finished([each])]
 
     def _end(self, job: _Job, result: Answer | BaseException) -> None:
+        self._tell()  # its last piece, before its end
         if job.running is not None:
             self._jobs.pop(job.running, None)
         if isinstance(result, Answer):
@@ -274,6 +289,10 @@ class Scheduler:
         self._batch.close()
         for job in list(self._jobs.values()):
             self._end(job, error)
+
+
+def _nothing() -> None:
+    """There is nothing to do meanwhile."""
 
 
 def _tokens_to_read(request: Request) -> int:
