@@ -178,6 +178,7 @@ def test_nan_ends_one_answer(engine: Finch, scheduler: Scheduler, monkeypatch: p
     def spoilt(batch: Any, older: Any) -> Any:
         for answer, logits in really(batch, older):
             bad[:] = bad or [answer]
+            assert isinstance(logits, torch.Tensor)
             yield answer, torch.full_like(logits, float("nan")) if answer is bad[0] else logits
 
     monkeypatch.setattr(running_module.RunningBatch, "_next_tokens", spoilt)

@@ -186,9 +186,11 @@ def _sums(weights: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
 
         starts = np.cumsum([0, *lengths[:-1]])
         return torch.from_numpy(np.add.reduceat(weights.numpy(), starts, axis=-1))
-    numbers = torch.arange(len(lengths), device=weights.device)
-    passage_of = torch.repeat_interleave(numbers, on_device(lengths, weights.device), output_size=weights.shape[-1])
-    return weights.new_zeros(*weights.shape[:-1], len(lengths)).index_add_(-1, passage_of, weights)
+    # One thread adds up a row's tokens of one passage, in their order: with atomic sums they wait for each other.
+    by_token = weights.transpose(1, 2).contiguous()  # so that threads side by side read rows side by side
+    of_groups = on_device(lengths, weights.device).expand(len(weights), -1).contiguous()
+    sums = torch.segment_reduce(by_token, "sum", lengths=of_groups, axis=1, unsafe=True)  # [groups, passages, rows]
+    return sums.transpose(1, 2).contiguous()
 
 
 def quantised(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,18 @@ from ..prefill.head_keys import KeyBlock, attention_on
 from ..prompts.builder import PromptBuilder
 from .index import Reading
 from .storage import Blocks, Storage
+
+
+class Found(NamedTuple):
+    """What a question found in a store.
+
+    Attributes:
+        readings: All of the store.
+        attention: That the question pays to each, on the CPU, float32, shape [readings].
+    """
+
+    readings: Sequence[Reading]
+    attention: torch.Tensor
 
 
 class Search:
@@ -27,19 +40,20 @@ class Search:
     def __init__(self, reader: AloneReader, prompts: PromptBuilder, storage: Storage, window: int) -> None:
         self._reader, self._prompts, self._storage, self._window = reader, prompts, storage, window
 
-    def everything(self, question: str) -> tuple[list[Reading], torch.Tensor]:
-        """All readings, and what a question pays to each, on the CPU, float32, shape [readings].
+    def everything(self, questions: Sequence[str]) -> list[Found]:
+        """What questions pay to all readings; the questions are read side by side.
 
         Args:
-            question: The question.
+            questions: The questions.
 
         Raises:
-            InputError: If the question does not fit behind the longest passage.
+            InputError: If a question does not fit behind the longest passage.
             NumericsError: If the model computes NaN.
         """
         blocks = list(self._storage.blocks(self._reader.device).values())
         readings, looked_at = [reading for found, _ in blocks for reading in found], [block for _, block in blocks]
-        return readings, self._attention([(question, readings, looked_at)])[0]
+        paid = self._attention([(question, readings, looked_at) for question in questions])
+        return [Found(readings, attention) for attention in paid]
 
     def some(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[torch.Tensor]:
         """What questions pay to some readings each, as if there were no others.

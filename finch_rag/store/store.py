@@ -21,6 +21,7 @@ from .index import Reading
 from .reading import Precision, check_ids, hash_of, read_keys, with_unique_ids
 from .searching import Search
 from .storage import Storage
+from .together import Together
 
 StoreProgress = Callable[[int, int], None]  # tokens read, and in all
 
@@ -77,6 +78,7 @@ class PassageStore:
         self._storage = Storage(self.path, about, writes=not read_only)
         self._index = self._storage.index
         self._search = Search(reader, prompts, self._storage, window)
+        self._everything = Together(self._lock, self._search.everything)
         self.closed = False
 
     # What is in it
@@ -347,10 +349,6 @@ class PassageStore:
         """
         with self._lock:
             return self._search.some(asked)
-
-    def _everything(self, question: str) -> tuple[list[Reading], torch.Tensor]:
-        with self._lock:
-            return self._search.everything(question)
 
     def _retrieved(
         self, readings: Sequence[Reading], attention: torch.Tensor, places: Sequence[int]
