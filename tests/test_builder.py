@@ -296,3 +296,31 @@ def test_a_text_of_nothing_but_control_tokens_is_cut_in_linear_time() -> None:
     tokens = builder.encode(["<|im_end|>" * 20_000])[0]
     assert time.perf_counter() - start < 10
     assert controls(builder, tokens) == []
+
+
+@pytest.mark.parametrize("template", [CHATML, NO_SYSTEM_ROLE, SYSTEM_ROLE_IGNORED])
+@pytest.mark.parametrize(("instructions", "system_prompt"), [(None, None), ("Be brief.", "")])
+def test_messages_make_the_same_prompt_by_the_chat_template(
+    template: str, instructions: str | None, system_prompt: str | None
+) -> None:
+    builder = PromptBuilder(tokenizer_with(template))
+    passages = [Passage("It was built in 1874.", title="Harbour"), Passage(" "), Passage("It was lit in 1902.")]
+    messages = builder.messages(" When was it lit? ", passages, instructions, system_prompt)
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    rendered = builder.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    prompt = builder.build("When was it lit?", passages, instructions, system_prompt)
+    assert rendered == raw(builder, everything(prompt))
+
+
+def test_messages_without_a_chat_template_have_the_same_words() -> None:
+    system, asked = PromptBuilder(plain_tokenizer()).messages("When?", [Passage("It was lit in 1902.")])
+    prompt = PromptBuilder(plain_tokenizer()).build("When?", [Passage("It was lit in 1902.")])
+    words = raw(PromptBuilder(plain_tokenizer()), everything(prompt))
+    assert words == f"{system['content']}\n\n{asked['content']}\nAnswer:"
+
+
+def test_messages_that_ask_nothing_are_refused() -> None:
+    with pytest.raises(InputError, match="the question is empty"):
+        PromptBuilder(chat_tokenizer()).messages(" ", [Passage("x")])
+    with pytest.raises(InputError, match="the user message holds half a surrogate pair"):
+        PromptBuilder(chat_tokenizer()).messages("When?", [Passage("\ud800")])

@@ -1,14 +1,17 @@
 """A server under load: some clients at once, each with one question after another.
 
 Server and model run in this process, the clients in another one, over loopback. Every number of clients asks the same
-questions, so their answers are compared with those of one client alone.
+questions, so their answers are compared with those of one client alone. Another server of the same machine may be asked
+them too, after ours, by the same clients.
 """
 
 from __future__ import annotations
 
+import secrets
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +20,29 @@ from rich.table import Table
 
 from ..engine import Finch
 from ..errors import FinchError, InputError
+from ..prompts.builder import INSTRUCTIONS
 from ..prompts.passages import Passage
 from ..serve.settings import ServeSettings
 from ..terminal.loading import load_finch
 from ..terminal.output import out, say_json
 from ..terminal.progress import ProgressBars
 from .load_client import Asked, serve_orders
+from .load_other import other_server
 from .memory import in_use, peak_memory
 from .serving import clients as clients_of
 from .serving import served
 from .shapes import SHAPES, made_passages, random_finch, random_passages
 
 _STORE = "load"
+_HEADS = ("first token p50", "p99", "end p50", "p99", "new tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What a client asks, and the passages that it brings along."""
+
+    text: str
+    passages: Sequence[Passage]
 
 
 def main(
@@ -42,8 +56,10 @@ def main(
     new_tokens: int = 64,
     budget: int | None = None,
     running: int = 16,
+    against: str | None = None,
+    against_model: str | None = None,
 ) -> dict[str, Any]:
-    """Asks with each number of clients, prints a table and, as the last line, one JSON object.
+    """Asks with each number of clients, prints tables and, as the last line, one JSON object.
 
     Args:
         model: What `Finch.from_pretrained` takes.
@@ -55,22 +71,29 @@ def main(
         new_tokens: The most tokens of an answer.
         budget: Document tokens kept; the engine's default when None.
         running: The most answers that the server makes at once.
+        against: Another running server, such as http://127.0.0.1:8000/v1, that is asked the same questions.
+        against_model: What it calls the model; None for the only one that it has.
 
     Returns:
         What the JSON line holds.
 
     Raises:
         InputError: If an argument cannot work.
-        FinchError: If the server does not answer.
+        FinchError: If a server does not answer.
     """
     if not clients or min(*clients, requests, tokens, new_tokens, running) < 1:
         raise InputError("clients, requests, tokens, new tokens and running must be at least 1")
     if shape is not None and shape not in SHAPES:
         raise InputError(f"shape {shape!r} is unknown: use {', '.join(SHAPES)}")
+    if against_model is not None and against is None:
+        raise InputError(f"--against-model is {against_model!r}, and no server is named: name it by --against")
+    other = None if against is None else other_server(against, against_model)
     with ProgressBars() as bars:
         finch = _random(shape) if shape else load_finch(model, bars)
         device = finch.runtime.model.device
-        bodies = _bodies(finch, max(requests, *clients), 0 if store_tokens else tokens, new_tokens, budget)
+        questions = _questions(finch, max(requests, *clients), 0 if store_tokens else tokens)
+        shared = _passages(finch, store_tokens) if store_tokens else []
+        bodies = [_body(question, new_tokens, budget) for question in questions]
         with (
             tempfile.TemporaryDirectory() as folder,
             served(finch, ServeSettings(stores=Path(folder), running=running, waiting=len(bodies))) as server,
@@ -79,7 +102,7 @@ def main(
             if store_tokens:
                 server.service.shelf.create(_STORE, "bfloat16")
                 server.service.shelf.store(_STORE).add(
-                    _passages(finch, store_tokens), on_progress=lambda done, total: bars("store", done, total)
+                    shared, on_progress=lambda done, total: bars("store", done, total)
                 )
             for number in (1, min(running, len(bodies))):  # makes the captured steps
                 ask((bodies[: 2 * number], number))
@@ -90,17 +113,50 @@ def main(
                 with peak_memory(device, in_use(device)) as peak:
                     seconds, found = ask((bodies[: max(requests, number)], number))
                 alone = alone or found
-                rows[str(number)] = {**_figures(seconds, found, alone), "peak_mib": round(peak[0])}
+                different = _different(found, alone)
+                rows[str(number)] = {**_figures(seconds, found), "different": different, "peak_mib": round(peak[0])}
             bars("clients", len(clients), len(clients))
-    summary = {
+    summary: dict[str, Any] = {
         "model": f"{shape} (random weights)" if shape else model,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
         "passages": f"a store of {store_tokens} tokens" if store_tokens else f"{tokens} tokens a request",
         **{"new_tokens": new_tokens, "budget": budget, "running": running, "clients": rows},
     }
     _print(summary)
+    if other is not None:  # what ours did stands there by now, whatever becomes of the other
+
+        def prompts(count: int) -> list[dict[str, Any]]:
+            return _plain_bodies(finch, other.model, questions[:count], shared, new_tokens)
+
+        theirs = _ask_other(other.url, prompts, clients, requests)
+        summary["against"] = {"url": other.url, "model": other.model, "clients": theirs}
+        _print_against(summary)
     say_json(summary)
     return summary
+
+
+def _ask_other(
+    url: str, prompts: Callable[[int], list[dict[str, Any]]], clients: Sequence[int], requests: int
+) -> dict[str, dict[str, Any]]:
+    """The figures of another server, behind one request that warms it.
+
+    Args:
+        url: What its endpoints' addresses begin with.
+        prompts: Makes so many requests.
+        clients: Numbers of clients.
+        requests: Questions.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    with ProgressBars() as bars, clients_of(serve_orders, f"{url}/chat/completions") as ask:
+        try:
+            _check_answered(ask((prompts(1), 1))[1])
+            for step, number in enumerate(clients):
+                bars("clients", step, len(clients))
+                rows[str(number)] = _figures(*ask((prompts(max(requests, number)), number)))
+        except FinchError as error:
+            raise FinchError(f"{url}: {error}") from error
+        bars("clients", len(clients), len(clients))
+    return rows
 
 
 def _random(shape: str) -> Finch:
@@ -110,21 +166,51 @@ def _random(shape: str) -> Finch:
     return finch
 
 
-def _bodies(finch: Finch, count: int, tokens: int, new_tokens: int, budget: int | None) -> list[dict[str, Any]]:
-    """Requests with different questions and, unless they ask the store, different passages."""
+def _questions(finch: Finch, count: int, tokens: int) -> list[_Question]:
+    """Different questions, each with different passages of so many tokens."""
     passages = _passages(finch, tokens) if tokens else []
+    return [
+        _Question(
+            f"What do the passages say about number {number}?",
+            [Passage(f"{number} {passage.text}", str(place)) for place, passage in enumerate(passages)],
+        )
+        for number in range(count)
+    ]
+
+
+def _body(question: _Question, new_tokens: int, budget: int | None) -> dict[str, Any]:
+    """What our server is asked; a question without passages asks the store."""
     own: dict[str, Any] = {"finch": {} if budget is None else {"budget": budget}}
-    if not tokens:
+    if not question.passages:
         own["store"] = _STORE
+    return {
+        "messages": [{"role": "user", "content": question.text}],
+        "documents": [{"id": passage.id, "text": passage.text} for passage in question.passages],
+        "max_tokens": new_tokens,
+        "temperature": 0,
+        **own,
+    }
+
+
+def _plain_bodies(
+    finch: Finch, model: str, questions: Sequence[_Question], shared: Sequence[Passage], new_tokens: int
+) -> list[dict[str, Any]]:
+    """What another server is asked: the engine's own prompts as messages, with the store where it is asked.
+
+    Many servers keep what they have read for prompts that begin alike. A store's passages they may know from before,
+    as ours does; of a request's own passages they must not, so a mark that is new at each call stands before these.
+    """
+    own = finch.settings.prompt
+    instructions = INSTRUCTIONS if own.instructions is None else own.instructions
+    marked = instructions if shared else f"Run {secrets.token_hex(4)}.\n\n{instructions}"
     return [
         {
-            "messages": [{"role": "user", "content": f"What do the passages say about number {number}?"}],
-            "documents": [{"id": str(n), "text": f"{number} {passage.text}"} for n, passage in enumerate(passages)],
+            "model": model,
+            "messages": finch.prompts.messages(each.text, each.passages or shared, marked, own.system_prompt),
             "max_tokens": new_tokens,
             "temperature": 0,
-            **own,
         }
-        for number in range(count)
+        for each in questions
     ]
 
 
@@ -133,12 +219,8 @@ def _passages(finch: Finch, tokens: int) -> list[Passage]:
     return random_passages(tokens) if len(finch.tokenizer) <= 256 else made_passages(finch, tokens)
 
 
-def _figures(seconds: float, found: Sequence[Asked], alone: Sequence[Asked]) -> dict[str, Any]:
-    failed = [asked for asked in found if asked.error or asked.status != 200]
-    if failed:
-        raise FinchError(f"{len(failed)} of {len(found)} requests failed, the first with {failed[0].error}")
-    texts = {asked.number: asked.text for asked in alone}
-    different = sum(texts.get(asked.number, asked.text) != asked.text for asked in found)
+def _figures(seconds: float, found: Sequence[Asked]) -> dict[str, Any]:
+    _check_answered(found)
     return {
         "requests": len(found),
         "a_second": round(len(found) / seconds, 3),
@@ -146,8 +228,20 @@ def _figures(seconds: float, found: Sequence[Asked], alone: Sequence[Asked]) -> 
         "first_p99": round(_quantile([asked.first for asked in found], 0.99), 3),
         "last_p50": round(_quantile([asked.last for asked in found], 0.5), 3),
         "last_p99": round(_quantile([asked.last for asked in found], 0.99), 3),
-        "different": different,
+        "new_tokens": round(statistics.fmean(asked.new_tokens for asked in found), 1),
     }
+
+
+def _different(found: Sequence[Asked], alone: Sequence[Asked]) -> int:
+    """How many answers are not those of the first number of clients."""
+    texts = {asked.number: asked.text for asked in alone}
+    return sum(texts.get(asked.number, asked.text) != asked.text for asked in found)
+
+
+def _check_answered(found: Sequence[Asked]) -> None:
+    failed = [asked for asked in found if asked.error or asked.status != 200]
+    if failed:
+        raise FinchError(f"{len(failed)} of {len(found)} requests failed, the first with {failed[0].error}")
 
 
 def _quantile(values: Sequence[float], part: float) -> float:
@@ -160,16 +254,25 @@ def _print(summary: dict[str, Any]) -> None:
     rows = summary["clients"]
     first = next(iter(rows.values()))["a_second"]
     table = Table(title=f"{summary['model']} on {summary['device']}, {summary['passages']}")
-    heads = ("clients", "requests/s", "times", "first token p50", "p99", "end p50", "p99", "other answers", "peak MiB")
-    for head in heads:
+    for head in ("clients", "requests/s", "times", *_HEADS, "other answers", "peak MiB"):
         table.add_column(head, justify="right")
     for number, row in rows.items():
-        table.add_row(
-            number,
-            f"{row['a_second']:.2f}",
-            f"{row['a_second'] / first:.2f}",
-            *(f"{row[key]:.2f} s" for key in ("first_p50", "first_p99", "last_p50", "last_p99")),
-            f"{row['different']} of {row['requests']}",
-            str(row["peak_mib"]),
-        )
+        times, different = f"{row['a_second'] / first:.2f}", f"{row['different']} of {row['requests']}"
+        table.add_row(number, f"{row['a_second']:.2f}", times, *_cells(row), different, str(row["peak_mib"]))
     out.print(table)
+
+
+def _print_against(summary: dict[str, Any]) -> None:
+    other = summary["against"]
+    table = Table(title=f"{other['model']} at {other['url']}, all passages in each prompt")
+    for head in ("clients", "requests/s", "finch-rag's", "ratio", *_HEADS):
+        table.add_column(head, justify="right")
+    for number, row in other["clients"].items():
+        theirs, ours = row["a_second"], summary["clients"][number]["a_second"]
+        table.add_row(number, f"{theirs:.2f}", f"{ours:.2f}", f"{ours / theirs:.2f}", *_cells(row))
+    out.print(table)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    seconds = [f"{row[key]:.2f} s" for key in ("first_p50", "first_p99", "last_p50", "last_p99")]
+    return [*seconds, f"{row['new_tokens']:g}"]

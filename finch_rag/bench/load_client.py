@@ -12,6 +12,9 @@ from typing import Any
 
 import httpx
 
+_STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+_SHOWN = 300  # characters of an error
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -19,11 +22,12 @@ class Asked:
 
     Attributes:
         number: Of the request.
-        status: Of the response.
+        status: Of the response; 0 where none came.
         text: The answer.
         first: Seconds to the first piece of it.
         last: Seconds to its end.
-        error: What was said in place of an answer.
+        error: What was said in place of an answer, in one line.
+        new_tokens: Of the answer, as the server counts them, else the pieces that it came in.
     """
 
     number: int
@@ -32,6 +36,7 @@ class Asked:
     first: float
     last: float
     error: str = ""
+    new_tokens: int = 0
 
 
 def serve_orders(orders: Connection, url: str) -> None:
@@ -62,16 +67,32 @@ def take_orders(orders: Connection, carry_out: Callable[[Any], Coroutine[Any, An
 
 
 async def events_of(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The events of a streamed answer, as they come; the last one, which is no JSON, is an empty object.
+    """The events of a streamed answer, as they come; [DONE], which is no JSON, is an empty object.
+
+    What else is no JSON object is an error: some servers put what went wrong into an event as it is.
 
     Args:
         response: Whose body is not read yet.
     """
-    async for line in response.aiter_lines():
-        if line == "data: [DONE]":
-            yield {}
-        elif line.startswith("data: "):
-            yield json.loads(line.removeprefix("data: "))
+    async for line in _lines(response):
+        data = line.removeprefix("data:").strip()
+        if not line.startswith("data:") or not data:
+            continue
+        try:
+            event = {} if data == "[DONE]" else json.loads(data)
+        except ValueError:
+            event = None
+        yield event if isinstance(event, dict) else {"error": data}
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """The lines of a body. httpx's own end at Unicode's line separators too, which may stand in an answer."""
+    left = b""
+    async for part in response.aiter_bytes():
+        *lines, left = (left + part).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
+    yield left.decode(errors="replace")
 
 
 async def _ask_all(url: str, requests: Sequence[dict[str, Any]], clients: int) -> list[Asked]:
@@ -92,16 +113,34 @@ async def _ask_all(url: str, requests: Sequence[dict[str, Any]], clients: int) -
 async def _ask(http: httpx.AsyncClient, url: str, number: int, body: dict[str, Any]) -> Asked:
     start = time.perf_counter()
     pieces: list[str] = []
-    first, error = 0.0, ""
-    async with http.stream("POST", url, json={**body, "stream": True}) as response:
-        if response.status_code != 200:
-            error = (await response.aread()).decode()
-        async for event in events_of(response):
-            error += json.dumps(event["error"]) if "error" in event else ""
-            piece = "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
-            if piece and not pieces:
-                first = time.perf_counter() - start
-            if piece:
-                pieces.append(piece)
+    status, first, error, ended = 0, 0.0, "", False
+    tokens: int | None = None
+    try:
+        async with http.stream("POST", url, json={**body, **_STREAMED}) as response:
+            status = response.status_code
+            if status != 200:
+                error = f"status {status}: {(await response.aread()).decode(errors='replace')}"
+            async for event in events_of(response):
+                error += json.dumps(event["error"], ensure_ascii=False) if event.get("error") else ""
+                choices = event.get("choices") or ()
+                ended = ended or not event or any(choice.get("finish_reason") for choice in choices)
+                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+                piece = "".join(map(_text, choices))
+                if piece and not pieces:
+                    first = time.perf_counter() - start
+                if piece:
+                    pieces.append(piece)
+        if not ended and not error:
+            error = "the stream ended before the answer"
+    except httpx.HTTPError as failure:
+        error = f"{type(failure).__name__} {failure}"
     last = time.perf_counter() - start
-    return Asked(number, response.status_code, "".join(pieces), first or last, last, error[:200])
+    error = " ".join(error.split())[:_SHOWN]
+    counted = len(pieces) if tokens is None else tokens
+    return Asked(number, status, "".join(pieces), first or last, last, error, counted)
+
+
+def _text(choice: dict[str, Any]) -> str:
+    """What an event says; models that think first say their thoughts apart, under one of two names."""
+    delta = choice.get("delta") or {}
+    return next((delta[name] for name in ("content", "reasoning_content", "reasoning") if delta.get(name)), "")

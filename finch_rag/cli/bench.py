@@ -120,14 +120,32 @@ def bench_load(
         int | None, typer.Option(metavar="TOKENS", help="Tokens of passages kept.", show_default=False)
     ] = None,
     running: Annotated[int, typer.Option(metavar="N", help="The most answers that the server makes at once.")] = 16,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Another running server in OpenAI's shapes, such as http://127.0.0.1:8000/v1: it is then asked the "
+            "same questions, with all passages in the prompt.",
+            show_default=False,
+        ),
+    ] = None,
+    against_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What that server calls the model.  [dim]\\[default: the only one that it has][/]",
+            show_default=False,
+        ),
+    ] = None,
     shape: ShapeOption = None,
 ) -> None:
     """Put load on a server of this model: requests a second, seconds to the first token and to the end.
 
     The server runs here, the clients in a process of their own, over loopback; the extra serve is needed. All numbers
-    of clients ask the same questions, and their answers are compared with those of the first number.
+    of clients ask the same questions, and their answers are compared with those of the first number. With --against
+    another server is measured after this one.
 
-    Prints a table; the last line is one JSON object.
+    Prints tables; the last line is one JSON object.
     """
     with extra():
         from ..bench import load
@@ -141,6 +159,8 @@ def bench_load(
         new_tokens=new_tokens,
         budget=budget,
         running=running,
+        against=against,
+        against_model=against_model,
     )
 
 

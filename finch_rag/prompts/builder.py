@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import InputError
 from .chat_template import ASSISTANT, SYSTEM, USER, Message, Render, check_messages, frame, plain_frame
@@ -87,6 +88,31 @@ def refine_instructions(instructions: str, answer: str) -> str:
     )
 
 
+class _Words(NamedTuple):
+    """What stands around passages and question: system message, instructions with a blank line, question's label."""
+
+    system: list[Message]
+    opening: str
+    label: str
+
+
+def _words(
+    question: str, has_passages: bool, instructions: str | None, system_prompt: str | None, in_own_words: bool
+) -> _Words:
+    """The words of a prompt, defaults filled in, see `PromptSettings`; raises an InputError if nothing is asked."""
+    if not isinstance(question, str) or (not question.strip() and (has_passages or not in_own_words)):
+        raise InputError("the question is empty: ask one")
+    check_unicode(question, "the question")
+    if instructions is None and not in_own_words:
+        instructions = INSTRUCTIONS if has_passages else INSTRUCTIONS_WITHOUT_PASSAGES
+    if system_prompt is None and has_passages and not in_own_words:
+        system_prompt = SYSTEM_PROMPT
+    # Where nothing stands before the question, the message is the question and needs no label.
+    labelled = bool(has_passages or instructions) and not in_own_words
+    system = [Message(role=SYSTEM, content=system_prompt)] if system_prompt else []
+    return _Words(system, f"{instructions}\n\n" if instructions else "", "Question: " if labelled else "")
+
+
 class PromptBuilder(Encoder):
     """Builds prompts for one tokenizer. Safe to share between threads.
 
@@ -123,30 +149,20 @@ class PromptBuilder(Encoder):
             InputError: If the question is empty or not text, or the history cannot be used.
             ModelError: If the chat template cannot be used.
         """
-        if not isinstance(question, str) or (not question.strip() and (passages or not in_own_words)):
-            raise InputError("the question is empty: ask one")
-        check_unicode(question, "the question")
-        if instructions is None and not in_own_words:
-            instructions = INSTRUCTIONS if passages else INSTRUCTIONS_WITHOUT_PASSAGES
-        if system_prompt is None and passages and not in_own_words:
-            system_prompt = SYSTEM_PROMPT
-        # Where nothing stands before the question, the message is the question and needs no label.
-        labelled = bool(passages or instructions) and not in_own_words
-        label, question = "Question: " if labelled else "", question.strip()
-        system = [Message(role=SYSTEM, content=system_prompt)] if system_prompt else []
+        words = _words(question, bool(passages), instructions, system_prompt, in_own_words)
+        label, question = words.label, question.strip()
         messages = [
-            *system,
+            *words.system,
             *check_messages(history, (USER, ASSISTANT), "history message"),
             Message(role=USER, content=""),
             *following,
         ]
         for message in messages:
             check_unicode(message["content"], f"a {message['role']} message")
-        head, tail = self._frame(messages, len(messages) - 1 - len(following), labelled, render)
+        head, tail = self._frame(messages, len(messages) - 1 - len(following), bool(label), render)
         if not question and not tail:
             raise InputError("the question is empty, and no chat template opens an answer: ask one")
-        opening = f"{instructions}\n\n" if instructions else ""
-        prefix = head + self.encode([opening])[0]
+        prefix = head + self.encode([words.opening])[0]
         if encoded is None:
             encoded = self.encode([text_to_read(passage) for passage in passages])
         # The label ends in a space that most tokenizers join to the next word: encode both, then find the border.
@@ -154,6 +170,39 @@ class PromptBuilder(Encoder):
         question_ids = self.encode([label + question])[0]
         start = len(label_ids) if question_ids[: len(label_ids)] == label_ids else 0
         return Prompt(prefix, encoded, question_ids, slice(start, len(question_ids)), tail)
+
+    def messages(
+        self,
+        question: str,
+        passages: Sequence[Passage],
+        instructions: str | None = None,
+        system_prompt: str | None = None,
+    ) -> list[Message]:
+        """The prompt that `build` makes, as messages, for another program that has the same chat template.
+
+        Args:
+            question: The question.
+            passages: See `build`.
+            instructions: See `PromptSettings`.
+            system_prompt: See `PromptSettings`.
+
+        Returns:
+            The user's message with all passages, behind a system message where the chat template takes one.
+
+        Raises:
+            InputError: If the question is empty or not text.
+            ModelError: If the chat template cannot be used.
+        """
+        words = _words(question, bool(passages), instructions, system_prompt, in_own_words=False)
+        texts = "".join(map(text_to_read, passages))
+        asked = Message(role=USER, content=f"{words.opening}{texts}{words.label}{question.strip()}")
+        messages = [*words.system, asked]
+        for message in messages:
+            check_unicode(message["content"], f"the {message['role']} message")
+        if self.tokenizer.chat_template:
+            with self._lock:
+                messages, _ = frame(self.tokenizer, messages)
+        return messages
 
     def _frame(
         self, messages: list[Message], asked: int, labelled: bool, render: Render | None

@@ -29,19 +29,25 @@ def test_every_number_of_clients_gets_the_same_answers(passages: str) -> None:
         assert rows["a_second"] > 0
         assert 0 < rows["first_p50"] <= rows["first_p99"] <= rows["last_p99"]
         assert rows["first_p50"] < rows["last_p50"]  # it is streamed
+        assert rows["new_tokens"] == 5
 
 
 def test_a_request_that_fails_is_no_figure() -> None:
     with pytest.raises(FinchError, match="1 of 2 requests failed, the first with no memory"):
-        load._figures(1.0, [Asked(0, 200, "a", 0.1, 0.2), Asked(1, 503, "", 0.1, 0.2, "no memory")], [])
+        load._figures(1.0, [Asked(0, 200, "a", 0.1, 0.2), Asked(1, 503, "", 0.1, 0.2, "no memory")])
 
 
 def test_other_answers_than_those_of_one_client_are_counted() -> None:
     alone = [Asked(0, 200, "a", 0.1, 0.2), Asked(1, 200, "b", 0.1, 0.4)]
-    figures = load._figures(2.0, [alone[0], Asked(1, 200, "a", 0.2, 0.3)], alone)
-    assert figures["different"] == 1
+    assert load._different([alone[0], Asked(1, 200, "a", 0.2, 0.3)], alone) == 1
+
+
+def test_figures_are_those_of_all_requests() -> None:
+    found = [Asked(0, 200, "a", 0.1, 0.2, new_tokens=4), Asked(1, 200, "a", 0.2, 0.3, new_tokens=1)]
+    figures = load._figures(2.0, found)
     assert figures["a_second"] == 1.0
     assert figures["first_p50"] == pytest.approx(0.15)
+    assert figures["new_tokens"] == 2.5
 
 
 def test_arguments_that_measure_nothing_are_refused() -> None:
