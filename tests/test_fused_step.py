@@ -32,6 +32,7 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setattr("finch_rag.decode.kernels.products._ROWS", 32)
         monkeypatch.setattr("finch_rag.decode.kernels.attention._PROGRAMS", 4)
+        monkeypatch.setattr("finch_rag.decode.kernels.attention._PROGRAMS_OF_SEVERAL", 12)
 
 
 def model_of(kind: str = "llama", **changes: Any) -> Any:
@@ -52,6 +53,27 @@ def check(model: Any, length: int, capacity: int = 256) -> None:
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_fused_step_computes_what_the_model_computes(kind: str) -> None:
     check(model_of(kind), 137)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_several_answers_each_go_on_from_their_own_cache(kind: str) -> None:
+    check_several(model_of(kind), [137, 3, 64])
+
+
+def check_several(model: Any, lengths: list[int]) -> None:
+    """Three tokens each by a fused step with an empty place, against passes on the caches themselves."""
+    caches = [filled(model, [token % 390 for token in range(7, 7 + length)]) for length in lengths]
+    step = StaticStep(model, caches[0], len(caches) + 1, 256, fused=True)
+    step.clear(1)
+    places = [0, *range(2, len(caches) + 1)]
+    for place, cache in zip(places, caches, strict=True):
+        step.load_one(place, cache)
+    tokens = [5, 9, 300]
+    expected = [plain(model, cache, tokens) for cache in caches]
+    for number, token in enumerate(tokens):
+        logits = step([token] * (len(caches) + 1))
+        for place, own in zip(places, expected, strict=True):
+            torch.testing.assert_close(logits[place : place + 1], own[number].float(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 62, 63, 64, 65, 190])
@@ -81,6 +103,7 @@ def test_shapes_may_be_any(changes: dict[str, Any]) -> None:
             parameter.data.copy_(1 + 0.3 * drawn)
     assert can_fuse(model)
     check(model, 70)
+    check_several(model, [70, 5])
 
 
 def test_what_it_writes_into_the_cache_is_what_a_pass_writes() -> None:
@@ -180,17 +203,17 @@ def test_an_answer_is_decoded_by_fused_steps(monkeypatch: pytest.MonkeyPatch, fu
     assert fused_steps == [True]
 
 
-def test_several_answers_are_decoded_by_the_models_own_kernels(fused_steps: list[bool]) -> None:
+def test_several_answers_are_decoded_by_a_fused_step(fused_steps: list[bool]) -> None:
     graphs = graphs_of(model_of())
     cache = filled(graphs.model, [3, 4])
     with graphs.lend([cache, cache], 8):
-        assert fused_steps == [False]
+        assert fused_steps == [True]
 
 
 def test_where_triton_fails_models_decode_by_their_own_kernels(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fused_steps: list[bool]
 ) -> None:
-    def fail(model: Any) -> None:
+    def fail(model: Any, answers: int) -> None:
         raise OSError("no C compiler")
 
     monkeypatch.setattr(static_step, "FusedStep", fail)
@@ -206,7 +229,7 @@ def test_where_triton_fails_models_decode_by_their_own_kernels(
 
 
 def test_memory_that_runs_out_is_no_failure_of_tritons(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(model: Any) -> None:
+    def fail(model: Any, answers: int) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(static_step, "FusedStep", fail)

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="Triton is not made for this platform")
 HOPPER = ("cuda", 90, 32)  # compute capability 9.0, warps of 32 threads
 
 
-def compiled(kind: str, changes: dict[str, Any], dtype: torch.dtype) -> list[str]:
+def compiled(kind: str, changes: dict[str, Any], dtype: torch.dtype, answers: int) -> list[str]:
     """Compiles what a step launches, in place of launching it; the kernels' names. Runs in a process of its own."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -42,8 +42,11 @@ def compiled(kind: str, changes: dict[str, Any], dtype: torch.dtype) -> list[str
     JITFunction.run = compile_launch
     model = small_model(kind, head_dim=64, **changes).to(dtype)
     use_finch_attention(model)
-    cache = [(torch.zeros(1, 2, 512, 64, dtype=dtype), torch.zeros(1, 2, 512, 64, dtype=dtype)) for _ in range(2)]
-    FusedStep(model)(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long), cache)
+    shape = answers, 2, 512, 64
+    cache = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(2)]
+    tokens = torch.zeros(answers, 1, dtype=torch.long)
+    with torch.inference_mode():
+        FusedStep(model, answers)(tokens, tokens[:, 0], cache)
     return names
 
 
@@ -70,4 +73,5 @@ def test_every_kernel_of_a_step_compiles(
     compiler: ProcessPoolExecutor, kind: str, changes: dict[str, Any], dtype: torch.dtype
 ) -> None:
     layer = ["_linear", "_attend", "_join", "_linear", "_gated_linear", "_linear"]
-    assert compiler.submit(compiled, kind, changes, dtype).result() == [*layer, *layer, "_linear"]
+    assert compiler.submit(compiled, kind, changes, dtype, 1).result() == [*layer, *layer, "_linear"]
+    assert compiler.submit(compiled, kind, changes, dtype, 3).result() == ["_attend", "_join"] * 2

@@ -55,6 +55,7 @@ def main(
     store_tokens: int = 0,
     new_tokens: int = 64,
     budget: int | None = None,
+    rounds: int | None = None,
     running: int = 16,
     against: str | None = None,
     against_model: str | None = None,
@@ -70,6 +71,7 @@ def main(
         store_tokens: Of a store that all ask in place of passages of their own; 0 for none.
         new_tokens: The most tokens of an answer.
         budget: Document tokens kept; the engine's default when None.
+        rounds: Scans of the best passages, see `finch_rag.prefill.planning.ReadingSettings`; None for the default.
         running: The most answers that the server makes at once.
         against: Another running server, such as http://127.0.0.1:8000/v1, that is asked the same questions.
         against_model: What it calls the model; None for the only one that it has.
@@ -93,7 +95,7 @@ def main(
         device = finch.runtime.model.device
         questions = _questions(finch, max(requests, *clients), 0 if store_tokens else tokens)
         shared = _passages(finch, store_tokens) if store_tokens else []
-        bodies = [_body(question, new_tokens, budget) for question in questions]
+        bodies = [_body(question, new_tokens, budget=budget, rounds=rounds) for question in questions]
         with (
             tempfile.TemporaryDirectory() as folder,
             served(finch, ServeSettings(stores=Path(folder), running=running, waiting=len(bodies))) as server,
@@ -120,7 +122,7 @@ def main(
         "model": f"{shape} (random weights)" if shape else model,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
         "passages": f"a store of {store_tokens} tokens" if store_tokens else f"{tokens} tokens a request",
-        **{"new_tokens": new_tokens, "budget": budget, "running": running, "clients": rows},
+        **{"new_tokens": new_tokens, "budget": budget, "rounds": rounds, "running": running, "clients": rows},
     }
     _print(summary)
     if other is not None:  # what ours did stands there by now, whatever becomes of the other
@@ -178,9 +180,9 @@ def _questions(finch: Finch, count: int, tokens: int) -> list[_Question]:
     ]
 
 
-def _body(question: _Question, new_tokens: int, budget: int | None) -> dict[str, Any]:
+def _body(question: _Question, new_tokens: int, **options: int | None) -> dict[str, Any]:
     """What our server is asked; a question without passages asks the store."""
-    own: dict[str, Any] = {"finch": {} if budget is None else {"budget": budget}}
+    own: dict[str, Any] = {"finch": {name: value for name, value in options.items() if value is not None}}
     if not question.passages:
         own["store"] = _STORE
     return {

@@ -119,6 +119,12 @@ def bench_load(
     budget: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Tokens of passages kept.", show_default=False)
     ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="1|2", min=1, max=2, help="2 has the best passages scanned once more.", show_default=False
+        ),
+    ] = None,
     running: Annotated[int, typer.Option(metavar="N", help="The most answers that the server makes at once.")] = 16,
     against: Annotated[
         str | None,
@@ -158,6 +164,7 @@ def bench_load(
         store_tokens=store_tokens,
         new_tokens=new_tokens,
         budget=budget,
+        rounds=rounds,
         running=running,
         against=against,
         against_model=against_model,

@@ -36,7 +36,7 @@ class CudaGraphs:
     Attributes:
         model: The model.
         enabled: Whether steps are lent; without a CUDA device they run in their static buffers, uncaptured.
-        fused: Whether a step of one answer runs by `FusedStep`.
+        fused: Whether a step runs by `FusedStep`.
         idle: Steps that wait for an answer.
     """
 
@@ -107,7 +107,7 @@ class CudaGraphs:
     def _make(self, like: KeptCache, answers: int, capacity: int) -> Step:
         if not isinstance(like, CompressedCache):
             return OwnStep(self.model, like, capacity)
-        if self.fused and answers == 1:
+        if self.fused:
             try:
                 return StaticStep(self.model, like, answers, capacity, fused=True)
             except Exception as error:  # Triton raises what its compilers do; it needs a C compiler, too

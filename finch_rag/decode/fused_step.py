@@ -1,8 +1,9 @@
-"""A decoding step of one answer as few kernels, for the models whose every operation is known here.
+"""A decoding step as few kernels, for the models whose every operation is known here.
 
 transformers runs a layer of a Llama as some fifty kernels, and for one token most of their time is spent between them.
-Here it is six: normed queries, keys and values; attention and its join; the output's product with the residual; the
-gated products; the last product with the residual. What the operations are is written down once more, so only exact
+Here it is six for one answer: normed queries, keys and values; attention and its join; the output's product with the
+residual; the gated products; the last product with the residual. For several answers the products are the library's,
+and attention reads of each cache only what is filled. What the operations are is written down once more, so only exact
 classes are taken, with plain weights; everything else decodes by its own forward.
 """
 
@@ -69,20 +70,23 @@ class _Layer:
 
 
 class FusedStep:
-    """One token through a model, by the kernels of `finch_rag.decode.kernels`.
+    """One token of each of some answers through a model, by the kernels of `finch_rag.decode.kernels`.
 
     Args:
         model: One that `can_fuse` accepts.
+        answers: Answers that it serves.
 
     Raises:
         ImportError: If Triton cannot be imported.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, answers: int = 1) -> None:
+        from . import row_products
         from .kernels import attention, products  # not needed without a GPU, nor there
 
         base: Any = model.base_model
-        self._products, self._attention = products, attention
+        self._kernels, self._attention = products, attention
+        self._products: Any = products if answers == 1 else row_products
         self._embed = base.embed_tokens
         self._rotary = base.rotary_emb
         self._layers = [self._layer(layer) for layer in base.layers]
@@ -91,32 +95,32 @@ class FusedStep:
         first = self._layers[0]
         attended = first.output.weight.shape[1]
 
-        def row(size: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
-            return torch.empty(size, dtype=dtype, device=model.device)
+        def rows(size: int, dtype: torch.dtype = model.dtype) -> torch.Tensor:
+            return torch.empty(*([] if answers == 1 else [answers]), size, dtype=dtype, device=model.device)
 
-        self._qkv = row(sum(linear.weight.shape[0] for linear in first.qkv))
-        self._attended = row(attended)
-        self._inner = row(first.gate.weight.shape[0])
-        self._logits = row(self._head.weight.shape[0], torch.float32)
-        self._partial = attention.Partial.empty(heads, kv_heads, attended // heads, model.device)
+        self._qkv = rows(sum(linear.weight.shape[0] for linear in first.qkv))
+        self._attended = rows(attended)
+        self._inner = rows(first.gate.weight.shape[0])
+        self._logits = rows(self._head.weight.shape[0], torch.float32)
+        self._partial = attention.Partial.empty(answers, heads, kv_heads, attended // heads, model.device)
 
     def __call__(
-        self, token: torch.Tensor, position: torch.Tensor, cache: Sequence[tuple[torch.Tensor, torch.Tensor]]
+        self, tokens: torch.Tensor, position: torch.Tensor, cache: Sequence[tuple[torch.Tensor, torch.Tensor]]
     ) -> torch.Tensor:
-        """Appends a token to a cache.
+        """Appends a token to each answer's cache.
 
         Args:
-            token: Its id, shape [1, 1].
-            position: Its place in the cache, shape [1].
-            cache: Keys and values of every layer, buffers of shape [1, kv_heads, capacity, head_dim].
+            tokens: Their ids, shape [answers, 1].
+            position: Their places in the caches, shape [answers].
+            cache: Keys and values of every layer, buffers of shape [answers, kv_heads, capacity, head_dim].
 
         Returns:
-            Logits after it, float32, shape [1, vocabulary]; overwritten by the next call.
+            Logits after them, float32, shape [answers, vocabulary]; overwritten by the next call.
         """
         products = self._products
-        embedded = self._embed(token)  # [1, 1, hidden]
-        rotary = self._rotary(embedded, position[None])
-        hidden = embedded.view(-1)
+        embedded = self._embed(tokens)  # [answers, 1, hidden]
+        rotary = self._rotary(embedded, position[:, None])
+        hidden = embedded.view(*self._qkv.shape[:-1], -1)  # one answer's as a row alone
         for layer, (keys, values) in zip(self._layers, cache, strict=True):
             products.linear(hidden, layer.qkv, self._qkv, norm=layer.attention_norm)
             self._attention.attend(
@@ -134,7 +138,7 @@ class FusedStep:
             products.gated_linear(hidden, layer.gate, layer.up, self._inner, layer.mlp_norm)
             products.linear(self._inner, [layer.down], hidden, add=True)
         products.linear(hidden, [self._head], self._logits, norm=self._norm)
-        return self._logits[None]
+        return self._logits.view(len(tokens), -1)
 
     def _layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -152,10 +156,10 @@ class FusedStep:
         )
 
     def _norm_of(self, norm: Any) -> Norm:
-        return self._products.Norm(norm.weight, float(norm.variance_epsilon))
+        return self._kernels.Norm(norm.weight, float(norm.variance_epsilon))
 
     def _linear_of(self, linear: torch.nn.Linear) -> Linear:
-        return self._products.Linear(linear.weight, linear.bias)
+        return self._kernels.Linear(linear.weight, linear.bias)
 
 
 def _layers(model: PreTrainedModel) -> Any:

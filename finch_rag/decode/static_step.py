@@ -4,7 +4,7 @@ A step of one token launches some hundred small kernels, and launching them take
 running them takes the GPU. Their shapes never change, so the launches are captured once and replayed. What does change
 lives in tensors: the token, its position, and keys and values in static buffers, of which a mask hides what is not
 filled yet. A step may serve several answers at once, each at a position of its own. What is captured is the model's own
-forward, or for one answer of a model that `finch_rag.decode.fused_step` knows its fewer kernels.
+forward, or for a model that `finch_rag.decode.fused_step` knows its fewer kernels.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class StaticStep(Step):
         like: A cache of the model, for the shapes.
         answers: Answers that a step serves.
         capacity: Tokens that the buffers hold for each.
-        fused: Whether to run it by `FusedStep`, which takes one answer.
+        fused: Whether to run it by `FusedStep`.
 
     Attributes:
         buffers: Keys and values of each layer, shape [answers, kv_heads, capacity, head_dim].
@@ -103,7 +103,7 @@ class StaticStep(Step):
             keys, values = (b.new_zeros(answers, b.shape[1], capacity, b.shape[3]) for b in (layer.keys, layer.values))
             self.buffers.append((keys, values))
         self._cache = Cache(layers=[StaticLayer(keys, values, self._position) for keys, values in self.buffers])
-        self._fused = FusedStep(model) if fused else None
+        self._fused = FusedStep(model, answers) if fused else None
         self._capture(device)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Attention of one new token to a cache."""
+"""Attention of one new token of each of some answers to its cache."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from .products import Norm
 # large GPU. Of 48 cuts this one took the least time over four cases (an 8B and a 1.5B shape, 400 to 2,100 tokens, one
 # H100): 7.1 to 10.9 us a layer, within 13% of the best for each.
 _COLUMNS, _WARPS, _PROGRAMS = 64, 8, 128
+# Of several answers together: their caches are of unequal length, so that some programs end early.
+_PROGRAMS_OF_SEVERAL = 512
 _LEAST_HEADS = 16  # the fewest rows that a matrix unit takes
 
 
@@ -23,8 +25,8 @@ class Partial:
     """What the programs of `attend` leave for those that join them; the cache is split among them.
 
     Attributes:
-        sums: Weighted values, shape [kv_heads, splits, group, head_dim], float32.
-        peaks: Largest products, shape [kv_heads, splits, group], float32.
+        sums: Weighted values, shape [answers, kv_heads, splits, group, head_dim], float32.
+        peaks: Largest products, shape [answers, kv_heads, splits, group], float32.
         totals: Sums of the weights, of the same shape.
     """
 
@@ -33,10 +35,11 @@ class Partial:
     totals: torch.Tensor
 
     @classmethod
-    def empty(cls, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Partial:
+    def empty(cls, answers: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Partial:
         """Room for a layer of so many heads."""
-        splits = triton.next_power_of_2(triton.cdiv(_PROGRAMS, kv_heads))
-        shape = kv_heads, splits, heads // kv_heads
+        programs = _PROGRAMS if answers == 1 else _PROGRAMS_OF_SEVERAL
+        splits = triton.next_power_of_2(triton.cdiv(programs, answers * kv_heads))
+        shape = answers, kv_heads, splits, heads // kv_heads
         sums = torch.empty(*shape, head_dim, device=device)
         return cls(sums, torch.empty(shape, device=device), torch.empty(shape, device=device))
 
@@ -57,19 +60,19 @@ def attend(
     The cache's tokens are split among programs whose results are joined, as in Flash-Decoding (Dao et al., 2023).
 
     Args:
-        qkv: Queries of all heads, keys of all KV heads and their values, joined.
-        rotary: Cosine and sine at the token's position, each of ``head_dim`` elements.
-        keys: The layer's buffer, shape [1, kv_heads, capacity, head_dim].
+        qkv: Of each answer queries of all heads, keys of all KV heads and their values, joined; contiguous.
+        rotary: Cosine and sine at each token's position, each of ``answers * head_dim`` elements.
+        keys: The layer's buffer, shape [answers, kv_heads, capacity, head_dim].
         values: Buffer of the same shape.
-        position: The token's place in the cache, one element.
+        position: Each token's place in its cache, shape [answers].
         partial: Room for what is joined.
-        out: Shape [heads * head_dim].
+        out: Of each answer ``heads * head_dim`` elements; contiguous.
         scaling: Factor on the products.
         norms: Of a query and of a key, before they are rotated; None without.
     """
-    kv_heads, splits, group, head_dim = partial.sums.shape
+    answers, kv_heads, splits, group, head_dim = partial.sums.shape
     query_norm, key_norm = norms or (None, None)
-    _attend[(kv_heads, splits)](
+    _attend[(kv_heads, splits, answers)](
         qkv,
         None if query_norm is None else query_norm.weight,
         None if key_norm is None else key_norm.weight,
@@ -93,8 +96,8 @@ def attend(
         PRECISION="ieee" if keys.dtype == torch.float32 else "tf32",  # of float32 alone
         num_warps=_WARPS,
     )
-    _join[(kv_heads * group,)](
-        partial.sums, partial.peaks, partial.totals, out, SPLITS=splits, GROUP=group, DIM=head_dim
+    _join[(kv_heads * group, answers)](
+        partial.sums, partial.peaks, partial.totals, out, KV_HEADS=kv_heads, SPLITS=splits, GROUP=group, DIM=head_dim
     )
 
 
@@ -123,10 +126,14 @@ def _attend(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program attends from the GROUP heads that share a KV head to one split of the cache's tokens."""
+    """A program attends from the GROUP heads of an answer that share a KV head to one split of its cache's tokens."""
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
-    last = tl.load(position).to(tl.int32)
+    answer = tl.program_id(2)
+    last = tl.load(position + answer).to(tl.int32)
+    qkv += answer * (GROUP + 2) * KV_HEADS * DIM
+    cosine += answer * DIM
+    sine += answer * DIM
     dtype = keys.dtype.element_ty
     dim = tl.arange(0, DIM)
     head = tl.arange(0, HEADS)
@@ -143,7 +150,7 @@ def _attend(
     share = tl.cdiv(tl.cdiv(last + 1, SPLITS), COLUMNS) * COLUMNS
     start = split * share
     stop = tl.minimum(start + share, last + 1)
-    buffer = kv_head.to(tl.int64) * capacity * DIM
+    buffer = (answer * KV_HEADS + kv_head).to(tl.int64) * capacity * DIM
     if (start <= last) & (last < stop):
         tl.store(keys + buffer + last * DIM + row + dim[None, :], new_key)
         tl.store(values + buffer + last * DIM + row + dim[None, :], new_value)
@@ -166,7 +173,7 @@ def _attend(
         total = total * fade + tl.sum(weights, axis=1)
         result = result * fade[:, None] + tl.dot(weights.to(dtype), value, input_precision=PRECISION)
         peak = higher
-    place = (kv_head * SPLITS + split) * GROUP + head
+    place = ((answer * KV_HEADS + kv_head) * SPLITS + split) * GROUP + head
     tl.store(peaks + place, peak, mask=is_head)
     tl.store(totals + place, total, mask=is_head)
     tl.store(sums + place[:, None] * DIM + dim[None, :], result, mask=is_head[:, None])
@@ -188,13 +195,23 @@ def _rotated(start, norm, cosine, sine, eps, mask, HAS_NORM: tl.constexpr, DIM: 
 
 
 @triton.jit
-def _join(sums, peaks, totals, out, SPLITS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr):
-    """A program joins the splits of one head."""
+def _join(
+    sums,
+    peaks,
+    totals,
+    out,
+    KV_HEADS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """A program joins the splits of one head of an answer."""
     head = tl.program_id(0)
+    answer = tl.program_id(1)
     dim = tl.arange(0, DIM)
-    place = ((head // GROUP) * SPLITS + tl.arange(0, SPLITS)) * GROUP + head % GROUP
+    place = ((answer * KV_HEADS + head // GROUP) * SPLITS + tl.arange(0, SPLITS)) * GROUP + head % GROUP
     peak = tl.load(peaks + place)
     factor = tl.exp2(peak - tl.max(peak, axis=0))  # 0 where a split had no token
     total = tl.sum(factor * tl.load(totals + place), axis=0)
     result = tl.sum(factor[:, None] * tl.load(sums + place[:, None] * DIM + dim[None, :]), axis=0) / total
-    tl.store(out + head * DIM + dim, result.to(out.dtype.element_ty))
+    tl.store(out + (answer * KV_HEADS * GROUP + head) * DIM + dim, result.to(out.dtype.element_ty))
