@@ -397,6 +397,7 @@ class Finch(EngineAttributes):
         if not isinstance(cache, CompressedCache):
             raise InputError(f"{self.name} keeps passages in a cache of its own ({self.runtime.no_loop}): use ask")
         cache.document = replace(cache.document, sentences=sentences_to_quote(self.runtime, request, cache))
+        cache.whole = self.runtime.shared is None
         return cache
 
     def ask_cached(

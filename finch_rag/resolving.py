@@ -235,6 +235,11 @@ def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | Non
     sampling = settings.sampling
     if cache.document.model != runtime.fingerprint:
         raise InputError(f"the cache was filled by another model than {runtime.name}: compress the passages again")
+    if cache.whole != (runtime.shared is None):
+        has, needed = ("all heads", "some") if cache.whole else ("some heads", "all")
+        raise InputError(
+            f"the cache has {has}, and this process needs {needed}, as it has of the model: compress the passages again"
+        )
     keys = cache.layers[0].keys
     if keys is not None and keys.dtype != runtime.model.dtype:
         raise InputError(

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import secrets
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ from .models.inspection import input_embedding, positions_of, text_config, windo
 from .models.kept_cache import KeptCache
 from .models.own_attention import use_own_attention
 from .models.own_cache import check_steps, goes_on_in_chunks, probe_logits
+from .models.parallel import TensorParallel
 from .models.rope import KeyRotation
 from .prefill.alone import AloneReader
 from .prefill.own_reader import reader_of
@@ -36,6 +39,8 @@ from .store.opening import OpenStores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SEED_BITS = 63  # of the seed of answers that nobody has given one, where several processes must draw the same
 
 
 class Runtime:
@@ -55,6 +60,7 @@ class Runtime:
         window: Positions of the model; those in which its attention is plain causal attention, where the loop runs.
         no_loop: Why the loop cannot run, so that passages are read alone by the model's own attention; empty where it
             can.
+        shared: The processes that share the model; None where this one has all of it.
         prompts: Builds its prompts.
         graphs: Its decoding steps as CUDA graphs.
         stores: The stores that calls name by their folders.
@@ -80,6 +86,11 @@ class Runtime:
         self.heads, self.alone_heads = heads, alone_heads
         self.name = name or str(getattr(model, "name_or_path", "") or type(model).__name__)
         self.no_loop, self._in_chunks = "", True
+        self.shared = TensorParallel.of(model)
+        if self.shared is not None:
+            self.shared.check_heads()
+            if compile_layers:
+                raise ModelError("compile_layers is not supported under tensor parallelism: leave it out")
         self._rotation: KeyRotation | None = None
         expected = probe_logits(model)
         try:
@@ -89,6 +100,11 @@ class Runtime:
             check_steps(model, expected)
             self._rotation = rotation
         except ModelError as reason:
+            if self.shared is not None:
+                raise ModelError(
+                    f"{reason}; its own attention is not supported under tensor parallelism: use device_map in place "
+                    "of tp_plan"
+                ) from reason
             use_own_attention(model)
             check_steps(model, expected)
             self._in_chunks = goes_on_in_chunks(model, expected)
@@ -132,7 +148,8 @@ class Runtime:
             return chunk_size
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, for later
         free = torch.cuda.mem_get_info(device)[0] + unused
-        return chunk_within(free, chunk_size, text_config(self.model), self.model.dtype.itemsize)
+        chunk_size = chunk_within(free, chunk_size, text_config(self.model), self.model.dtype.itemsize)
+        return chunk_size if self.shared is None else self.shared.least(chunk_size)
 
     @property
     def prompt_chunk_size(self) -> int | None:
@@ -205,6 +222,8 @@ class Runtime:
         Args:
             sampling: How tokens are chosen.
         """
+        if self.shared is not None and sampling.temperature > 0 and sampling.seed is None:
+            sampling = replace(sampling, seed=self.shared.agreed(secrets.randbits(_SEED_BITS)))
         return Writer(sampling, self._end_tokens, self.prompts.decode, self.constraint(sampling))
 
     def decoder(self, cache: KeptCache, request: Request) -> Decoder:

@@ -427,15 +427,16 @@ def test_on_a_gpu_no_step_waits_for_the_host_and_the_same_is_kept() -> None:
 
 
 def test_a_device_without_memory_says_what_to_do() -> None:
+    model = small_model()
     with (
-        pytest.raises(DeviceMemoryError, match=r"77 tokens.*smaller chunk_size"),
-        memory_guard(torch.device("cpu"), "77 tokens"),
+        pytest.raises(DeviceMemoryError, match=r"cpu .*77 tokens.*smaller chunk_size"),
+        memory_guard(model, "77 tokens"),
     ):
         raise torch.OutOfMemoryError("out of memory")
-    with pytest.raises(DeviceMemoryError), memory_guard(torch.device("cpu"), "too much"):
+    with pytest.raises(DeviceMemoryError), memory_guard(model, "too much"):
         torch.empty(2**58, dtype=torch.uint8)
 
 
 def test_other_errors_pass_the_memory_guard() -> None:
-    with pytest.raises(KeyError), memory_guard(torch.device("cpu"), "77 tokens"):
+    with pytest.raises(KeyError), memory_guard(small_model(), "77 tokens"):
         raise KeyError("x")

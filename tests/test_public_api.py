@@ -8,8 +8,19 @@ import pytest
 
 import finch_rag
 
-_FRAMEWORKS = ("llama_index", "langchain", "typer", "rich", "faiss", "sentence_transformers", "fastapi", "uvicorn")
-_OUTER_ROOMS = ("finch_rag.bench", "finch_rag.serve")
+_FRAMEWORKS = (
+    "llama_index",
+    "langchain",
+    "typer",
+    "rich",
+    "faiss",
+    "sentence_transformers",
+    "fastapi",
+    "uvicorn",
+    "ray",
+    "pyarrow",
+)
+_OUTER_ROOMS = ("finch_rag.bench", "finch_rag.serve", "finch_rag.ray_data")
 
 
 def run_python(code: str) -> str:

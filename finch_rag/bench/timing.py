@@ -256,7 +256,7 @@ class Measurement:
         case = self._case
         clock = Clock(self._device)
         try:
-            with memory_guard(self._device, f"{case.method} on {case.tokens:,} tokens"):
+            with memory_guard(self.subject.finch.model, f"{case.method} on {case.tokens:,} tokens"):
                 reading = read()
                 clock.mark()
                 for _ in range(_DECODED + 1):

@@ -12,6 +12,7 @@ import torch
 
 from ..models.cache import CompressedCache
 from ..models.kept_cache import KeptCache
+from ..models.parallel import TensorParallel
 from .fused_step import can_fuse
 from .own_step import OwnStep
 from .static_step import StaticStep
@@ -31,7 +32,7 @@ class CudaGraphs:
     """CUDA graphs of one model's decoding step.
 
     Args:
-        model: Steps are captured where all of it is on one CUDA device.
+        model: Steps are captured where all of it is on one CUDA device, and no other process has a part of it.
 
     Attributes:
         model: The model.
@@ -43,7 +44,8 @@ class CudaGraphs:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         devices = {parameter.device for parameter in model.parameters()}
-        self.enabled = len(devices) == 1 and next(iter(devices)).type == "cuda"
+        one_device = len(devices) == 1 and next(iter(devices)).type == "cuda"
+        self.enabled = one_device and TensorParallel.of(model) is None
         self.fused = self.enabled and can_fuse(model)
         self.idle: list[Step] = []
         self._lock = threading.Lock()

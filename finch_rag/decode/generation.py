@@ -236,7 +236,7 @@ class Decoder:
         device = input_embedding(self._model).device
         grows = not isinstance(self._cache, CompressedCache)
         positions = own_positions(self._model, self._cache, len(token_ids)) if grows else {}
-        with memory_guard(device, f"{len(token_ids)} tokens on a cache of {self._cache.length}"):
+        with memory_guard(self._model, f"{len(token_ids)} tokens on a cache of {self._cache.length}"):
             output = self._model(
                 input_ids=on_device(token_ids, device)[None],
                 past_key_values=self._cache,

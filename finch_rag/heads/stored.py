@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..models.fingerprint import fingerprint
 from ..models.inspection import text_config
+from ..models.parallel import agreed, writes_files
 from ..paths import cache_folder, write_atomically
 from ..prefill.planning import RetrievalHeads
 from .alone import find_alone_heads, usual_alone_heads
@@ -86,7 +87,7 @@ def _known_or_found(
     name: str,
     on_progress: Callable[[int, int], None],
 ) -> RetrievalHeads:
-    pairs = load_heads(model, use)
+    pairs = agreed(model, load_heads(model, use))
     if pairs is None:
         what = "the retrieval heads" if use == "loop" else "the retrieval heads for passages read alone"
         _log.warning(
@@ -148,7 +149,8 @@ def save_heads(model: PreTrainedModel, name: str, heads: Sequence[HeadScore], us
     for other in _KEYS.values():
         content |= _stored_part(file, other)
     content[_KEYS[use]] = [[h.layer, h.head, round(h.score, 5)] for h in heads]
-    write_atomically(file, json.dumps(content, indent=1) + "\n")
+    if writes_files(model):
+        write_atomically(file, json.dumps(content, indent=1) + "\n")
     return file
 
 

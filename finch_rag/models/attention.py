@@ -7,7 +7,7 @@ what it wants of them. It travels with the call, so that threads do not meet and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -18,6 +18,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..errors import ModelError
 from .inspection import input_embedding, text_config
+from .parallel import TensorParallel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +70,40 @@ class Observer(Protocol):
         """
 
 
+@runtime_checkable
+class SelectiveObserver(Observer, Protocol):
+    """An observer that looks at some layers only; what the others show it need not be whole."""
+
+    def looks_at(self, layer: int) -> bool:
+        """Whether it looks at a layer's queries and keys.
+
+        Args:
+            layer: Index of the layer.
+        """
+
+
+def shown_all_heads(model: PreTrainedModel, observer: Observer) -> Observer:
+    """An observer that sees all heads of a model, also those that are in other processes.
+
+    Args:
+        model: The model.
+        observer: What it shows them to.
+
+    Returns:
+        The observer itself where this process has all heads.
+    """
+    shared = TensorParallel.of(model)
+    if shared is None:
+        return observer
+
+    def show(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        if not isinstance(observer, SelectiveObserver) or observer.looks_at(layer):
+            query, key = shared.all_queries(query), shared.all_keys(key)
+        observer(layer, query, key, scaling)
+
+    return show
+
+
 class VarlenAttention(Protocol):
     """Attention of several sequences that share a forward pass, see `finch_rag.models.varlen.VarlenBatch`."""
 
@@ -107,11 +142,15 @@ def use_finch_attention(model: PreTrainedModel) -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
     model.set_attn_implementation(ATTENTION_NAME)
     seen: dict[int, int] = {}  # layer -> KV heads
+
+    def see(layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
+        seen[layer] = key.shape[1]
+
     with torch.inference_mode():
         model.base_model(
             input_ids=torch.ones(1, 1, dtype=torch.long, device=input_embedding(model).device),
             use_cache=False,
-            finch_observer=lambda layer, query, key, scaling: seen.update({layer: key.shape[1]}),
+            finch_observer=shown_all_heads(model, see),
         )
     config = text_config(model)
     layers, heads = int(config.num_hidden_layers), getattr(config, "num_key_value_heads", config.num_attention_heads)

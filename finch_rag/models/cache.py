@@ -226,7 +226,15 @@ class CompressedCache(KeptCache):
 
         Args:
             path: File to write; an existing one is replaced.
+
+        Raises:
+            InputError: If other processes have a part of it.
         """
+        if not self.whole:
+            raise InputError(
+                "the cache has the heads of one of several processes, and saving it is not supported under tensor "
+                "parallelism: compress with device_map in place of tp_plan"
+            )
         tensors = {"kept": self.kept.contiguous()}
         for number, layer in enumerate(self.layers):
             keys, values = layer.in_use()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .inspection import input_embedding, text_config
+from .parallel import is_spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +30,7 @@ _SETTINGS = (
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Identifies a model, whatever dtype and device it is loaded in; quantised weights are others than plain ones.
+    """Identifies a model, whatever dtype and devices it is loaded in; quantised weights are others than plain ones.
 
     Hashes what of the configuration changes the computation (sizes, rope, norms, windows, multipliers), all vectors,
     and of each matrix the first row and numbers spread over all of it, in bfloat16, or as packed.
@@ -45,7 +46,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     first, parts = torch.empty(0), []
     for parameter, weight in _weights(model):
         if parameter is embedding:
-            first = weight[:_EMBEDDING_ROWS]
+            first = weight[:_EMBEDDING_ROWS].cpu()
         if weight.numel():
             parts.append(_sample(weight))
     for part in (first[:_EMBEDDING_ROWS], *parts):
@@ -96,6 +97,9 @@ def _weights(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Parameter | None
                 values = {name: getattr(module, name).detach() for name in own}
         else:
             values = {name: parameter.detach() for name, parameter in own.items()}
+        for name, value in values.items():
+            if is_spread(value):  # over the processes that share the model, all of which are here
+                values[name] = value.full_tensor()
         for name, parameter in own.items():
             value = values[name]
             if hasattr(value, "__tensor_flatten__"):  # torchao's classes know few operations

@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache
 
-from ..errors import DeviceMemoryError
-from .attention import Observer, SeenEnough, VarlenAttention
+from ..errors import DeviceMemoryError, ModelError
+from .attention import Observer, SeenEnough, VarlenAttention, shown_all_heads
 from .inspection import input_embedding, text_config
 from .kept_cache import KeptCache
 from .own_attention import OwnObserver, shown_to
+from .parallel import TensorParallel
 from .varlen import PassingLayer, VarlenBatch, VarlenSequence
 
 if TYPE_CHECKING:
@@ -49,8 +51,7 @@ def forward_packed(
     Raises:
         DeviceMemoryError: If the device has no memory for it.
     """
-    device = input_embedding(model).device
-    with memory_guard(device, f"{len(token_ids)} tokens of several sequences"), suppress(SeenEnough):
+    with memory_guard(model, f"{len(token_ids)} tokens of several sequences"), suppress(SeenEnough):
         model.base_model(**_joined(model, token_ids, positions, attention))
 
 
@@ -74,7 +75,7 @@ def forward_own(
     if positions is not None:  # with a mask of its own: transformers takes a gap for the border of another sequence
         options = {"position_ids": positions.to(device), "attention_mask": torch.ones_like(token_ids).to(device)}
     shown = shown_to(observer, model, len(token_ids))
-    with memory_guard(device, f"{token_ids.numel()} tokens in {len(token_ids)} sequences"), suppress(SeenEnough), shown:
+    with memory_guard(model, f"{token_ids.numel()} tokens in {len(token_ids)} sequences"), suppress(SeenEnough), shown:
         model.base_model(input_ids=token_ids.to(device), use_cache=False, **options)
 
 
@@ -94,7 +95,7 @@ def forward_own_onto(model: PreTrainedModel, token_ids: torch.Tensor, cache: Kep
     device = input_embedding(model).device
     options = {"past_key_values": cache, "use_cache": True, **own_positions(model, cache, len(token_ids))}
     work, shown = f"{len(token_ids)} tokens on a cache of {cache.length}", shown_to(observer, model, 1)
-    with memory_guard(device, work), suppress(SeenEnough), shown:
+    with memory_guard(model, work), suppress(SeenEnough), shown:
         model.base_model(input_ids=token_ids[None].to(device), **options)
 
 
@@ -121,7 +122,11 @@ def varlen_logits(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -
 def _inputs(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -> dict[str, Any]:
     token_ids = torch.cat([sequence.token_ids for sequence in sequences])
     positions = torch.cat([sequence.positions for sequence in sequences])
-    return _joined(model, token_ids, positions, VarlenBatch(sequences))
+    shown = [
+        sequence if (own := sequence.observer) is None else replace(sequence, observer=shown_all_heads(model, own))
+        for sequence in sequences
+    ]
+    return _joined(model, token_ids, positions, VarlenBatch(shown))
 
 
 def _joined(
@@ -140,7 +145,7 @@ def _joined(
 @contextmanager
 def _guard(model: PreTrainedModel, sequences: Sequence[VarlenSequence]) -> Iterator[None]:
     tokens = sum(len(sequence.token_ids) for sequence in sequences)
-    with memory_guard(input_embedding(model).device, f"{tokens} tokens in {len(sequences)} sequences"):
+    with memory_guard(model, f"{tokens} tokens in {len(sequences)} sequences"):
         yield
 
 
@@ -158,8 +163,8 @@ def forward(
     if token_ids.numel() == 0:
         return
     device = input_embedding(model).device
-    with memory_guard(device, f"{len(token_ids)} tokens on a cache of {cache.length}"), suppress(SeenEnough):
-        options = {} if observer is None else {"finch_observer": observer}
+    with memory_guard(model, f"{len(token_ids)} tokens on a cache of {cache.length}"), suppress(SeenEnough):
+        options = {} if observer is None else {"finch_observer": shown_all_heads(model, observer)}
         model.base_model(input_ids=token_ids[None].to(device), past_key_values=cache, use_cache=True, **options)
 
 
@@ -213,18 +218,24 @@ def on_device(numbers: Sequence[int] | torch.Tensor, device: torch.device) -> to
 
 
 @contextmanager
-def memory_guard(device: torch.device, work: str) -> Iterator[None]:
+def memory_guard(model: PreTrainedModel, work: str) -> Iterator[None]:
     """Turns the device's out-of-memory error into one that says what to do.
 
     Args:
-        device: Where the work runs.
+        model: What the work is done for.
         work: What was tried.
+
+    Raises:
+        DeviceMemoryError: If memory ran out; the caller may try less.
+        ModelError: If it ran out in one of several processes that share the model: the others cannot follow.
     """
     try:
         yield
     except RuntimeError as error:  # the CPU's allocator has no error class of its own
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise DeviceMemoryError(
-            f"{device} has no memory left for {work}; use a smaller chunk_size, or a smaller budget"
-        ) from error
+        device = input_embedding(model).device
+        cure = f"{device} has no memory left for {work}; use a smaller chunk_size, or a smaller budget"
+        if TensorParallel.of(model) is not None:
+            raise ModelError(f"{cure}: processes that share a model cannot go on with less by themselves") from error
+        raise DeviceMemoryError(cure) from error

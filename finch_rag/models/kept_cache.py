@@ -20,12 +20,15 @@ class KeptCache(Cache):
         document: The passages that were read, for citations.
         unread: Token ids that belong behind those in use, shape [tokens]: the next pass takes them along, because a
             pass of its own costs an accelerator's host as much as a long one. None where there are none.
+        whole: Whether it has the keys and values of all heads. In a process that shares the model with others it has
+            those of some, and is of use with them alone.
     """
 
     prefix: int = 0
     kept: torch.Tensor
     document: CachedDocument
     unread: torch.Tensor | None = None
+    whole: bool = True
 
     def _keep_nothing(self) -> None:
         self.prefix = 0
@@ -74,3 +77,4 @@ class KeptCache(Cache):
 
     def _take_record(self, other: KeptCache) -> None:
         self.prefix, self.kept, self.document, self.unread = other.prefix, other.kept, other.document, other.unread
+        self.whole = other.whole

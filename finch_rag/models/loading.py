@@ -19,14 +19,17 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from ..errors import ModelError
 from ..paths import cache_folder
 from .embedded import EMBEDDED, EMBEDDED_NAME, embedded_folder, require_gguf, unpacked_gguf
+from .parallel import is_spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_SPREADS = ("tp_plan", "tp_size", "distributed_config", "device_mesh")  # a model over several processes
 _HUB_OPTIONS = ("cache_dir", "revision", "subfolder", "token")  # of configuration and tokenizer too
 
 
@@ -63,8 +66,9 @@ def load_model(
         device: A torch device; "auto" takes the first CUDA device, else the CPU.
         trust_remote_code: Whether code that comes with the model may run.
         tokenizer: Hub id or folder of the tokenizer, where it is not the model's.
-        model_kwargs: Handed to transformers' ``from_pretrained``: ``revision``, ``device_map`` (which then decides the
-            device), ``quantization_config`` (also for a GGUF file, which is unpacked first) and so on.
+        model_kwargs: Handed to transformers' ``from_pretrained``: ``revision``, ``device_map`` or ``tp_plan`` (which
+            then decide the device, see docs/serving.md), ``quantization_config`` (also for a GGUF file, which is
+            unpacked first) and so on.
         tokenizer_kwargs: Handed to the tokenizer's ``from_pretrained``: ``use_fast``, ``subfolder`` and so on.
 
     Raises:
@@ -94,6 +98,12 @@ def load_model(
                 **{**(options if tokenizer is None else trusted), **(tokenizer_kwargs or {})},
             )
             _check_words(name if tokenizer is None else str(tokenizer), loaded_tokenizer)
+            if any(extra.get(option) is not None for option in _SPREADS) and _is_quantised(config, extra):
+                raise ModelError(
+                    f"the weights of {name} are quantised, which is not supported under tensor parallelism: use "
+                    "device_map in place of tp_plan"
+                )
+            extra = _as_distributed(extra)
             extra = {"dtype": resolve_dtype(dtype, device, config), **extra}
             if _is_quantised(config, extra) and importlib.util.find_spec("accelerate") is not None:
                 extra.setdefault("device_map", {"": str(device)})  # some are quantised, or packed, on a GPU alone
@@ -104,11 +114,21 @@ def load_model(
         expected = f'expected a hub id, a folder that save_pretrained wrote, a .gguf file, or "{EMBEDDED}"'
         raise _cannot_load(name, error, expected) from error
     try:
-        if "device_map" not in extra:
+        if "device_map" not in extra and not any(map(is_spread, loaded.parameters())):
             torch.nn.Module.to(loaded, device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"cannot put {name} on the device {str(device)!r}: {_first_line(error)}") from error
     return LoadedModel(loaded.eval(), loaded_tokenizer, name)
+
+
+def _as_distributed(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with a tensor parallel plan where this release of transformers takes it."""
+    own = [name for name in ("tp_plan", "tp_size") if options.get(name) is not None]
+    fields = getattr(DistributedConfig, "__dataclass_fields__", {})
+    if not own or "distributed_config" in options or not fields.keys() >= {*own}:
+        return options
+    rest = {name: value for name, value in options.items() if name not in own}
+    return {**rest, "distributed_config": DistributedConfig(**{name: options[name] for name in own})}
 
 
 @contextmanager

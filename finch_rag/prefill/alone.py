@@ -27,6 +27,7 @@ from ..models.cache import CompressedCache
 from ..models.forward import forward, forward_packed, forward_varlen, on_device
 from ..models.inspection import input_embedding, text_config
 from ..models.packed import PackedBatch
+from ..models.parallel import TensorParallel
 from ..models.varlen import Extend, VarlenSequence
 from ..prompts.builder import PromptBuilder
 from ..prompts.passages import Passage
@@ -152,8 +153,11 @@ class AloneReader:
         tokens = on_device([token for passage in passages for token in passage], self.device)
         positions = on_device([start + place for length in lengths for place in range(length)], self.device)
         keys: dict[tuple[int, int], torch.Tensor] = {}
+        shared = TensorParallel.of(self.model)
 
         def take_keys(layer: int, key: torch.Tensor) -> None:
+            if shared is not None and layer in self.heads:
+                key = shared.all_keys(key[None])[0]
             for group in self.groups:
                 if group[0] == layer:
                     keys[group] = key[group[1], :total].to(self.device, copy=True)
@@ -244,6 +248,10 @@ class LookObserver(StopAt):
         self.elsewhere: dict[tuple[int, int], torch.Tensor] = {}  # [heads, own]
         self.scaling = 1.0
         self.softcap: float | None = None
+
+    def looks_at(self, layer: int) -> bool:
+        """See `finch_rag.models.attention.SelectiveObserver`."""
+        return any(group[0] == layer for group in self._heads_of)
 
     def __call__(
         self,

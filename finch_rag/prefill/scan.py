@@ -70,6 +70,7 @@ class Scan:
 
     def __init__(self, model: PreTrainedModel, prompt: Prompt, plan: PrefillPlan, rotation: KeyRotation) -> None:
         self.device = input_embedding(model).device
+        self._model = model
         self.plan, self.rotation, self.own_tokens = plan, rotation.on(self.device), prompt.own_tokens
         self.lengths = [len(passage) for passage in prompt.passages]
         self.prefix, self.question = on_device(prompt.prefix, self.device), on_device(prompt.question, self.device)
@@ -119,7 +120,7 @@ class Scan:
         if self.chooses_only and chunk.stop == len(self.document):  # no key of the scan is needed any more
             cache.choose(index, chunk)
             return
-        with memory_guard(self.device, f"re-rotating the keys of {plan.budget} tokens"):
+        with memory_guard(self._model, f"re-rotating the keys of {plan.budget} tokens"):
             cache.evict(index, chunk, self.rotation)
 
     def to_re_prefill(self) -> torch.Tensor | None:

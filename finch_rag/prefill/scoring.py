@@ -24,6 +24,10 @@ class StopAt:
     def __init__(self, last: int) -> None:
         self.last = last
 
+    def looks_at(self, layer: int) -> bool:
+        """See `finch_rag.models.attention.SelectiveObserver`."""
+        return False
+
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """See `finch_rag.models.attention.Observer`."""
         if layer == self.last:
@@ -59,9 +63,13 @@ class QuestionObserver(StopAt):
         self.heads = heads
         self.scores: dict[int, torch.Tensor] = {}
 
+    def looks_at(self, layer: int) -> bool:
+        """See `finch_rag.models.attention.SelectiveObserver`."""
+        return self.heads is None or layer in self.heads
+
     def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, scaling: float) -> None:
         """See `finch_rag.models.attention.Observer`."""
-        if self.heads is None or layer in self.heads:
+        if self.looks_at(layer):
             heads = None if self.heads is None else self.heads[layer]
             weights = question_attention(query, key, scaling, self.question_tokens, self.own_tokens, heads)
             self.scores[layer] = weights[..., self.evictable].sum(dim=(0, 1))

@@ -67,6 +67,10 @@ class AnswerObserver(StopAt):
         self._heads = heads
         self._sums: list[torch.Tensor] = []
 
+    def looks_at(self, layer: int) -> bool:
+        """See `finch_rag.models.attention.SelectiveObserver`."""
+        return layer in self._heads
+
     def __call__(
         self,
         layer: int,
@@ -77,7 +81,7 @@ class AnswerObserver(StopAt):
         sinks: torch.Tensor | None = None,
     ) -> None:
         """See `finch_rag.models.own_attention.OwnObserver`."""
-        if layer in self._heads:
+        if self.looks_at(layer):
             heads, keys = self._heads[layer], self._sentence_of.shape[0]
             self._statement_of = self._statement_of.to(query.device)
             self._sentence_of = self._sentence_of.to(query.device)

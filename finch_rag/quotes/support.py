@@ -30,6 +30,7 @@ from ..models.cache import CompressedCache
 from ..models.fingerprint import fingerprint
 from ..models.forward import memory_guard, on_device
 from ..models.inspection import input_embedding
+from ..models.parallel import agreed, writes_files
 from ..paths import cache_folder, write_atomically
 from ..prompts.passages import Passage
 from ..reading import read_request
@@ -129,7 +130,7 @@ def _judgement(runtime: Runtime, written: Written) -> float:
             f"the window of {runtime.window} tokens has no room for the {len(prompt)} that judge an answer behind "
             f"{before}: use a smaller budget"
         )
-    with memory_guard(device, f"{len(prompt)} tokens on a cache of {before}"):
+    with memory_guard(model, f"{len(prompt)} tokens on a cache of {before}"):
         if isinstance(cache, CompressedCache):
             cache.crop_to(before)
             cache = cache.fork(len(prompt))
@@ -162,17 +163,9 @@ def calibrated(runtime: Runtime, on_progress: Callable[[int, int], None]) -> tup
 def _known_or_fitted(runtime: Runtime, on_progress: Callable[[int, int], None]) -> tuple[float, ...] | ModelError:
     name = f"{fingerprint(runtime.model)}.json"
     own: Path = cache_folder("support") / name
-    for file in (own, resources.files(__package__) / "shipped" / name):
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            if stored["format"] == _FORMAT:
-                weights = tuple(map(float, stored["weights"]))
-                if len(weights) == len(Signs(0, 0).row()) and all(map(math.isfinite, weights)):
-                    return weights
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("%s cannot be read (%s); it is made again", file, error)
+    known = agreed(runtime.model, _known(name))
+    if known is not None:
+        return known
     _log.warning(
         "calibrating the support of answers by %s on %d examples; this happens once, the result is kept in %s",
         runtime.name,
@@ -185,10 +178,27 @@ def _known_or_fitted(runtime: Runtime, on_progress: Callable[[int, int], None]) 
         return reason
     try:
         content = {"format": _FORMAT, "model": runtime.name, "weights": [round(weight, 5) for weight in weights]}
-        write_atomically(own, json.dumps(content, indent=1) + "\n")
+        if writes_files(runtime.model):
+            write_atomically(own, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         _log.warning("the calibration of %s cannot be stored (%s); it is made again next time", runtime.name, error)
     return weights
+
+
+def _known(name: str) -> tuple[float, ...] | None:
+    """Weights that the user has stored, or that are shipped with the package."""
+    for file in (cache_folder("support") / name, resources.files(__package__) / "shipped" / name):
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            if stored["format"] == _FORMAT:
+                weights = tuple(map(float, stored["weights"]))
+                if len(weights) == len(Signs(0, 0).row()) and all(map(math.isfinite, weights)):
+                    return weights
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _log.warning("%s cannot be read (%s); it is made again", file, error)
+    return None
 
 
 def signs_of_examples(

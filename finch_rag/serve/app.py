@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..engine import Finch
+from ..errors import SettingsError
 from . import chat, completions, health, models, rerank, responses, stores
 from .answers import Answers
 from .batched_answers import BatchedAnswers
@@ -38,8 +39,13 @@ def make_app(finch: Finch, settings: ServeSettings | None = None, answers: Answe
         answers: Who answers; the engine, in one running batch, when None.
 
     Raises:
-        SettingsError: If the folder of stores cannot be made.
+        SettingsError: If the folder of stores cannot be made, or the model is shared by several processes.
     """
+    if finch.runtime.shared is not None:
+        raise SettingsError(
+            f"the model is shared by {finch.runtime.shared.processes} processes, and a request reaches one of them: a "
+            "server is not supported under tensor parallelism, use device_map in place of tp_plan"
+        )
     settings = ServeSettings() if settings is None else settings
     if answers is None:
         answers = BatchedAnswers(finch, running=settings.running, waiting=settings.waiting)

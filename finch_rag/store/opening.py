@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypedDict, get_args
 from ..errors import SettingsError, StoreError
 from ..heads.pairs import AloneHeads, check_alone_heads, heads_by_layer
 from ..models.inspection import text_config
+from ..models.parallel import TensorParallel
 from ..prefill.alone import AloneReader
 from ..prefill.planning import RetrievalHeads
 from ..prompts.builder import PromptBuilder
@@ -107,6 +108,11 @@ class OpenStores:
         if path is not None and not isinstance(path, (str, Path)):
             raise SettingsError(f"path is {type(path).__name__}: pass a folder, or None for a store in memory")
         model = self._model
+        if path is not None and not read_only and TensorParallel.of(model.model) is not None:
+            raise SettingsError(
+                f"several processes would write to {path}, which is not supported under tensor parallelism: fill the "
+                "store by a model that is loaded with device_map, and open it with read_only=True"
+            )
         check_alone_heads(heads, text_config(model.model), SettingsError)
         reader = model.alone_reader(on_progress) if isinstance(heads, str) else model.reader_with(heads_by_layer(heads))
         store = PassageStore(
