@@ -72,8 +72,8 @@ class Finch(EngineAttributes):
             every passage has one, else that of the list. "none" ranks by the attention alone.
         rounds: 2 ranks twice: the best passages of the first round, some 4,096 tokens of them, are scanned once more by
             the loop, where each is read with the others before it. That finds more of what questions over several
-            passages need, and tells one clear source more sharply (docs/benchmarks.md). 1 answers from the first round.
-            None is 2 on an accelerator where passages are read alone, else 1.
+            passages need (docs/several-passages.md). 1 answers from the first round. None is 2 on an accelerator where
+            passages are read alone, unless one of them, or several together, stand out already; else 1.
         heads: Heads that rank passages in the loop: "auto" (the model's retrieval heads, found at the first use of a
             model), "all", or (layer, head) pairs. Token selection sums all heads.
         alone_heads: Heads that rank passages read alone: "auto", or (layer, head) pairs.

@@ -22,7 +22,7 @@ from .prefill.planning import PrefillPlan
 from .prefill.prior import weighted
 from .prefill.scan import Prefilled, Steps
 from .prefill.shortlists import prefill_best, prefill_shortlists, shortlist_tokens
-from .prefill.sources import cutoff_behind_sources
+from .prefill.sources import cutoff_behind_sources, has_one_source
 from .request import Request
 from .runtime import Runtime
 from .store.store import PassageStore
@@ -267,12 +267,15 @@ def read_ranked(
 
 
 def _for_sources(request: Request, plan: PrefillPlan, attention: torch.Tensor) -> PrefillPlan:
-    """The plan, changed where several passages stand out together: they are read at once, all that the budget holds.
+    """The plan, changed where it is clear already what the question rests on: then there is no second round.
 
-    A second round would tell them apart, although the question needs each of them.
+    One passage that stands out would only be found again. Several that do together are read at once, all that the
+    budget holds: a second round would tell them apart, although the question needs each of them.
     """
     if not plan.finds_sources or plan.rounds == 2 or request.shortlist_tokens:
         return plan
+    if has_one_source(attention):
+        return replace(plan, rounds=1)
     cutoff = cutoff_behind_sources(attention)
     return plan if cutoff is None else replace(plan, cutoff=cutoff, rounds=1)
 

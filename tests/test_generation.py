@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finch_rag.decode.detokenising import StopStrings, TextStream, strip_stream
-from finch_rag.decode.generation import Decoder, Writer
+from finch_rag.decode.generation import Decoder, Writer, choose_together
 from finch_rag.decode.sampling import Sampling
 from finch_rag.engine import Finch
 from finch_rag.errors import InputError, NumericsError, SettingsError
@@ -49,6 +49,28 @@ def decoder(tokens: Sequence[int], logits: torch.Tensor | None = None, **samplin
     return Decoder(
         cast(Any, Speaker(tokens, logits)), CompressedCache(1, 8), [7, 8], writer, new_tokens=chosen.max_new_tokens
     )
+
+
+def test_answers_that_choose_together_choose_as_each_alone() -> None:
+    class Refuses(Writer):
+        """As one whose form leaves no token."""
+
+        def choose(self, logits: torch.Tensor) -> torch.Tensor:
+            raise InputError("the form leaves no token")
+
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 3}, {}, {"repetition_penalty": 1.5}, {}]
+    logits = list(torch.randn(6, 1, 400, generator=torch.Generator().manual_seed(1)))
+    logits[2][0, 7] = float("nan")
+
+    def writers() -> list[Writer]:
+        return [Writer(Sampling(**kind), EOS, BUILDER.decode) for kind in kinds]
+
+    alone = [writer.choose(rows) for writer, rows in zip(writers(), logits[:5], strict=True)]
+    refusing = Refuses(Sampling(temperature=1.0), EOS, BUILDER.decode)
+    together = choose_together([*writers(), refusing], logits)
+    assert [choice.tolist() for choice in together[:5]] == [choice.tolist() for choice in alone]  # type: ignore[union-attr]
+    assert [int(choice[1]) for choice in alone] == [0, 0, 1, 0, 0]
+    assert isinstance(together[5], InputError)
 
 
 def ids(text: str) -> list[int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finch_rag import reading
-from finch_rag.prefill.sources import cutoff_behind_sources
+from finch_rag.prefill.sources import cutoff_behind_sources, has_one_source
 from finch_rag.reading import Ranking
 
 from .small import small_finch, texts
@@ -40,12 +40,24 @@ def test_the_sources_are_those_before_the_cliff(attention: list[float], sources:
         assert sum(paid >= cutoff * max(attention) for paid in attention) == sources
 
 
-@pytest.fixture
-def ranked(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An engine whose first round gives four of twelve passages attention, one of them little."""
+@pytest.mark.parametrize(
+    ("attention", "expected"),
+    [
+        ([0.1, 1.0, 0.2, 0.24], True),
+        ([0.1, 1.0, 0.2, 0.25], False),
+        ([1.0], True),
+        ([0.5, 0.5], False),
+        ([0.0, 0.0], False),
+        ([], False),
+    ],
+)
+def test_one_source_has_more_than_four_times_as_much_as_any_other(attention: list[float], expected: bool) -> None:
+    assert has_one_source(torch.tensor(attention)) is expected
+
+
+def ranked_by(attention: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An engine whose first round gives passages this attention."""
     finch = small_finch(reread=True, alone_heads=[(0, 1)], quotes=False)
-    attention = torch.full((12,), 0.01)
-    attention[[1, 4, 7, 9]] = torch.tensor([1.0, 0.6, 0.5, 0.2])
     really = reading.rank
 
     def made(runtime: Any, requests: Any) -> Any:
@@ -53,6 +65,20 @@ def ranked(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(reading, "rank", made)
     return finch
+
+
+@pytest.fixture
+def on_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the best passages are scanned twice unless it is asked for otherwise."""
+    monkeypatch.setattr(reading, "input_embedding", lambda model: type("On", (), {"device": torch.device("meta")}))
+
+
+@pytest.fixture
+def ranked(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An engine whose first round gives four of twelve passages attention, one of them little."""
+    attention = torch.full((12,), 0.01)
+    attention[[1, 4, 7, 9]] = torch.tensor([1.0, 0.6, 0.5, 0.2])
+    return ranked_by(attention, monkeypatch)
 
 
 def kept(finch: Any, **options: Any) -> set[int]:
@@ -70,9 +96,28 @@ def test_a_cutoff_that_was_asked_for_holds(ranked: Any) -> None:
     assert kept(ranked, cutoff=0.9) == {1}
 
 
-def test_a_second_round_is_not_asked_for_sources(ranked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "input_embedding", lambda model: type("On", (), {"device": torch.device("meta")}))
+@pytest.mark.usefixtures("on_accelerator")
+def test_a_second_round_is_not_asked_for_sources(ranked: Any) -> None:
     answer = ranked.ask("Who?", texts(12, longest=8), budget=200, strategy="independent")
     assert answer.report.rounds == 1
     assert {citation.index for citation in answer.citations} == {1, 4, 7, 9}
     assert ranked.ask("Who?", texts(12, longest=8), budget=60, strategy="independent", rounds=2).report.rounds == 2
+
+
+@pytest.mark.usefixtures("on_accelerator")
+@pytest.mark.parametrize(("second", "rounds"), [(0.2, 1), (0.3, 2)])
+def test_a_second_round_is_not_asked_for_one_source(
+    second: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = torch.full((12,), 0.01)
+    attention[[4, 7]] = torch.tensor([1.0, second])
+    finch = ranked_by(attention, monkeypatch)
+
+    def asked(**options: Any) -> Any:
+        return finch.ask("Who?", texts(12, longest=8), budget=60, strategy="independent", **options)
+
+    assert asked().report.rounds == rounds
+    assert asked(rounds=2).report.rounds == 2
+    assert asked(cutoff=0.25).report.rounds == 2
+    if rounds == 1:
+        assert {citation.index for citation in asked().citations} == {4}

@@ -70,7 +70,7 @@ def ask(
             min=1,
             max=2,
             help="Scan the best passages once more (2), for questions that need several; or not (1).  "
-            "[dim]\\[default: 2 on an accelerator, else 1][/]",
+            "[dim]\\[default: 2 on an accelerator where no passage stands out, else 1][/]",
             show_default=False,
         ),
     ] = None,

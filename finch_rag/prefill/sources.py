@@ -1,9 +1,9 @@
-"""Whether a question rests on several passages that stand out together.
+"""Whether a question rests on one passage that stands out, or on several that do together.
 
 "What are the four codes of ...?" gives four passages much attention and all others little: it falls off a cliff behind
 the fourth. Then those before the cliff are the sources, however much the best of them is above the last. Where there is
-one clear source the attention falls behind it at once, and where there is no clear one it falls smoothly: there a part
-of the best passage's attention decides. Measured in docs/several-passages.md.
+one clear source the attention falls behind it at once: a second look would find nothing else. Where there is no clear
+one it falls smoothly: there a part of the best passage's attention decides. Measured in docs/several-passages.md.
 """
 
 from __future__ import annotations
@@ -12,9 +12,20 @@ import math
 
 import torch
 
+from .planning import CUTOFF
+
 _CLIFF = 2.2  # times as much attention for the last source as for the passage behind it
 _LEAST_SHARE = 0.15  # of the best passage's attention, for the last source
 _FEWEST, _MOST = 3, 32  # sources
+
+
+def has_one_source(attention: torch.Tensor) -> bool:
+    """Whether one passage alone has more than `CUTOFF` of the best one's attention.
+
+    Args:
+        attention: Of each passage, shape [passages].
+    """
+    return len(attention) > 0 and int((attention >= CUTOFF * attention.max()).sum()) == 1
 
 
 def cutoff_behind_sources(attention: torch.Tensor) -> float | None:
