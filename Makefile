@@ -57,6 +57,7 @@ test-ray: .venv-ray/.installed
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint examples/deploy/Dockerfile
 
 types: setup
 	$(BIN)/mypy
