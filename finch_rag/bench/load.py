@@ -57,6 +57,7 @@ def main(
     budget: int | None = None,
     rounds: int | None = None,
     running: int = 16,
+    compile_layers: bool = False,
     against: str | None = None,
     against_model: str | None = None,
 ) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def main(
         budget: Document tokens kept; the engine's default when None.
         rounds: Scans of the best passages, see `finch_rag.prefill.planning.ReadingSettings`; None for the default.
         running: The most answers that the server makes at once.
+        compile_layers: See `finch_rag.Finch`.
         against: Another running server, such as http://127.0.0.1:8000/v1, that is asked the same questions.
         against_model: What it calls the model; None for the only one that it has.
 
@@ -91,7 +93,7 @@ def main(
         raise InputError(f"--against-model is {against_model!r}, and no server is named: name it by --against")
     other = None if against is None else other_server(against, against_model)
     with ProgressBars() as bars:
-        finch = _random(shape) if shape else load_finch(model, bars)
+        finch = _random(shape, compile_layers) if shape else load_finch(model, bars, compile_layers=compile_layers)
         device = finch.runtime.model.device
         questions = _questions(finch, max(requests, *clients), 0 if store_tokens else tokens)
         shared = _passages(finch, store_tokens) if store_tokens else []
@@ -122,7 +124,8 @@ def main(
         "model": f"{shape} (random weights)" if shape else model,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else str(device),
         "passages": f"a store of {store_tokens} tokens" if store_tokens else f"{tokens} tokens a request",
-        **{"new_tokens": new_tokens, "budget": budget, "rounds": rounds, "running": running, "clients": rows},
+        **{"new_tokens": new_tokens, "budget": budget, "rounds": rounds, "running": running},
+        **{"compile_layers": compile_layers, "clients": rows},
     }
     _print(summary)
     if other is not None:  # what ours did stands there by now, whatever becomes of the other
@@ -161,9 +164,9 @@ def _ask_other(
     return rows
 
 
-def _random(shape: str) -> Finch:
+def _random(shape: str, compile_layers: bool) -> Finch:
     """An engine with random weights, each of whose tokens shows as a letter: else the first one could not be seen."""
-    finch = random_finch(shape)
+    finch = random_finch(shape, compile_layers)
     finch.runtime.prompts.decode = lambda token_ids: "".join(chr(97 + token % 26) for token in token_ids)  # type: ignore[method-assign]
     return finch
 

@@ -143,6 +143,7 @@ def bench_load(
             show_default=False,
         ),
     ] = None,
+    compile_layers: Annotated[bool, typer.Option("--compile-layers", help="Fuse norms and MLPs, for a GPU.")] = False,
     shape: ShapeOption = None,
 ) -> None:
     """Put load on a server of this model: requests a second, seconds to the first token and to the end.
@@ -166,6 +167,7 @@ def bench_load(
         budget=budget,
         rounds=rounds,
         running=running,
+        compile_layers=compile_layers,
         against=against,
         against_model=against_model,
     )

@@ -61,6 +61,9 @@ def serve(
     ] = None,
     max_body_mib: Annotated[int, typer.Option(metavar="MIB", help="The largest request.")] = 64,
     budget: BudgetOption = None,
+    compile_layers: Annotated[
+        bool, typer.Option("--compile-layers", help="Fuse norms and MLPs, for a GPU: the first answer takes longer.")
+    ] = False,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write questions and prompts to the log, too.")
     ] = False,
@@ -91,7 +94,7 @@ def serve(
     if not settings.api_keys and host not in _OWN_HOSTS:
         note(f"whoever reaches {host} may ask, and change stores: --api-key-file asks for a key")
     with ProgressBars() as bars:
-        finch = load_finch(model, bars, budget=budget)
+        finch = load_finch(model, bars, budget=budget, compile_layers=compile_layers)
     from ..serve.app import make_app
     from ..serve.server import Server
 
