@@ -107,6 +107,18 @@ TopKOption = Annotated[
         show_default=False,
     ),
 ]
+RoundsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--rounds",
+        metavar="1|2",
+        min=1,
+        max=2,
+        help="Scan the best passages once more (2), for questions that need several; or not (1).  "
+        "[dim]\\[default: 2 on an accelerator where no passage stands out, else 1][/]",
+        show_default=False,
+    ),
+]
 BudgetOption = Annotated[
     int | None,
     typer.Option(

@@ -21,6 +21,7 @@ from .arguments import (
     NoStoreOption,
     PriorName,
     QuestionArgument,
+    RoundsOption,
     SelectionName,
     StoreOption,
     StrategyName,
@@ -63,17 +64,7 @@ def ask(
             show_default=False,
         ),
     ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            metavar="1|2",
-            min=1,
-            max=2,
-            help="Scan the best passages once more (2), for questions that need several; or not (1).  "
-            "[dim]\\[default: 2 on an accelerator where no passage stands out, else 1][/]",
-            show_default=False,
-        ),
-    ] = None,
+    rounds: RoundsOption = None,
     prior: Annotated[
         PriorName,
         typer.Option(help="Let the retriever's order count beside the attention, as far as both agree; or not."),

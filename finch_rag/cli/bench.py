@@ -11,7 +11,7 @@ from ..bench.arguments import names_in, numbers_in, shard_of
 from ..models.embedded import EMBEDDED
 from ..terminal.loading import check_positive
 from . import ruler
-from .arguments import ChunkSizeOption, ModelOption, StrategyName
+from .arguments import ChunkSizeOption, ModelOption, RoundsOption, StrategyName
 from .bench_options import (
     BudgetsOption,
     DataArgument,
@@ -119,12 +119,7 @@ def bench_load(
     budget: Annotated[
         int | None, typer.Option(metavar="TOKENS", help="Tokens of passages kept.", show_default=False)
     ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(
-            metavar="1|2", min=1, max=2, help="2 has the best passages scanned once more.", show_default=False
-        ),
-    ] = None,
+    rounds: RoundsOption = None,
     running: Annotated[int, typer.Option(metavar="N", help="The most answers that the server makes at once.")] = 16,
     against: Annotated[
         str | None,

@@ -15,7 +15,7 @@ from ..models.embedded import EMBEDDED
 from ..terminal.loading import check_positive, load_finch
 from ..terminal.output import note, printable, say
 from ..terminal.progress import ProgressBars
-from .arguments import BudgetOption, ModelOption
+from .arguments import BudgetOption, ModelOption, RoundsOption
 
 EPILOG = (
     "[bold]Examples[/]\n\nfinch-rag serve --model Qwen/Qwen2.5-7B-Instruct --store stores/\n\n"
@@ -61,6 +61,7 @@ def serve(
     ] = None,
     max_body_mib: Annotated[int, typer.Option(metavar="MIB", help="The largest request.")] = 64,
     budget: BudgetOption = None,
+    rounds: RoundsOption = None,
     compile_layers: Annotated[
         bool, typer.Option("--compile-layers", help="Fuse norms and MLPs, for a GPU: the first answer takes longer.")
     ] = False,
@@ -94,7 +95,7 @@ def serve(
     if not settings.api_keys and host not in _OWN_HOSTS:
         note(f"whoever reaches {host} may ask, and change stores: --api-key-file asks for a key")
     with ProgressBars() as bars:
-        finch = load_finch(model, bars, budget=budget, compile_layers=compile_layers)
+        finch = load_finch(model, bars, budget=budget, rounds=rounds, compile_layers=compile_layers)
     from ..serve.app import make_app
     from ..serve.server import Server
 

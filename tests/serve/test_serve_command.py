@@ -72,6 +72,22 @@ def test_bad_options_are_refused_before_a_model_is_loaded(
     assert said in one_error(run("serve", option, value))
 
 
+def test_options_of_the_reading_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    class LoadedError(Exception):
+        """The engine would be there now."""
+
+    seen: dict[str, Any] = {}
+
+    def load(model: str, bars: Any, **options: Any) -> None:
+        seen.update(options, model=model)
+        raise LoadedError
+
+    monkeypatch.setattr(command, "load_finch", load)
+    with pytest.raises(LoadedError):
+        command.serve(model="some/model", budget=512, rounds=1, compile_layers=True)
+    assert seen == {"model": "some/model", "budget": 512, "rounds": 1, "compile_layers": True}
+
+
 @pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "prometheus_client"])
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == missing else object())
