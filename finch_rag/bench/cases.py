@@ -16,6 +16,7 @@ from ..corpus.reading import Question, load_questions, read_corpus
 from ..corpus.retrieval import Retriever
 from ..errors import CorpusError, InputError, MissingExtraError
 from ..jsonl import json_objects
+from ..paths import replacing
 from ..prompts.passages import Passage
 
 RetrieverName = Literal["bm25", "dense"]
@@ -257,8 +258,7 @@ def write_cases(cases: Iterable[QualityCase], file: Path) -> None:
         cases: What to store.
         file: Gzipped JSON lines.
     """
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")  # shards begin at once, and each must find all cases
-    with gzip.open(unfinished, "wt", encoding="utf-8") as lines:
+    with replacing(file) as new, gzip.open(new, "wt", encoding="utf-8") as lines:  # shards look for all cases at once
         for case in cases:
             passages = [{"id": p.id, "title": p.title, "text": p.text} for p in case.passages]
             record = {
@@ -268,7 +268,6 @@ def write_cases(cases: Iterable[QualityCase], file: Path) -> None:
                 "instructions": case.instructions,
             }
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-    unfinished.replace(file)
 
 
 def read_cases(file: Path) -> Iterator[QualityCase]:

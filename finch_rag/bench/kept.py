@@ -21,6 +21,7 @@ from rich.table import Table
 from ..engine import Finch
 from ..errors import InputError
 from ..jsonl import json_objects
+from ..paths import replacing
 from ..prefill.planning import CUTOFF, Strategy
 from ..terminal.loading import check_positive
 from ..terminal.output import out, say, say_json
@@ -197,7 +198,7 @@ def write_attended(attended: Iterable[Attended], file: Path) -> None:
         attended: The questions.
         file: Gzipped JSON lines.
     """
-    with gzip.open(file, "wt", encoding="utf-8") as lines:
+    with replacing(file) as new, gzip.open(new, "wt", encoding="utf-8") as lines:
         for question in attended:
             lines.write(json.dumps(asdict(question)) + "\n")
 

@@ -8,13 +8,12 @@ import json
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, MissingExtraError
-from ..paths import cache_folder
+from ..paths import cache_folder, replacing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -209,10 +208,8 @@ def _save(file: Path, embeddings: Embeddings) -> None:
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
-            made = Path(temporary) / file.name
-            save_file({"embeddings": embeddings}, made, metadata={"sha256": _checksum(embeddings)})
-            made.replace(file)
+        with replacing(file) as new:
+            save_file({"embeddings": embeddings}, new, metadata={"sha256": _checksum(embeddings)})
     except OSError as error:
         _log.warning("the index cannot be stored in %s (%s); it will be built again next time", file.parent, error)
 

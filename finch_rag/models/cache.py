@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import InputError
+from ..paths import replacing
 from .attention import AppendedLength
 from .cached_document import CachedDocument
 from .kept_cache import KeptCache
@@ -225,10 +226,10 @@ class CompressedCache(KeptCache):
         """Writes the cache as one safetensors file.
 
         Args:
-            path: File to write; an existing one is replaced.
+            path: File to write; an existing one is replaced, once the new one is complete.
 
         Raises:
-            InputError: If other processes have a part of it.
+            InputError: If it cannot be written, or other processes have a part of it.
         """
         if not self.whole:
             raise InputError(
@@ -240,7 +241,14 @@ class CompressedCache(KeptCache):
             keys, values = layer.in_use()
             tensors[f"keys.{number}"], tensors[f"values.{number}"] = keys.contiguous(), values.contiguous()
         metadata = {"format": _FORMAT, "prefix": str(self.prefix), "document": self.document.to_json()}
-        save_file(tensors, str(path), metadata=metadata)
+        try:
+            with replacing(Path(path)) as new:
+                save_file(tensors, str(new), metadata=metadata)
+        except OSError as error:
+            raise InputError(
+                f"the cache, {self.nbytes} bytes, cannot be written to {path}: {error}; free space there, or choose "
+                "another folder"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> CompressedCache:
