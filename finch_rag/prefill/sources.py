@@ -20,7 +20,7 @@ _FEWEST, _MOST = 3, 32  # sources
 
 
 def has_one_source(attention: torch.Tensor) -> bool:
-    """Whether one passage alone has more than `CUTOFF` of the best one's attention.
+    """Whether only the best passage itself has `CUTOFF` of the best one's attention, or more.
 
     Args:
         attention: Of each passage, shape [passages].

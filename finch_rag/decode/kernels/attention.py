@@ -15,7 +15,8 @@ from .products import Norm
 # large GPU. Of 48 cuts this one took the least time over four cases (an 8B and a 1.5B shape, 400 to 2,100 tokens, one
 # H100): 7.1 to 10.9 us a layer, within 13% of the best for each.
 _COLUMNS, _WARPS, _PROGRAMS = 64, 8, 128
-# Of several answers together: their caches are of unequal length, so that some programs end early.
+# Of several answers together: their caches are of unequal length, so that some programs end early. A step of 16 answers
+# of 2,200 tokens (8B shape, one H200) takes 7.2 ms with 128, 6.9 with 256, 7.0 with 512, 7.1 with 1,024.
 _PROGRAMS_OF_SEVERAL = 512
 _LEAST_HEADS = 16  # the fewest rows that a matrix unit takes
 
