@@ -28,7 +28,7 @@ from .small import texts
 
 QUESTIONS = ("When was the harbour built?", "Who is the director of the museum?")
 STRATEGIES: tuple[Strategy, ...] = ("loop", "independent")
-_SETTINGS: dict[str, Any] = {"budget": 60, "chunk_size": 96, "max_new_tokens": 8, "system_prompt": ""}
+_SETTINGS: dict[str, Any] = {"budget": 60, "chunk_size": 96, "max_new_tokens": 8, "system_prompt": "", "rounds": 1}
 _SHARED: dict[str, Any] = {"tp_plan": "auto"} if "WORLD_SIZE" in os.environ else {}
 
 
