@@ -7,6 +7,7 @@ share it. SQLite keeps the index whole when a process dies at any moment, and le
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -87,7 +88,7 @@ class StoreIndex:
     """
 
     def __init__(self, file: Path | None, about: Mapping[str, str] | None, *, writes: bool) -> None:
-        self.file, self._lock = file, threading.RLock()
+        self.file, self._lock, self._process = file, threading.RLock(), os.getpid()
         try:
             if file is None:
                 self._connection = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
@@ -135,8 +136,11 @@ class StoreIndex:
         Raises:
             StoreError: If it cannot be written.
         """
+        self._check_process()
         with self._lock:
             try:
+                if self._connection.in_transaction:  # the last one was interrupted between two of these lines
+                    self._connection.execute("ROLLBACK")
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._connection
@@ -148,19 +152,33 @@ class StoreIndex:
                 raise StoreError(f"the store's index {self.file or 'in memory'} cannot be written: {error}") from error
 
     def _rows(self, query: str, values: Sequence[object] = ()) -> list[tuple[object, ...]]:
+        self._check_process()
         with self._lock:
             try:
                 return self._connection.execute(query, values).fetchall()
             except sqlite3.Error as error:
                 raise StoreError(f"the store's index {self.file or 'in memory'} cannot be read: {error}") from error
 
+    def _check_process(self) -> None:
+        """Raises in a process that was forked since: SQLite must not be used there, and two would write."""
+        if self.file is not None and os.getpid() != self._process:
+            raise StoreError(
+                f"the store in {self.file.parent} was opened by process {self._process}, of which this process "
+                f"{os.getpid()} is a fork: open it here, with read_only=True while that one writes"
+            )
+
     def version(self) -> int:
         """Changes when another process has written."""
         return int(str(self._rows("PRAGMA data_version")[0][0]))
 
-    def readings(self) -> list[Reading]:
-        """All readings, segment by segment, in their order there."""
-        rows = self._rows("SELECT hash, segment, start, tokens FROM readings ORDER BY segment, start")
+    def readings(self, named_only: bool = False) -> list[Reading]:
+        """All readings, segment by segment, in their order there.
+
+        Args:
+            named_only: Without those that no passage has yet: a process that died between two commits leaves some.
+        """
+        named = "WHERE hash IN (SELECT hash FROM passages)" if named_only else ""
+        rows = self._rows(f"SELECT hash, segment, start, tokens FROM readings {named} ORDER BY segment, start")
         return [Reading(*row) for row in rows]  # type: ignore[arg-type]  # as the tables say
 
     def known(self, hashes: Iterable[str]) -> set[str]:

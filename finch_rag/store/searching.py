@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import InputError, NumericsError, StoreError
+from ..models.processes import check_not_forked
 from ..prefill.alone import NEUTRAL, AloneReader, Asked
 from ..prefill.head_keys import KeyBlock, attention_on
 from ..prompts.builder import PromptBuilder
@@ -47,9 +48,10 @@ class Search:
             questions: The questions.
 
         Raises:
-            InputError: If a question does not fit behind the longest passage.
+            InputError: If a question does not fit behind the longest passage, or the process was forked since.
             NumericsError: If the model computes NaN.
         """
+        check_not_forked(self._reader.device)
         blocks = list(self._storage.blocks(self._reader.device).values())
         readings, looked_at = [reading for found, _ in blocks for reading in found], [block for _, block in blocks]
         paid = self._attention([(question, readings, looked_at) for question in questions])

@@ -11,6 +11,7 @@ import torch
 
 from ..answer import Citation
 from ..errors import InputError, StoreError
+from ..models.processes import Uncopied
 from ..prefill.alone import AloneReader, token_groups
 from ..prefill.planning import RetrievalHeads
 from ..prompts.builder import PromptBuilder
@@ -28,7 +29,7 @@ StoreProgress = Callable[[int, int], None]  # tokens read, and in all
 _SEGMENT_TOKENS = 16384  # what one commit of `add` holds, about; what a crash loses at most
 
 
-class PassageStore:
+class PassageStore(Uncopied):
     """Passages that are read once and asked for ever. `Finch.open_store` makes one. Safe to share between threads.
 
     Of each passage the keys of a few retrieval heads are kept, one or two KB a token. A question is read alone, and its
@@ -223,6 +224,7 @@ class PassageStore:
             self._index.add_passages([(passage, key) for passage, key in named if key in present])
         self._index.add_passages([(passage, key) for passage, key in named if key not in new])
         self._index.drop_unnamed()
+        self._storage.renamed()
         if self.max_bytes is not None:
             self._storage.evict(self.max_bytes // self.bytes_per_token, {key for _, key in named})
 
