@@ -16,7 +16,8 @@ class FoundOnce(Generic[Found]):
 
     def __init__(self) -> None:
         self._found: list[Found] = []
-        self._finding = threading.Lock()
+        self._finder: object = None  # the call that finds it
+        self._changed = threading.Condition()
 
     def get(self, find: Callable[[], Found], check: Callable[[], None]) -> Found:
         """The value, found now if nobody has.
@@ -25,14 +26,20 @@ class FoundOnce(Generic[Found]):
             find: Finds it; may raise, and then the next caller finds it.
             check: Raises where the caller does not want it any more; called again and again while another one finds it.
         """
-        while not self._found:
-            if not self._finding.acquire(timeout=_LOOKS_FOR_CANCELLATION):
+        own = object()
+        try:  # around all of it: Ctrl-C may come between any two lines, and nobody may wait for this call then
+            while not self._found:
                 check()
-                continue
-            try:
-                if not self._found:
-                    check()
+                with self._changed:
+                    if self._finder is None:
+                        self._finder = own
+                    elif self._finder is not own:
+                        self._changed.wait(_LOOKS_FOR_CANCELLATION)
+                if self._finder is own and not self._found:
                     self._found.append(find())
-            finally:
-                self._finding.release()
+        finally:
+            with self._changed:
+                if self._finder is own:
+                    self._finder = None
+                    self._changed.notify_all()
         return self._found[0]
