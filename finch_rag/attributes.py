@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .heads.pairs import AloneHeads, Heads, HeadUse
+from .models.processes import Uncopied
 from .prefill.planning import ChunkSize, Prior, RetrievalHeads, Strategy
 from .prefill.selection import Selection
 from .prompts.builder import PromptBuilder
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class EngineAttributes:
+class EngineAttributes(Uncopied):
     """Settings and model of an engine, read-only.
 
     Attributes:

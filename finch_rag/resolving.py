@@ -148,6 +148,7 @@ def resolve_prompt(
         WindowError: If something does not fit into the window.
         InputError: If the passages have more tokens than the settings allow.
     """
+    runtime.check_process()
     reading, sampling = settings.reading, settings.sampling
     if ranks_only:
         sampling = replace(sampling, max_new_tokens=0)
@@ -232,6 +233,7 @@ def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | Non
         InputError: If the cache is another model's.
         WindowError: If question and answer do not fit behind the cache.
     """
+    runtime.check_process()
     sampling = settings.sampling
     if cache.document.model != runtime.fingerprint:
         raise InputError(f"the cache was filled by another model than {runtime.name}: compress the passages again")

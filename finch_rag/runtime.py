@@ -28,6 +28,7 @@ from .models.kept_cache import KeptCache
 from .models.own_attention import use_own_attention
 from .models.own_cache import check_steps, goes_on_in_chunks, probe_logits
 from .models.parallel import TensorParallel
+from .models.processes import check_gil, check_not_forked
 from .models.rope import KeyRotation
 from .prefill.alone import AloneReader
 from .prefill.own_reader import reader_of
@@ -67,6 +68,7 @@ class Runtime:
 
     Raises:
         ModelError: If Finch cannot run the model.
+        SettingsError: If Python runs without its global interpreter lock.
     """
 
     def __init__(
@@ -92,6 +94,8 @@ class Runtime:
             if compile_layers:
                 raise ModelError("compile_layers is not supported under tensor parallelism: leave it out")
         self._rotation: KeyRotation | None = None
+        check_gil()
+        self.check_process()
         expected = probe_logits(model)
         try:
             self.window = window_of(text_config(model), held=held)
@@ -118,6 +122,14 @@ class Runtime:
         self.support_weights: FoundOnce[tuple[float, ...] | ModelError] = FoundOnce()  # see `finch_rag.quotes.support`
         self._alone_reader: FoundOnce[AloneReader] = FoundOnce()
         self.stores = OpenStores(self)
+
+    def check_process(self) -> None:
+        """Raises in a process that was forked since the model computed, where a call would hang.
+
+        Raises:
+            InputError: See `finch_rag.models.processes`.
+        """
+        check_not_forked(input_embedding(self.model).device)
 
     @property
     def rotation(self) -> KeyRotation:

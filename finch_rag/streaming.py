@@ -16,6 +16,7 @@ from .answer import Answer
 from .answering import Begun
 from .errors import InputError
 from .models.kept_cache import KeptCache
+from .models.processes import Uncopied
 from .prompts.passages import Passage
 from .quotes.support import finished
 from .reading import read_request
@@ -25,7 +26,7 @@ from .runtime import Runtime
 Result = TypeVar("Result")
 
 
-class AnswerStream(Iterator[str]):
+class AnswerStream(Uncopied, Iterator[str]):
     """Text deltas of an answer; afterwards ``answer`` has the whole of it with citations and report.
 
     Closing it, leaving its ``with`` block or dropping it ends the generation and frees the cache. Threads may share it:

@@ -17,6 +17,7 @@ from .inspection import input_embedding, text_config
 from .kept_cache import KeptCache
 from .own_attention import OwnObserver, shown_to
 from .parallel import TensorParallel
+from .processes import check_not_forked
 from .varlen import PassingLayer, VarlenBatch, VarlenSequence
 
 if TYPE_CHECKING:
@@ -228,7 +229,9 @@ def memory_guard(model: PreTrainedModel, work: str) -> Iterator[None]:
     Raises:
         DeviceMemoryError: If memory ran out; the caller may try less.
         ModelError: If it ran out in one of several processes that share the model: the others cannot follow.
+        InputError: If this process was forked from one that had computed, see `finch_rag.models.processes`.
     """
+    check_not_forked(input_embedding(model).device)
     try:
         yield
     except RuntimeError as error:  # the CPU's allocator has no error class of its own

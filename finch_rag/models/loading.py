@@ -25,6 +25,7 @@ from ..errors import ModelError
 from ..paths import cache_folder
 from .embedded import EMBEDDED, EMBEDDED_NAME, embedded_folder, require_gguf, unpacked_gguf
 from .parallel import is_spread
+from .processes import check_not_forked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,9 +74,11 @@ def load_model(
 
     Raises:
         ModelError: If the model is unknown, damaged or incomplete, or not a decoder.
+        InputError: In a fork of a process that has computed, see `finch_rag.models.processes`.
         MissingExtraError: If a GGUF file is to be read and the packages for that are not installed.
     """
     device = resolve_device(device)
+    check_not_forked(device)
     extra = dict(model_kwargs or {})
     trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     options = trusted | {key: extra.pop(key) for key in _HUB_OPTIONS if key in extra}

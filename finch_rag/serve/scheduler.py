@@ -8,6 +8,7 @@ wanted any more, leaves the others alone.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -130,6 +131,7 @@ class Scheduler:
             self._changed.notify_all()
             if not self._has_thread:
                 self._has_thread = True
+                atexit.register(self.close)  # torch aborts where Python ends while a thread computes
                 threading.Thread(target=self._work, name="finch-scheduler", daemon=True).start()
 
     def close(self) -> None:
@@ -149,6 +151,7 @@ class Scheduler:
                     self._changed.wait_for(lambda: self._waiting or self._ending, _IDLE)
                 if not self._waiting and not self._jobs:
                     self._has_thread = False
+                    atexit.unregister(self.close)
                     self._changed.notify_all()
                     return
                 self._taken = self._next_to_read()
