@@ -620,27 +620,6 @@ def test_an_id_that_gets_another_known_text_is_searched_as_in_a_new_store(finch:
         assert shares(store) != before
 
 
-def test_what_was_read_and_not_named_before_a_crash_takes_no_share(
-    finch: Finch, store: PassageStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store.add(named(6))
-    before = shares(store)
-
-    def crash(self: StoreIndex, passages: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(StoreIndex, "add_passages", crash)
-    with pytest.raises(KeyboardInterrupt):
-        store.add(named(9))
-    monkeypatch.undo()
-    assert len(store._storage.index.readings()) == 9  # so there is something to be mistaken about
-    assert shares(store) == before
-    assert store.add(named(9)).read_tokens == 0  # it need not be read again
-    with finch.open_store(heads=HEADS) as fresh:
-        fresh.add(named(9))
-        assert shares(store).keys() == shares(fresh).keys()
-
-
 def test_metadata_that_holds_itself_is_refused(store: PassageStore) -> None:
     circle: dict[str, Any] = {}
     circle["circle"] = circle

@@ -171,14 +171,9 @@ class StoreIndex:
         """Changes when another process has written."""
         return int(str(self._rows("PRAGMA data_version")[0][0]))
 
-    def readings(self, named_only: bool = False) -> list[Reading]:
-        """All readings, segment by segment, in their order there.
-
-        Args:
-            named_only: Without those that no passage has yet: a process that died between two commits leaves some.
-        """
-        named = "WHERE hash IN (SELECT hash FROM passages)" if named_only else ""
-        rows = self._rows(f"SELECT hash, segment, start, tokens FROM readings {named} ORDER BY segment, start")
+    def readings(self) -> list[Reading]:
+        """All readings, segment by segment, in their order there."""
+        rows = self._rows("SELECT hash, segment, start, tokens FROM readings ORDER BY segment, start")
         return [Reading(*row) for row in rows]  # type: ignore[arg-type]  # as the tables say
 
     def known(self, hashes: Iterable[str]) -> set[str]:

@@ -117,10 +117,6 @@ class Storage:
         self._forget(replaced)
         self._blocks = None
 
-    def renamed(self) -> None:
-        """Takes note that passages have readings that others had, or none had: what a search looks at is other now."""
-        self._blocks = None
-
     def _forget(self, numbers: Sequence[int]) -> None:
         if numbers:
             self.index.remove_segments(numbers)
@@ -207,7 +203,7 @@ class Storage:
 
     def _read_blocks(self, device: torch.device) -> Blocks:
         by_segment: dict[int, list[Reading]] = {}
-        for reading in self.index.readings(named_only=True):
+        for reading in self.index.readings():
             by_segment.setdefault(reading.segment, []).append(reading)
         room = _room_on(device)
         found = {}

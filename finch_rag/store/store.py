@@ -224,7 +224,6 @@ class PassageStore(Uncopied):
             self._index.add_passages([(passage, key) for passage, key in named if key in present])
         self._index.add_passages([(passage, key) for passage, key in named if key not in new])
         self._index.drop_unnamed()
-        self._storage.renamed()
         if self.max_bytes is not None:
             self._storage.evict(self.max_bytes // self.bytes_per_token, {key for _, key in named})
 
