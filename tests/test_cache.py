@@ -13,6 +13,7 @@ from finch_rag.engine import Finch
 from finch_rag.errors import InputError, WindowError
 from finch_rag.models.cache import CompressedCache, CompressedLayer
 from finch_rag.models.cached_document import CachedDocument, ReadingFigures
+from finch_rag.models.rope import KeyRotation
 
 from .small import small_finch, small_model, texts
 
@@ -81,6 +82,34 @@ def test_a_forked_cache_is_independent(cache: CompressedCache) -> None:
         layer.keys.zero_()
     assert equal(tensors_of(cache), before)
     assert (cache.length, copy.length) == (cache.prefix + 60, cache.prefix + 63)
+
+
+def test_a_fork_is_evicted_from_as_its_own_cache_is() -> None:
+    rotation = KeyRotation(torch.ones(2), False, (True,))
+    cache = CompressedCache(1, 12)
+    cache.layers[0].update(states(6), states(6, 1))
+    cache.evict(torch.tensor([1, 3, 4, 5]), range(6), rotation)
+    copy = cache.fork(4)
+    for each in (cache, copy):
+        each.layers[0].update(states(2, 2), states(2, 3))
+        each.evict(torch.tensor([0, 2, 5]), range(6, 8), rotation)
+    assert copy.kept.tolist() == cache.kept.tolist() == [[1, 4, 7]]
+    for found, expected in zip(copy.layers[0].in_use(), cache.layers[0].in_use(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_one_choice_for_all_layers_may_follow_one_for_each() -> None:
+    rotation = KeyRotation(torch.ones(2), False, (True, True))
+    cache = CompressedCache(2, 8)
+    for layer in cache.layers:
+        layer.update(states(5), states(5, 1))
+    cache.evict(torch.tensor([[0, 2, 4], [1, 2, 3]]), range(5), rotation)
+    cache.evict(torch.tensor([1, 2]), range(0), rotation)
+    assert cache.kept.tolist() == [[2, 4], [2, 3]]
+    for layer, kept in zip(cache.layers, cache.kept, strict=True):
+        assert torch.equal(layer.in_use()[1], states(5, 1)[:, :, kept])
+        moved = rotation.re_rotate(states(5)[:, :, kept], rotation.between(kept, torch.arange(2)), 0)
+        torch.testing.assert_close(layer.in_use()[0], moved)
 
 
 def test_crop_drops_the_end_only(cache: CompressedCache) -> None:

@@ -707,3 +707,45 @@ def test_a_small_engine_may_have_a_window_that_is_too_small_for_the_question() -
         store.add(texts(3))
         with pytest.raises(InputError, match=r"the question has \d+ tokens.*room for \d+"):
             store.search("who? " * 200)
+
+
+def test_an_interrupted_addition_leaves_nothing_that_a_search_meets_and_nobody_named(
+    store: PassageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add(named(2))
+    before = store.search(QUESTION)
+    transaction = StoreIndex.transaction
+
+    def full(index: StoreIndex) -> Any:
+        monkeypatch.setattr(StoreIndex, "transaction", broken)
+        return transaction(index)
+
+    def broken(index: StoreIndex) -> Any:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(StoreIndex, "transaction", full)  # from the second one on
+    with pytest.raises(StoreError, match="full"):
+        store.add(named(5))
+    monkeypatch.undo()
+    assert store.search(QUESTION) == before
+    assert sum(cited.share for cited in store.search(QUESTION)) == pytest.approx(1, abs=1e-4)
+    assert store.info().tokens == sum(cited.passage_tokens for cited in before)
+    store.add(named(5))
+    assert len(store.search(QUESTION)) == 5
+
+
+def test_a_text_that_no_passage_has_any_more_is_not_searched(store: PassageStore) -> None:
+    old, new = texts(2, seed=5)
+    store.add([Passage(old, "a"), Passage(new, "b")])
+    assert len(store.search(QUESTION)) == 2
+    store.add([Passage(new, "a")])  # a known text: nothing is read
+    assert [cited.share for cited in store.search(QUESTION)] == pytest.approx([1])
+    store.add([Passage(old, "a"), Passage(new, "c")])
+    assert len(store.search(QUESTION)) == 2
+
+
+def test_a_text_that_moves_to_another_passage_is_not_lost(store: PassageStore) -> None:
+    old, new = texts(2, seed=5)
+    store.add([Passage(old, "a")])
+    store.add([Passage(new, "a"), Passage(old, "b")])
+    assert {found.passage.id: found.passage.text for found in store.retrieve(QUESTION)} == {"a": new, "b": old}

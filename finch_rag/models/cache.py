@@ -181,8 +181,7 @@ class CompressedCache(KeptCache):
             index: See `evict`.
             appended: See `evict`.
         """
-        index = index if index.dim() == 2 else index[None]  # [layers or 1, n]
-        self.kept = self.document_positions(appended).expand(index.shape[0], -1).gather(1, index)
+        self.kept = _chosen(self.document_positions(appended), index if index.dim() == 2 else index[None])
 
     def evict(self, index: torch.Tensor, appended: range, rotation: KeyRotation) -> None:
         """Keeps the tokens at ``index`` of kept and appended ones, drops the rest and re-rotates what stays.
@@ -197,13 +196,13 @@ class CompressedCache(KeptCache):
         positions = torch.cat((self._positions.to(index.device), fresh.expand(self._positions.shape[0], -1)), dim=1)
         self.choose(index, appended)
         index = index if index.dim() == 2 else index[None]
-        self._positions = positions.expand(index.shape[0], -1).gather(1, index)
+        self._positions = _chosen(positions, index)
         new = torch.arange(self.prefix, self.prefix + index.shape[1], device=index.device)
         re_rotations = [rotation.between(old, new) for old in self._positions]
         for number, layer in enumerate(self.layers):
-            choice = number if index.shape[0] > 1 else 0
-            re_rotate = partial(rotation.re_rotate, re_rotation=re_rotations[choice], layer=number)
-            layer.keep(index[choice], self.prefix, re_rotate)
+            re_rotation = re_rotations[number if len(re_rotations) > 1 else 0]
+            re_rotate = partial(rotation.re_rotate, re_rotation=re_rotation, layer=number)
+            layer.keep(index[number if index.shape[0] > 1 else 0], self.prefix, re_rotate)
 
     def crop_to(self, length: int) -> None:
         """Drops every layer's tokens from ``length`` on."""
@@ -220,7 +219,12 @@ class CompressedCache(KeptCache):
         copy = CompressedCache(len(self.layers), capacity)
         copy.layers = [layer.fork(capacity) for layer in self.layers]
         copy._take_record(self)
+        copy._refer_to_own_keys()
         return copy
+
+    def _refer_to_own_keys(self) -> None:
+        """Kept keys that came without references are their own: evictions go on from where they stand."""
+        self._positions = torch.arange(self.prefix, self.prefix + self.kept_tokens)[None]
 
     def save(self, path: str | Path) -> None:
         """Writes the cache as one safetensors file.
@@ -275,7 +279,14 @@ class CompressedCache(KeptCache):
                 layer.update(tensors[f"keys.{number}"], tensors[f"values.{number}"])
             cache.prefix = int(metadata["prefix"])
             cache.kept = tensors["kept"].cpu()
+            cache._refer_to_own_keys()
             cache.document = CachedDocument.from_json(metadata["document"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"cannot read the cache {path}: {type(error).__name__}: {error}") from error
         return cache
+
+
+def _chosen(positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Positions at an index, each of shape [layers, n], or [1, n] where it is the same in all layers."""
+    rows = max(positions.shape[0], index.shape[0])
+    return positions.expand(rows, -1).gather(1, index.expand(rows, -1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,5 +109,5 @@ def _text_of_file(file_data: str, where: str) -> str:
         raise refused(f"{where} is no text file: pass file_data as data:text/plain;base64,... or its text", where)
     try:
         return base64.b64decode(encoded, validate=True).decode("utf-8")
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # no base64, no ASCII, or no UTF-8
         raise refused(f"{where} is not base64 of UTF-8 text: encode it so, or pass its text", where) from None

@@ -248,29 +248,50 @@ class StoreIndex:
                     return False
         return True
 
-    def add_passages(self, passages: Iterable[tuple[Passage, str]]) -> None:
+    def add_passages(self, passages: Iterable[tuple[Passage, str]]) -> int:
         """Names passages whose readings are there; one whose id is known takes its place.
 
         One without metadata leaves those of the same text: what asks about a passage need not know all of it.
 
         Args:
             passages: With their hashes.
+
+        Returns:
+            How many readings were removed, as the texts of their passages changed.
         """
         with self.transaction() as connection:
-            connection.executemany(
-                "INSERT INTO passages (id, hash, own_id, title, text, metadata) VALUES (?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT (id) DO UPDATE SET title = excluded.title, text = excluded.text, metadata = CASE WHEN "
-                "excluded.metadata = '{}' AND excluded.hash = hash THEN metadata ELSE excluded.metadata END, "
-                "hash = excluded.hash",
-                [(p.id or known, known, int(p.id is not None), p.title, p.text, _as_json(p)) for p, known in passages],
-            )
+            return self._add_passages(connection, passages)
 
-    def add_segment(self, segment: Segment, readings: Iterable[Reading]) -> None:
+    @staticmethod
+    def _add_passages(connection: sqlite3.Connection, passages: Iterable[tuple[Passage, str]]) -> int:
+        rows = [(p.id or known, known, int(p.id is not None), p.title, p.text, _as_json(p)) for p, known in passages]
+        replaced: set[tuple[str]] = set()
+        for some in _parts([str(row[0]) for row in rows], _MOST_VALUES):
+            marks = ",".join("?" * len(some))
+            replaced.update(connection.execute(f"SELECT hash FROM passages WHERE id IN ({marks})", some))
+        connection.executemany(
+            "INSERT INTO passages (id, hash, own_id, title, text, metadata) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (id) DO UPDATE SET title = excluded.title, text = excluded.text, metadata = CASE WHEN "
+            "excluded.metadata = '{}' AND excluded.hash = hash THEN metadata ELSE excluded.metadata END, "
+            "hash = excluded.hash",
+            rows,
+        )
+        removed = connection.executemany(
+            "DELETE FROM readings WHERE hash = ? AND NOT EXISTS "
+            "(SELECT 1 FROM passages WHERE passages.hash = readings.hash)",
+            replaced,
+        )
+        return max(0, removed.rowcount)
+
+    def add_segment(
+        self, segment: Segment, readings: Iterable[Reading], passages: Iterable[tuple[Passage, str]] = ()
+    ) -> None:
         """Takes note of a segment that is written, and of what is in it; readings that are known move there.
 
         Args:
             segment: The segment.
             readings: What is in it.
+            passages: Named together with it, see `add_passages`: a search never meets a reading that no passage has.
         """
         now = time.time()
         with self.transaction() as connection:
@@ -283,6 +304,7 @@ class StoreIndex:
                 "segment = excluded.segment, start = excluded.start",
                 [(r.hash, r.segment, r.start, r.tokens, now) for r in readings],
             )
+            self._add_passages(connection, passages)
 
     def remove_segments(self, numbers: Iterable[int]) -> None:
         """Forgets segments; their readings have moved or are removed.
@@ -313,13 +335,13 @@ class StoreIndex:
             connection.executemany("DELETE FROM passages WHERE hash = ?", [(known,) for known in hashes])
             self._drop_unnamed(connection)
 
-    def drop_unnamed(self) -> None:
-        """Removes readings that no passage has: their passages' texts have changed."""
+    def drop_unnamed(self) -> int:
+        """Removes readings that no passage has, which an earlier finch-rag left; returns how many."""
         with self.transaction() as connection:
-            self._drop_unnamed(connection)
+            return self._drop_unnamed(connection)
 
-    def _drop_unnamed(self, connection: sqlite3.Connection) -> None:
-        connection.execute("DELETE FROM readings WHERE hash NOT IN (SELECT hash FROM passages)")
+    def _drop_unnamed(self, connection: sqlite3.Connection) -> int:
+        return connection.execute("DELETE FROM readings WHERE hash NOT IN (SELECT hash FROM passages)").rowcount
 
     def touch(self, used: Mapping[str, float]) -> None:
         """Takes note of when readings were used.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -149,7 +150,8 @@ class FileSegments:
 
     def delete(self, number: int) -> None:
         """See `Segments`."""
-        self._file(number).unlink(missing_ok=True)
+        with suppress(OSError):  # the next writer drops it
+            self._file(number).unlink(missing_ok=True)
 
     def checksum(self, number: int) -> str:
         """See `Segments`."""

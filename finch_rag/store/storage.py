@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import StoreError
 from ..prefill.head_keys import KeyBlock
+from ..prompts.passages import Passage
 from .index import Reading, Segment, StoreIndex
 from .segments import FileSegments, Keys, MemorySegments, Segments, joined
 
@@ -84,13 +85,16 @@ class Storage:
             self._writer.release()
             raise
 
-    def write(self, hashes: Sequence[str], lengths: Sequence[int], keys: Keys) -> None:
-        """Keeps head keys as a segment, together with those of a small one before it.
+    def write(
+        self, hashes: Sequence[str], lengths: Sequence[int], keys: Keys, passages: Iterable[tuple[Passage, str]]
+    ) -> None:
+        """Keeps head keys as a segment, together with those of a small one before it, and names what has them.
 
         Args:
-            hashes: Of the passages.
+            hashes: Of the readings.
             lengths: Tokens of each.
             keys: Of all of them.
+            passages: That have these readings, with their hashes.
 
         Raises:
             StoreError: If they cannot be written; then nothing has changed.
@@ -102,9 +106,33 @@ class Storage:
             old = self._segments.read(before[0])
             parts = [old.part(reading.start, reading.start + reading.tokens) for reading in moved]
             keys = joined([*(_on(part, keys.keys.device) for part in parts), keys])
-        self._keep([*(r.hash for r in moved), *hashes], [*(r.tokens for r in moved), *lengths], keys, before)
+        self._keep([*(r.hash for r in moved), *hashes], [*(r.tokens for r in moved), *lengths], keys, before, passages)
 
-    def _keep(self, hashes: Sequence[str], lengths: Sequence[int], keys: Keys, replaced: Sequence[int]) -> None:
+    def name(self, passages: Iterable[tuple[Passage, str]]) -> None:
+        """Names passages whose readings are there, see `StoreIndex.add_passages`.
+
+        Args:
+            passages: With their hashes.
+
+        Raises:
+            StoreError: If they cannot be written; then nothing has changed.
+        """
+        if self.index.add_passages(passages):
+            self._blocks = None
+
+    def drop_unnamed(self) -> None:
+        """Removes readings that no passage has, so that no search meets them."""
+        if self.index.drop_unnamed():
+            self._blocks = None
+
+    def _keep(
+        self,
+        hashes: Sequence[str],
+        lengths: Sequence[int],
+        keys: Keys,
+        replaced: Sequence[int],
+        passages: Iterable[tuple[Passage, str]] = (),
+    ) -> None:
         number = self.index.next_segment()
         checksum = self._segments.write(number, keys)
         starts = [0]
@@ -113,9 +141,9 @@ class Storage:
         readings = [
             Reading(key, number, start, length) for key, start, length in zip(hashes, starts, lengths, strict=False)
         ]
-        self.index.add_segment(Segment(number, starts[-1], keys.nbytes, checksum), readings)
-        self._forget(replaced)
+        self.index.add_segment(Segment(number, starts[-1], keys.nbytes, checksum), readings, passages)
         self._blocks = None
+        self._forget(replaced)
 
     def _forget(self, numbers: Sequence[int]) -> None:
         if numbers:
@@ -145,6 +173,7 @@ class Storage:
 
     def compact(self) -> None:
         """Writes segments anew of which less than half is left; drops those of which nothing is."""
+        self._blocks = None  # first, as what follows may fail on its way
         left: dict[int, list[Reading]] = {}
         for reading in self.index.readings():
             left.setdefault(reading.segment, []).append(reading)
@@ -158,7 +187,6 @@ class Storage:
                 keys = joined([old.part(r.start, r.start + r.tokens) for r in readings])
                 keys = Keys(keys.keys.clone(), None if keys.scales is None else keys.scales.clone())
                 self._keep([r.hash for r in readings], [r.tokens for r in readings], keys, [segment.number])
-        self._blocks = None
 
     def clear(self) -> None:
         """Removes all passages."""

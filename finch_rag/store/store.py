@@ -216,14 +216,15 @@ class PassageStore(Uncopied):
             done += tokens
             on_progress(done, total)
 
+        # The known ones first: a text that one of them has is not dropped where another one's text changes.
+        self._storage.name([(passage, key) for passage, key in named if key not in new])
         for group in token_groups(list(lengths.values()), _SEGMENT_TOKENS):
             batch = list(lengths)[group.start : group.stop]
             keys = read_keys(self._reader, [new[key] for key in batch], self.precision, tell)
-            self._storage.write(batch, [lengths[key] for key in batch], keys)
             present = set(batch)
-            self._index.add_passages([(passage, key) for passage, key in named if key in present])
-        self._index.add_passages([(passage, key) for passage, key in named if key not in new])
-        self._index.drop_unnamed()
+            having = [(passage, key) for passage, key in named if key in present]
+            self._storage.write(batch, [lengths[key] for key in batch], keys, having)
+        self._storage.drop_unnamed()
         if self.max_bytes is not None:
             self._storage.evict(self.max_bytes // self.bytes_per_token, {key for _, key in named})
 

@@ -187,6 +187,7 @@ def test_parts_of_a_message_hold_passages(part: dict[str, Any], passage: Passage
         {"type": "file", "file": {"file_id": "f"}},
         {"type": "file", "file": {"file_data": "data:application/pdf;base64,eA=="}},
         {"type": "file", "file": {"file_data": "data:text/plain;base64,%%"}},
+        {"type": "file", "file": {"file_data": "data:text/plain;base64,\u00e9eA=="}},
         {"type": "document", "document": {"text": 7}},
         {"type": "text"},
         {},
