@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := $(wildcard integrations/*)
 
-.PHONY: setup demo test quick test-quantised test-lowest test-ray lint types format check house notebooks bench soak bench-peers clean
+.PHONY: setup demo test quick test-quantised test-lowest test-ray lint types format check house notebooks bench soak torture bench-peers clean
 
 setup: .venv/.installed
 
@@ -80,6 +80,10 @@ bench: setup
 # Half an hour of random requests to the server, behind five minutes of a warm-up.
 soak: setup
 	$(BIN)/finch-rag bench soak --minutes 30
+
+# Half an hour of interrupts, kills, forged tokens and questions at once; the table goes where docs/reliability.md points.
+torture: setup
+	$(BIN)/python -m tests.torture --minutes 30 --output docs/results/torture.md
 
 # kvpress needs transformers below 5.3, so the peers live in an environment of their own.
 .venv-peers/.installed: finch_rag/bench/peers-requirements.txt
