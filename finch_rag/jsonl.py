@@ -1,4 +1,4 @@
-"""JSON lines: an object a line."""
+"""JSON that others may have written, and JSON lines: an object a line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from .errors import FinchError
+
+
+def parsed(text: str) -> Any:
+    """What a JSON text says.
+
+    Args:
+        text: From anywhere.
+
+    Raises:
+        ValueError: If it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def json_objects(name: str, text: str, error: type[FinchError], cure: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
@@ -26,7 +41,7 @@ def json_objects(name: str, text: str, error: type[FinchError], cure: str = "") 
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = parsed(line)
             json.dumps(fields, ensure_ascii=False).encode()  # "\ud800" is JSON, and no text
         except (ValueError, RecursionError) as reason:
             raise error(f"{name}, line {number} is not JSON: {reason}{ending}") from reason
@@ -44,7 +59,8 @@ def complete_objects(text: str) -> Iterator[dict[str, Any]]:
     """
     for line in text.split("\n"):  # JSON leaves U+2028 as it is, which splitlines takes for an end
         try:
-            fields = json.loads(line)
+            fields = parsed(line)
         except ValueError:
             continue
-        yield fields
+        if isinstance(fields, dict):
+            yield fields
