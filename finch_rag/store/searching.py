@@ -49,6 +49,7 @@ class Search:
         Raises:
             InputError: If a question does not fit behind the longest passage.
             NumericsError: If the model computes NaN.
+            StoreError: If head keys cannot be read, or are NaN.
         """
         blocks = list(self._storage.blocks(self._reader.device).values())
         readings, looked_at = [reading for found, _ in blocks for reading in found], [block for _, block in blocks]
@@ -106,6 +107,7 @@ class Search:
         for number, look in zip(looking, looks, strict=True):
             attention[number] = attention_on(look, asked[number][2])
             if attention[number].isnan().any():
+                self._storage.check_numbers()
                 raise NumericsError(
                     "the model's attention is NaN: use dtype float32 or bfloat16, and check its weights"
                 )
