@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import platform
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -183,6 +185,21 @@ def _machine() -> str:
     except OSError:
         name = platform.node()
     return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+@contextmanager
+def replaced_lines(file: Path) -> Iterator[IO[str]]:
+    """Gzipped text that takes the place of a file as a whole, see `replacing`.
+
+    Args:
+        file: File to write; its folder is made.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as new, gzip.open(new, "wt", encoding="utf-8") as lines:
+        yield lines
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -119,9 +119,23 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     with torch.device("meta"):  # one copy of the weights is enough
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(packed.state_dict(), assign=True)
+    put_in_place(plain, tokenizer, folder)
+
+
+def put_in_place(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a model and its tokenizer, with checksums.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        folder: Made, or replaced as a whole.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     with making(folder) as temporary:
         made = temporary / "model"
-        _write(plain, tokenizer, made)
+        _write(model, tokenizer, made)
         checksums = {file.name: sha256(file) for file in sorted(made.iterdir())}
         (made / _MANIFEST).write_text(json.dumps(checksums, indent=1), encoding="utf-8")
         if folder.exists():

@@ -7,6 +7,7 @@ share it. SQLite keeps the index whole when a process dies at any moment, and le
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -107,14 +108,9 @@ class StoreIndex:
             if file is None:
                 self._connection = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
             else:
-                mode = "rwc" if writes else "ro"
-                self._connection = sqlite3.connect(
-                    f"{file.absolute().as_uri()}?mode={mode}",
-                    uri=True,
-                    timeout=_WAITS,
-                    check_same_thread=False,
-                    isolation_level=None,
-                )
+                self._connection = _connected(file, "mode=rwc" if writes else "mode=ro")
+                if not writes:
+                    self._connection = _readable(file, self._connection)
             try:
                 self._check_tables()
                 if writes:
@@ -435,6 +431,27 @@ class StoreIndex:
         """Closes the database."""
         with self._lock:
             self._connection.close()
+
+
+def _connected(file: Path, options: str) -> sqlite3.Connection:
+    place = f"{file.absolute().as_uri()}?{options}"
+    return sqlite3.connect(place, uri=True, timeout=_WAITS, check_same_thread=False, isolation_level=None)
+
+
+def _readable(file: Path, connection: sqlite3.Connection) -> sqlite3.Connection:
+    """A connection that reads also on a disk that cannot be written, where there can be no writer either.
+
+    SQLite makes files beside the database, for its writer to see, unless it is told that nobody can change it.
+    """
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master").fetchall()
+        return connection
+    except sqlite3.OperationalError:
+        written = file.with_name(f"{file.name}-wal")
+        if os.access(file.parent, os.W_OK) or (written.exists() and written.stat().st_size):
+            raise
+    connection.close()
+    return _connected(file, "mode=ro&immutable=1")
 
 
 def _parts(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -72,7 +72,11 @@ class Storage:
 
     def _open_folder(self, folder: Path, about: Mapping[str, str] | None) -> StoreIndex:
         file = folder / INDEX
-        if (about is None or not self.writes) and not file.is_file():
+        try:
+            is_there = file.is_file()
+        except OSError as error:  # a folder that may not be entered
+            raise StoreError(f"the store in {folder} cannot be read: {error.strerror}; allow it") from error
+        if (about is None or not self.writes) and not is_there:
             raise StoreError(
                 f"there is no store in {folder}: `finch-rag index`, or open_store without read_only, makes one"
             )
