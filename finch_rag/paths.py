@@ -60,9 +60,10 @@ def making(place: Path) -> Iterator[Path]:
             lock = _locked(new)
         except BlockingIOError:  # another process takes it for left over just now
             continue
-        if lock is None or _is_at(lock, new):
+        if new.is_dir() if lock is None else _is_at(lock, new):
             break
-        os.close(lock)  # it has just been removed
+        if lock is not None:  # it has just been removed
+            os.close(lock)
     try:
         yield new
     finally:
