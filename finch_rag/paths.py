@@ -25,6 +25,7 @@ if sys.platform != "win32":
     import fcntl
 
 _FOREIGN_AGE = 24 * 3600.0  # seconds after which what another machine was making is taken for left over
+_SHOWN = 50  # characters of a place's name: names have 255 bytes at most
 _MAKING = re.compile(r"\..+\.([0-9a-f]{8})\.\d+\.[0-9a-f]{8}", re.DOTALL)  # see `making`
 # What earlier releases, and safetensors in a folder of finch-rag's own, left where they were killed.
 _EARLIER = re.compile(r"\..+\.\d+\.[0-9a-f]{8}|\.tmp\w{6}|tmp\w{8}", re.DOTALL)
@@ -54,7 +55,8 @@ def making(place: Path) -> Iterator[Path]:
     """
     remove_leftovers(place.parent)
     while True:
-        new = place.with_name(f".{place.name}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}")
+        own = f"{_machine()}.{os.getpid()}.{secrets.token_hex(4)}"
+        new = place.with_name(f".{place.name[:_SHOWN]}.{own}")
         new.mkdir()
         try:
             lock = _locked(new)
@@ -124,11 +126,11 @@ def remove_leftovers(folder: Path) -> None:
     own = folder.is_relative_to(cache_folder(""))
     found: list[tuple[Path, bool]] = []  # and whether it was made on this machine, since it was started
     with suppress(OSError):
-        for name in os.listdir(folder):
-            if match := _MAKING.fullmatch(name):
-                found.append((folder / name, match[1] == _machine()))
-            elif own and _EARLIER.fullmatch(name):
-                found.append((folder / name, False))
+        for path in folder.iterdir():
+            if match := _MAKING.fullmatch(path.name):
+                found.append((path, match[1] == _machine()))
+            elif own and _EARLIER.fullmatch(path.name):
+                found.append((path, False))
     for left, is_ours in found:
         with suppress(OSError):
             is_old = time.time() - left.lstat().st_mtime > _FOREIGN_AGE

@@ -249,7 +249,8 @@ def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | Non
     found, needed = cache.shapes, runtime.rotation.shapes
     if found and found != needed:
         raise InputError(
-            f"the cache has {_in_words(found)}, and {runtime.name} needs {_in_words(needed)}: compress the passages again"
+            f"the cache has {_in_words(found)}, and {runtime.name} needs {_in_words(needed)}: compress the passages "
+            "again"
         )
     asked = cache.document.question if question is None else question
     prompt = runtime.prompts.build(asked, [])

@@ -118,7 +118,7 @@ def faulty(folder: Path, nth: int, code: int = errno.ENOSPC) -> Iterator[Faults]
 
     def fsync(handle: Any) -> None:
         number = handle if isinstance(handle, int) else handle.fileno()
-        path = handles.get(number) or os.readlink(f"/proc/self/fd/{number}")
+        path = handles.get(number) or Path(f"/proc/self/fd/{number}").readlink()
         if faults.counts(path):
             faults.change("fsync", path)
         os_fsync(handle)

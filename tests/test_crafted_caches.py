@@ -121,8 +121,11 @@ def crafted() -> Iterator[tuple[str, Change]]:
     yield "keys of another width", set_tensor("keys.1", lambda tensor: tensor[..., :-1])
     yield "no layer", lambda content: [content.tensors.pop(name) for name in list(content.tensors) if name != "kept"]
     yield "a layer more", lambda content: content.tensors.update({"keys.7": content.tensors["keys.0"].clone()})
-    yield "a layer by another name", lambda content: content.tensors.update(
-        {"keys.01": content.tensors.pop("keys.1"), "values.01": content.tensors.pop("values.1")}
+    yield (
+        "a layer by another name",
+        lambda content: content.tensors.update(
+            {"keys.01": content.tensors.pop("keys.1"), "values.01": content.tensors.pop("values.1")}
+        ),
     )
     yield "a foreign tensor", lambda content: content.tensors.update({"weight": torch.ones(3)})
     for dtype in (torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn):
@@ -157,8 +160,11 @@ def crafted() -> Iterator[tuple[str, Change]]:
     for name in ("passage_ids", "titles", "passage_tokens", "shares", "figures"):
         yield f"no {name}", document(lambda fields, name=name: fields.pop(name))  # type: ignore[misc]
         yield f"{name} text", field(name, "text")
-        yield f"{name} shorter", document(
-            lambda fields, name=name: fields.update({name: list(fields[name])[1:]})  # type: ignore[misc]
+        yield (
+            f"{name} shorter",
+            document(
+                lambda fields, name=name: fields.update({name: list(fields[name])[1:]})  # type: ignore[misc]
+            ),
         )
     for value in (-1, 1.5, "3", None, True, 2**40, [3]):
         yield f"passage_tokens {value!r}", first_of("passage_tokens", value)
@@ -194,8 +200,9 @@ def crafted() -> Iterator[tuple[str, Change]]:
     yield "sentence of all tokens", sentence(first=0, stop=2**40)
     yield "sentence with text that is none", sentence(text=5)
     yield "sentence with a field more", sentence(colour=1)
-    yield "sentence that is not kept", document(
-        lambda fields: fields["sentences"][0].update(first=0, stop=sum(fields["passage_tokens"]))
+    yield (
+        "sentence that is not kept",
+        document(lambda fields: fields["sentences"][0].update(first=0, stop=sum(fields["passage_tokens"]))),
     )
 
 

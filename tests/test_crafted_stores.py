@@ -127,14 +127,20 @@ def harms() -> Iterator[tuple[str, Harm]]:
     yield "an empty file", in_file(lambda content: b"")
     yield "a text", in_file(lambda content: b"no segment" * 99)
     for tenth in (1, 5, 9):
-        yield f"cut at {tenth}/10", in_file(
-            lambda content, tenth=tenth: content[: len(content) * tenth // 10]  # type: ignore[misc]
+        yield (
+            f"cut at {tenth}/10",
+            in_file(
+                lambda content, tenth=tenth: content[: len(content) * tenth // 10]  # type: ignore[misc]
+            ),
         )
     yield "a file that is gone", lambda folder: (folder / "keys-00000002.safetensors").unlink()
-    yield "a folder in place of a file", lambda folder: [
-        (folder / "keys-00000002.safetensors").unlink(),
-        (folder / "keys-00000002.safetensors").mkdir(),
-    ]
+    yield (
+        "a folder in place of a file",
+        lambda folder: [
+            (folder / "keys-00000002.safetensors").unlink(),
+            (folder / "keys-00000002.safetensors").mkdir(),
+        ],
+    )
     for column, value in (
         ("tokens", "'many'"),
         ("tokens", "-1"),
@@ -306,4 +312,3 @@ def test_nan_is_told_by_its_segment_where_the_model_is_whole(finch: Finch, copy:
         pytest.raises(StoreError, match=r"segment 2 .* holds NaN or infinity: `verify\(repair=True\)`"),
     ):
         opened_store.search(QUESTION)
-

@@ -108,7 +108,15 @@ def test_where_folders_cannot_be_locked_what_is_new_stays(tmp_path: Path, monkey
 
 def test_other_files_stay(tmp_path: Path, private_cache: Path) -> None:
     a_month_ago = time.time() - 30 * 24 * 3600
-    kept = [".bashrc", ".config.1.2", "notes.0badcafe.17.0123abcd", ".tmpAbCdEf", "tmpabcd1234", ".x.17.0123abcd", "file"]
+    kept = [
+        ".bashrc",
+        ".config.1.2",
+        "notes.0badcafe.17.0123abcd",
+        ".tmpAbCdEf",
+        "tmpabcd1234",
+        ".x.17.0123abcd",
+        "file",
+    ]
     for name in kept:
         (tmp_path / name).write_text("x")
         os.utime(tmp_path / name, (a_month_ago, a_month_ago))

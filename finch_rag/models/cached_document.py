@@ -178,17 +178,17 @@ _amount = number(lambda value: value >= 0, "the least is 0")
 _FIGURES = _record(
     ReadingFigures,
     {
-        **{name: text for name in ("model", "strategy", "selection")},
+        **dict.fromkeys(("model", "strategy", "selection"), text),
         "reread": truth,
         "heads": list_of(_head, "heads"),
-        **{name: _count for name in ("budget", "chunk_size", "chunk_size_planned", "chunks", "scanned_layers")},
-        **{name: _count for name in ("rounds", "known_tokens", "stored_tokens", "searched_tokens")},
-        **{name: _amount for name in ("prefill_seconds", "store_seconds", "search_seconds")},
+        **dict.fromkeys(("budget", "chunk_size", "chunk_size_planned", "chunks", "scanned_layers"), _count),
+        **dict.fromkeys(("rounds", "known_tokens", "stored_tokens", "searched_tokens"), _count),
+        **dict.fromkeys(("prefill_seconds", "store_seconds", "search_seconds"), _amount),
     },
 )
 _SENTENCE = _record(
     CachedSentence,
-    {**{name: _count for name in ("passage", "start", "end", "first", "stop")}, "text": text},
+    {**dict.fromkeys(("passage", "start", "end", "first", "stop"), _count), "text": text},
     _check_sentence,
 )
 _DOCUMENT = _record(

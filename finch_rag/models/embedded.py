@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from ..errors import MissingExtraError, ModelError, first_line
 from ..jsonl import read_object
-from ..paths import cache_folder, making, told_where
+from ..paths import cache_folder, making
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,12 +58,17 @@ def embedded_folder() -> Path:
     folder = cache_folder("models") / f"{EMBEDDED_NAME.lower()}-{release}"
     if is_intact(folder):
         return folder
-    with told_where("the embedded model, 270 MB,", folder.parent, ModelError, "set XDG_CACHE_HOME to another folder"):
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{folder.name}.lock"):
             if not is_intact(folder):  # another process may have made it meanwhile
                 _log.warning("converting the embedded model; this happens once, the result is kept in %s", folder)
                 convert_gguf(gguf, folder)
+    except OSError as error:
+        raise ModelError(
+            f"the embedded model cannot be converted into {folder.parent}: {error.strerror or first_line(error)} (it "
+            "takes 300 MB; free space there, or set XDG_CACHE_HOME to a folder that can be written)"
+        ) from error
     return folder
 
 
@@ -169,7 +174,7 @@ def is_intact(folder: Path) -> bool:
         checksums = read_object(folder / _MANIFEST)
         return all(
             Path(name).name == name and (folder / name).is_file() and sha256(folder / name) == checksum
-            for name, checksum in ({name: None for name in _NEEDED} | checksums).items()
+            for name, checksum in (dict.fromkeys(_NEEDED) | checksums).items()
         )
     except (OSError, ValueError, TypeError):
         return False

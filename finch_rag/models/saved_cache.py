@@ -155,7 +155,7 @@ def _check_kept(kept: torch.Tensor, document: CachedDocument) -> None:
     """Document positions: each once, and those of a passage in their order. The best passage may stand last."""
     lengths = torch.tensor(document.passage_tokens, dtype=torch.long)
     total = int(lengths.sum())
-    if kept.numel() and not (0 <= int(kept.min()) and int(kept.max()) < total):
+    if kept.numel() and not (int(kept.min()) >= 0 and int(kept.max()) < total):
         raise _DamagedError(f"it keeps the tokens {int(kept.min())} to {int(kept.max())} of a document of {total}")
     passage_of = torch.bucketize(kept, lengths.cumsum(0), right=True)
     backwards = (kept.diff() <= 0) & (passage_of.diff() == 0)

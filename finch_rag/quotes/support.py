@@ -193,7 +193,11 @@ def _known(name: str) -> tuple[float, ...] | None:
             stored = read_object(file)
             if stored["format"] == _FORMAT:
                 weights = stored["weights"]
-                if isinstance(weights, list) and len(weights) == len(Signs(0, 0).row()) and all(map(is_number, weights)):
+                if (
+                    isinstance(weights, list)
+                    and len(weights) == len(Signs(0, 0).row())
+                    and all(map(is_number, weights))
+                ):
                     return tuple(map(float, weights))
                 _log.warning("%s holds no weights; it is made again", file)
         except (FileNotFoundError, NotADirectoryError):

@@ -244,7 +244,9 @@ class StoreIndex:
             for known, segment in self._rows(f"SELECT r.hash, r.segment {_WITH_SEGMENTS} WHERE {_SOUND_READING}")
         }
         found: dict[int, str] = {}
-        for number, known, *columns in self._rows("SELECT number, hash, id, own_id, title, text, metadata FROM passages"):
+        for number, known, *columns in self._rows(
+            "SELECT number, hash, id, own_id, title, text, metadata FROM passages"
+        ):
             try:
                 _passage(*columns)
                 is_damaged = known not in where or where[known] in bad
@@ -464,7 +466,9 @@ def _passage(own: object, is_own: object, title: object, text: object, metadata:
     if isinstance(metadata, str):
         with suppress(ValueError):
             known = parsed(metadata)
-    if not (isinstance(own, str) and isinstance(text, str) and isinstance(title, str | None) and isinstance(known, dict)):
+    if not (
+        isinstance(own, str) and isinstance(text, str) and isinstance(title, str | None) and isinstance(known, dict)
+    ):
         raise StoreError(f"the passage {str(own)[:60]!r} is damaged; `verify(repair=True)` removes what is damaged")
     return Passage(text, own if is_own else None, title, known)
 

@@ -19,7 +19,10 @@ from ..errors import StoreError, first_line
 from ..models.checksums import checksum, is_finite
 from ..paths import remove_leftovers, replacing, sync, told_where
 
-_LEFT_BY_EARLIER = (".keys-*.part", ".tmp??????")  # releases, and safetensors, killed in a folder of which we are the writer
+_LEFT_BY_EARLIER = (
+    ".keys-*.part",
+    ".tmp??????",
+)  # releases, and safetensors, killed in a folder of which we are the writer
 
 
 class Keys(NamedTuple):
@@ -45,7 +48,9 @@ class Keys(NamedTuple):
     @property
     def is_finite(self) -> bool:
         """Whether all of its numbers are."""
-        return all(is_finite(part) for part in (self.keys, self.scales) if part is not None and part.is_floating_point())
+        return all(
+            is_finite(part) for part in (self.keys, self.scales) if part is not None and part.is_floating_point()
+        )
 
     @property
     def is_sound(self) -> bool:
@@ -159,7 +164,8 @@ class FileSegments:
                 return Keys(keys, file.get_tensor("scales") if "scales" in names else None)
         except (OSError, SafetensorError, ValueError) as error:
             raise StoreError(
-                f"{self._file(number)} cannot be read: {first_line(error)}; `verify(repair=True)` removes what is damaged"
+                f"{self._file(number)} cannot be read: {first_line(error)}; `verify(repair=True)` removes what is "
+                "damaged"
             ) from error
 
     def delete(self, number: int) -> None:

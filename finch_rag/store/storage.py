@@ -270,7 +270,7 @@ class Storage:
         self._layout = self._layout or self._usual_layout()
         bad = {segment.number for segment in self.index.segments() if not self._is_whole(segment)}
         damaged = self.index.damaged(bad)
-        if repair:
+        if repair and (self.writes or bad or damaged):
             self.check_writes()
             self.index.remove_damaged(damaged, bad)
             for number in bad:
