@@ -17,6 +17,8 @@ is a ``ValueError`` too.
 
 from __future__ import annotations
 
+_MOST_SHOWN = 300  # characters of another library's message
+
 
 class FinchError(RuntimeError):
     """Base class: one clear line that says what is wrong and what to do about it."""
@@ -66,3 +68,14 @@ class MissingExtraError(FinchError, ImportError):
             extra: Name of the extra of finch-rag that installs it.
         """
         return cls(f"{package} is not installed; install it with: pip install 'finch-rag[{extra}]'")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, as much of it as fits into a line of ours; its class where it has none.
+
+    Args:
+        error: Of another library.
+    """
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line if len(line) <= _MOST_SHOWN else f"{line[:_MOST_SHOWN]}..."

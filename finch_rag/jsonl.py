@@ -1,12 +1,67 @@
-"""JSON lines: an object a line."""
+"""JSON that others may have written, and JSON lines: an object a line."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
 from .errors import FinchError
+
+_MOST_BYTES = 2**20  # of a file of settings or figures
+
+
+def parsed(text: str) -> Any:
+    """What a JSON text says.
+
+    Args:
+        text: From anywhere.
+
+    Raises:
+        ValueError: If it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"it is nested too deeply: {error}") from error
+
+
+def read_object(file: Path | Traversable) -> dict[str, Any]:
+    """What a small JSON file says.
+
+    Args:
+        file: From anywhere.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is longer than a MiB, no text, not JSON, or nested too deeply.
+        TypeError: If it is JSON, and no object.
+    """
+    if isinstance(file, Path) and file.exists() and not file.is_file():  # opening a pipe would wait for ever
+        raise OSError(f"{file} is no file")
+    with file.open("rb") as content:
+        found = content.read(_MOST_BYTES + 1)
+    if len(found) > _MOST_BYTES:
+        raise ValueError(f"it is longer than {_MOST_BYTES:,} bytes")
+    fields = parsed(found.decode("utf-8"))
+    if not isinstance(fields, dict):
+        raise TypeError(f"it is a JSON {type(fields).__name__}, and no object")
+    return fields
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a finite number that a float can hold.
+
+    Args:
+        value: Any.
+    """
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
 
 
 def json_objects(name: str, text: str, error: type[FinchError], cure: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
@@ -26,7 +81,7 @@ def json_objects(name: str, text: str, error: type[FinchError], cure: str = "") 
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = parsed(line)
             json.dumps(fields, ensure_ascii=False).encode()  # "\ud800" is JSON, and no text
         except (ValueError, RecursionError) as reason:
             raise error(f"{name}, line {number} is not JSON: {reason}{ending}") from reason
@@ -44,7 +99,8 @@ def complete_objects(text: str) -> Iterator[dict[str, Any]]:
     """
     for line in text.split("\n"):  # JSON leaves U+2028 as it is, which splitlines takes for an end
         try:
-            fields = json.loads(line)
+            fields = parsed(line)
         except ValueError:
             continue
-        yield fields
+        if isinstance(fields, dict):
+            yield fields

@@ -248,6 +248,12 @@ def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | Non
             f"the cache holds {keys.dtype} and {runtime.name} is loaded in {runtime.model.dtype}: load the model with "
             "that dtype, or compress the passages again"
         )
+    found, needed = cache.shapes, runtime.rotation.shapes
+    if found and found != needed:
+        raise InputError(
+            f"the cache has {_in_words(found)}, and {runtime.name} needs {_in_words(needed)}: compress the passages "
+            "again"
+        )
     asked = cache.document.question if question is None else question
     prompt = runtime.prompts.build(asked, [])
     fixed = FixedTokens(
@@ -270,6 +276,11 @@ def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | Non
         support=settings.support or settings.min_support is not None,
         min_support=settings.min_support,
     )
+
+
+def _in_words(shapes: Sequence[tuple[int, int, int]]) -> str:
+    kinds = " or ".join(f"{heads} heads of {keys} and {values}" for heads, keys, values in dict.fromkeys(shapes))
+    return f"{len(shapes)} layers of {kinds}"
 
 
 def _check_strategy(reading: ReadingSettings, asks_store: bool) -> None:

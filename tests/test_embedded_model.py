@@ -17,25 +17,51 @@ from finch_rag.models import embedded as module
 from finch_rag.models.embedded import embedded_folder
 from finch_rag.models.loading import load_model
 
+from .crafted import DEEP
 from .small import CONVERTS
 
 
+def conversion(folder: Path) -> Path:
+    """A folder that looks like a conversion."""
+    folder.mkdir(exist_ok=True)
+    for name in module._NEEDED:
+        (folder / name).write_bytes(b"abc")
+    checksums = {name: module.sha256(folder / name) for name in module._NEEDED}
+    (folder / "finch-manifest.json").write_text(json.dumps(checksums))
+    return folder
+
+
 def test_a_folder_is_intact_only_while_every_file_is_as_it_was_written(tmp_path: Path) -> None:
-    (tmp_path / "weights").write_bytes(b"abc")
-    assert not module.is_intact(tmp_path)
-    (tmp_path / "finch-manifest.json").write_text(json.dumps({"weights": module.sha256(tmp_path / "weights")}))
-    assert module.is_intact(tmp_path)
-    (tmp_path / "weights").write_bytes(b"abd")
-    assert not module.is_intact(tmp_path)
-    (tmp_path / "weights").unlink()
-    assert not module.is_intact(tmp_path)
+    folder = conversion(tmp_path / "model")
+    assert module.is_intact(folder)
+    for name in module._NEEDED:
+        (folder / name).write_bytes(b"abd")
+        assert not module.is_intact(folder)
+        (folder / name).unlink()
+        assert not module.is_intact(folder)
+        conversion(folder)
+    (folder / "finch-manifest.json").unlink()
+    assert not module.is_intact(folder)
     assert not module.is_intact(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("manifest", ["", "[]", "7", "{"])
+MANIFESTS = ["", "[]", "7", "{", "{}", "null", DEEP, '{"config.json": ' + DEEP + "}", "{" + " " * 2**21 + "}"]
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda manifest: manifest[:9])
 def test_a_damaged_manifest_is_not_intact(tmp_path: Path, manifest: str) -> None:
-    (tmp_path / "finch-manifest.json").write_text(manifest)
+    (conversion(tmp_path) / "finch-manifest.json").write_text(manifest)
     assert not module.is_intact(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../weights", "/dev/zero", "folder", "\0", "x" * 5000])
+def test_a_manifest_that_names_other_files_is_not_intact(tmp_path: Path, name: str) -> None:
+    file = conversion(tmp_path / "model") / "finch-manifest.json"
+    (tmp_path / "model" / "folder").mkdir()
+    (tmp_path / "weights").write_bytes(b"abc")
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({**known, name: known["config.json"]}))
+    assert not module.is_intact(tmp_path / "model")
 
 
 def test_a_transformers_that_misreads_the_tokenizer_converts_nothing(

@@ -47,6 +47,12 @@ def test_text_that_does_not_fit_leaves_the_old_file(tmp_path: Path, size: int) -
     assert names(tmp_path) == ["heads.json"]
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "\N{CYRILLIC SMALL LETTER ZHE}" * 127])
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path, name: str) -> None:
+    write_atomically(tmp_path / name, "text")
+    assert names(tmp_path) == [name]
+
+
 def test_a_block_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     def fail() -> None:
         with replacing(tmp_path / "file") as new:
@@ -76,7 +82,7 @@ def test_a_cache_in_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> No
 
 
 def test_an_index_that_does_not_fit_is_not_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file, embeddings = tmp_path / "index", np.ones((64, 384), dtype=np.float32)
+    file, embeddings = tmp_path / "index", np.eye(64, 384, dtype=np.float32)
     with full_after(4096):
         _save(file, embeddings)
     assert "it will be built again next time" in caplog.text
@@ -93,7 +99,7 @@ def test_cases_that_do_not_fit_leave_the_old_ones(tmp_path: Path) -> None:
 
     file = tmp_path / "cases.jsonl.gz"
     write_cases(cases("old", 1), file)
-    with full_after(1024), pytest.raises(OSError, match="File too large"):
+    with full_after(1024), pytest.raises(InputError, match=r"the cases cannot be written to .*: File too large"):
         write_cases(cases("new", 400), file)
     assert [case.question.question for case in read_cases(file)] == ["old"]
     assert names(tmp_path) == ["cases.jsonl.gz"]

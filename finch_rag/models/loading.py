@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from ..errors import ModelError
+from ..errors import ModelError, first_line
 from ..paths import cache_folder
 from .embedded import EMBEDDED, EMBEDDED_NAME, embedded_folder, require_gguf, unpacked_gguf
 from .parallel import is_spread
@@ -120,7 +120,7 @@ def load_model(
         if "device_map" not in extra and not any(map(is_spread, loaded.parameters())):
             torch.nn.Module.to(loaded, device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot put {name} on the device {str(device)!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot put {name} on the device {str(device)!r}: {first_line(error)}") from error
     return LoadedModel(loaded.eval(), loaded_tokenizer, name)
 
 
@@ -164,12 +164,7 @@ def _weights(name: str, source: str, config: Any, options: Mapping[str, Any]) ->
 
 
 def _cannot_load(name: str, error: Exception, hint: str) -> ModelError:
-    return ModelError(f"cannot load the model {name!r}: {_first_line(error)} ({hint})")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return ModelError(f"cannot load the model {name!r}: {first_line(error)} ({hint})")
 
 
 def _auto_class(config: Any) -> Any:

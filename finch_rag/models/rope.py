@@ -39,11 +39,13 @@ class KeyRotation:
         inv_freq: Radians per position of each pair of elements, float32, shape [pairs].
         interleaved: Pairs are neighbours (GPT-J, GLM, Cohere) instead of the two halves (Llama, Qwen, Mistral).
         rotates: Whether each layer rotates at all; some models have layers without positions.
+        shapes: KV heads of each layer, with the head_dim of its keys and that of its values.
     """
 
     inv_freq: torch.Tensor
     interleaved: bool
     rotates: tuple[bool, ...]
+    shapes: tuple[tuple[int, int, int], ...] = ()
 
     def on(self, device: torch.device) -> KeyRotation:
         """The same with its frequencies on a device, so that re-rotation there copies nothing.
@@ -114,7 +116,7 @@ class KeyRotation:
         distance = min(_PROBE_DISTANCE, window - 1)
         old, new = torch.tensor([0]), torch.tensor([distance])
         try:
-            at_old, at_new = _probe_keys(model, distance)
+            at_old, at_new, shapes = _probe_keys(model, distance)
         except Exception as error:  # a cache of its own, layers without keys: whatever a model trips over
             raise ModelError(f"{name} does not run on a plain key/value cache: use Llama or Qwen") from error
         if len({keys.shape for keys in at_old}) != 1 or at_old[0].shape[-1] < 2 * inv_freq.shape[0]:
@@ -129,14 +131,19 @@ class KeyRotation:
                 elif _close(before, after):
                     rotates.append(False)
             if len(rotates) == len(at_old) and any(rotates):
-                return cls(inv_freq, interleaved, tuple(rotates))
+                return cls(inv_freq, interleaved, tuple(rotates), shapes)
         raise ModelError(
             f"{name} rotates its keys in a way that Finch does not know: use Llama, Mistral, Qwen2 or Qwen3"
         )
 
 
-def _probe_keys(model: PreTrainedModel, distance: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """One token's key in every layer at position 0 and at ``distance``, each float32 [kv_heads, 1, head_dim]."""
+def _probe_keys(
+    model: PreTrainedModel, distance: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor], tuple[tuple[int, int, int], ...]]:
+    """One token's key in every layer at position 0 and at ``distance``, each float32 [kv_heads, 1, head_dim].
+
+    And the shapes of what each layer caches, see `KeyRotation`.
+    """
     cache = DynamicCache()
     device = input_embedding(model).device
     with torch.inference_mode():
@@ -148,7 +155,8 @@ def _probe_keys(model: PreTrainedModel, distance: int) -> tuple[list[torch.Tenso
         )
     layers: list[Any] = list(cache.layers)
     keys = [layer.keys.float().cpu() for layer in layers]  # each [2, kv_heads, 1, head_dim]
-    return [k[0] for k in keys], [k[1] for k in keys]
+    shapes = tuple((layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1]) for layer in layers)
+    return [k[0] for k in keys], [k[1] for k in keys], shapes
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

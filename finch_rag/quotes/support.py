@@ -24,8 +24,9 @@ import torch
 
 from ..answer import Answer
 from ..answering import Begun, Written
-from ..errors import DeviceMemoryError, ModelError, WindowError
+from ..errors import DeviceMemoryError, ModelError, WindowError, first_line
 from ..heads.examples import HeadExample, make_examples
+from ..jsonl import is_number, read_object
 from ..models.cache import CompressedCache
 from ..models.fingerprint import fingerprint
 from ..models.forward import memory_guard, on_device
@@ -189,15 +190,20 @@ def _known(name: str) -> tuple[float, ...] | None:
     """Weights that the user has stored, or that are shipped with the package."""
     for file in (cache_folder("support") / name, resources.files(__package__) / "shipped" / name):
         try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
+            stored = read_object(file)
             if stored["format"] == _FORMAT:
-                weights = tuple(map(float, stored["weights"]))
-                if len(weights) == len(Signs(0, 0).row()) and all(map(math.isfinite, weights)):
-                    return weights
+                weights = stored["weights"]
+                if (
+                    isinstance(weights, list)
+                    and len(weights) == len(Signs(0, 0).row())
+                    and all(map(is_number, weights))
+                ):
+                    return tuple(map(float, weights))
+                _log.warning("%s holds no weights; it is made again", file)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("%s cannot be read (%s); it is made again", file, error)
+            _log.warning("%s cannot be read (%s); it is made again", file, first_line(error))
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import FinchError, InputError, MissingExtraError
 from ..models.embedded import EMBEDDED
+from ..paths import remove_leftovers, replacing, told_where
 from ..request import Progress
 from .asking import AskBatch
 
@@ -176,7 +176,8 @@ class _Parts:
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self._folder, self._about = folder, json.dumps(about, sort_keys=True)
-        for left in folder.glob(".part-*.parquet"):  # of a call that was ended
+        remove_leftovers(folder)
+        for left in folder.glob(".part-*.parquet"):  # of a call of an earlier release that was ended
             left.unlink()
         self._files = sorted(file for file in folder.iterdir() if _PART.fullmatch(file.name))
         numbers = [int(found[1]) for file in self._files if (found := _PART.fullmatch(file.name))]
@@ -213,32 +214,34 @@ class _Parts:
 
         Args:
             table: Its rows.
+
+        Raises:
+            InputError: If it cannot be written.
         """
         from pyarrow import parquet
 
         told = {**(table.schema.metadata or {}), _ABOUT: self._about.encode()}
         name = f"part-{self._next:06d}.parquet"
-        hidden = self._folder / f".{name}"
-        parquet.write_table(table.replace_schema_metadata(told), hidden)
-        with hidden.open("rb+") as written:
-            os.fsync(written.fileno())
-        hidden.replace(self._folder / name)
+        what = f"{table.num_rows} answers, {table.nbytes} bytes,"
+        cure = "call again with the folder elsewhere; what is answered there is not asked again"
+        with told_where(what, self._folder, InputError, cure), replacing(self._folder / name) as new:
+            parquet.write_table(table.replace_schema_metadata(told), new)
         self._next += 1
 
 
 @contextmanager
 def _writing(folder: Path, about: Mapping[str, Any]) -> Iterator[_Parts]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the folder {folder} cannot be made: {error.strerror}; pass another output") from error
     lock = FileLock(folder / ".lock")
+    with told_where("the answers", folder, InputError, "pass another output"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"another call writes to {folder}: wait for it, or pass another output") from None
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"another call writes to {folder}: wait for it, or pass another output") from None
-    try:
-        yield _Parts(folder, about)
+        with told_where("the answers", folder, InputError, "pass another output"):
+            parts = _Parts(folder, about)
+        yield parts
     finally:
         lock.release()
 

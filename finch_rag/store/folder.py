@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from ..errors import StoreError
 from .figures import StoreInfo
 from .storage import Storage
+
+_HEADS = re.compile(r"(\d{1,6}\.\d{1,6} ?)*", re.ASCII)
 
 
 class StoreFolder:
@@ -27,10 +31,13 @@ class StoreFolder:
         """What it holds; ``max_bytes`` is not known without the engine that set it."""
         index = self._storage.index
         about, segments = index.about(), index.segments()
+        written = about.get("heads", "")
+        if not _HEADS.fullmatch(written):
+            raise StoreError(f"the store in {self.path} is damaged, its heads are {written[:40]!r}: index anew")
         tokens = sum(reading.tokens for reading in index.readings())
         stored = sum(segment.tokens for segment in segments)
         per_token = round(sum(segment.bytes for segment in segments) / stored) if stored else 0
-        pairs = (pair.split(".") for pair in about.get("heads", "").split())
+        pairs = (pair.split(".") for pair in written.split())
         return StoreInfo(
             path=str(self.path),
             passages=index.count(),

@@ -12,15 +12,17 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import StoreError
+from ..jsonl import parsed
 from ..prompts.passages import Passage
 
 _FORMAT = "finch-store-1"
 _MOST_VALUES = 500  # in a query; SQLite has a limit
+_MOST_SEGMENTS = 2**62
 _WAITS = 30.0  # seconds for another process's transaction
 
 _TABLES = """
@@ -38,6 +40,18 @@ CREATE TABLE IF NOT EXISTS passages (
 );
 CREATE INDEX IF NOT EXISTS by_hash ON passages (hash);
 """
+
+# SQLite keeps values of any type in a column: what a row must be, so that nothing else is computed with.
+_SOUND_SEGMENT = """(
+    s.number > 0 AND typeof(s.tokens) = 'integer' AND s.tokens > 0 AND typeof(s.bytes) = 'integer' AND s.bytes > 0
+    AND typeof(s.checksum) = 'text'
+)"""
+_SOUND_READING = f"""(
+    typeof(r.hash) = 'text' AND r.hash <> '' AND typeof(r.segment) = 'integer' AND typeof(r.start) = 'integer'
+    AND typeof(r.tokens) = 'integer' AND typeof(r.used) = 'real' AND r.start >= 0 AND r.tokens > 0
+    AND r.start <= s.tokens - r.tokens AND {_SOUND_SEGMENT}
+)"""
+_WITH_SEGMENTS = "FROM readings r LEFT JOIN segments s ON s.number = r.segment"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,27 +103,51 @@ class StoreIndex:
 
     def __init__(self, file: Path | None, about: Mapping[str, str] | None, *, writes: bool) -> None:
         self.file, self._lock, self._process = file, threading.RLock(), os.getpid()
+        self._is_sound = False
         try:
             if file is None:
                 self._connection = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
             else:
-                mode = "rwc" if writes else "ro"
-                self._connection = sqlite3.connect(
-                    f"{file.absolute().as_uri()}?mode={mode}",
-                    uri=True,
-                    timeout=_WAITS,
-                    check_same_thread=False,
-                    isolation_level=None,
-                )
-            if writes:
-                if file is not None:
-                    self._connection.execute("PRAGMA journal_mode=WAL")
-                    self._connection.execute("PRAGMA synchronous=FULL")
-                if about is not None:
-                    self._connection.executescript(_TABLES)
-            self._check(about, writes)
+                self._connection = _connected(file, "mode=rwc" if writes else "mode=ro")
+                if not writes:
+                    self._connection = _readable(file, self._connection)
+            try:
+                self._check_tables()
+                if writes:
+                    if file is not None:
+                        self._connection.execute("PRAGMA journal_mode=WAL")
+                        self._connection.execute("PRAGMA synchronous=FULL")
+                    if about is not None:
+                        self._connection.executescript(_TABLES)
+                self._check(about, writes)
+            except BaseException:
+                self._connection.close()
+                raise
         except sqlite3.Error as error:
-            raise StoreError(f"{file} cannot be opened as a store's index: {error}") from error
+            cure = "free space there" if writes else "open it where it can be written, or another folder"
+            raise StoreError(f"{file} cannot be opened as a store's index: {error}; {cure}") from error
+
+    def _check_tables(self) -> None:
+        """Raises a StoreError where the database has other tables, or anything that computes on its own."""
+        query = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name <> 'sqlite_sequence'"
+        with closing(sqlite3.connect(":memory:")) as empty:
+            empty.executescript(_TABLES)
+            expected = {name: sql.split() for name, sql in empty.execute(query)}
+        for name, sql in self._connection.execute(query):
+            if str(sql).split() != expected.get(name):
+                raise StoreError(f"{self.file} is no store's index, it has {name!r}: open another folder")
+
+    def check_rows(self) -> None:
+        """Raises a StoreError where what tells where head keys are cannot be; rows are looked at once."""
+        if not self._is_sound:
+            wrong = len(self._rows(f"SELECT 1 {_WITH_SEGMENTS} WHERE {_SOUND_READING} IS NOT TRUE"))
+            wrong += len(self._rows("SELECT 1 FROM passages WHERE hash NOT IN (SELECT hash FROM readings)"))
+            if wrong:
+                raise StoreError(
+                    f"{wrong} rows of the store's index {self.file} are damaged; `verify(repair=True)` removes what is "
+                    "damaged"
+                )
+            self._is_sound = True
 
     def about(self) -> dict[str, str]:
         """What all head keys in it depend on, by name, and the format of the index."""
@@ -144,12 +182,16 @@ class StoreIndex:
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._connection
+                    self._connection.execute("COMMIT")
                 except BaseException:
-                    self._connection.execute("ROLLBACK")
+                    if self._connection.in_transaction:  # SQLite ends it itself where the disk is full
+                        self._connection.execute("ROLLBACK")
                     raise
-                self._connection.execute("COMMIT")
             except sqlite3.Error as error:
-                raise StoreError(f"the store's index {self.file or 'in memory'} cannot be written: {error}") from error
+                raise StoreError(
+                    f"the store's index {self.file or 'in memory'} cannot be written: {error}; free space there, or "
+                    "set max_bytes"
+                ) from error
 
     def _rows(self, query: str, values: Sequence[object] = ()) -> list[tuple[object, ...]]:
         self._check_process()
@@ -172,7 +214,12 @@ class StoreIndex:
         return int(str(self._rows("PRAGMA data_version")[0][0]))
 
     def readings(self) -> list[Reading]:
-        """All readings, segment by segment, in their order there."""
+        """All readings, segment by segment, in their order there.
+
+        Raises:
+            StoreError: If rows are damaged.
+        """
+        self.check_rows()
         rows = self._rows("SELECT hash, segment, start, tokens FROM readings ORDER BY segment, start")
         return [Reading(*row) for row in rows]  # type: ignore[arg-type]  # as the tables say
 
@@ -191,9 +238,57 @@ class StoreIndex:
         return found
 
     def segments(self) -> list[Segment]:
-        """All segments, by number."""
-        rows = self._rows("SELECT number, tokens, bytes, checksum FROM segments ORDER BY number")
+        """All segments, by number; those whose rows are damaged are none."""
+        rows = self._rows(
+            f"SELECT number, tokens, bytes, checksum FROM segments s WHERE {_SOUND_SEGMENT} ORDER BY number"
+        )
         return [Segment(*row) for row in rows]  # type: ignore[arg-type]
+
+    def damaged(self, segments: Iterable[int]) -> dict[int, str]:
+        """Passages that are damaged, or whose head keys are or are missing: their ids, by their numbers.
+
+        Args:
+            segments: Numbers of those that are damaged.
+        """
+        bad = set(segments)
+        where = {
+            known: int(str(segment))
+            for known, segment in self._rows(f"SELECT r.hash, r.segment {_WITH_SEGMENTS} WHERE {_SOUND_READING}")
+        }
+        found: dict[int, str] = {}
+        for number, known, *columns in self._rows(
+            "SELECT number, hash, id, own_id, title, text, metadata FROM passages"
+        ):
+            try:
+                _passage(*columns)
+                is_damaged = known not in where or where[known] in bad
+            except StoreError:
+                is_damaged = True
+            if is_damaged:
+                found[int(str(number))] = str(columns[0])
+        return found
+
+    def remove_damaged(self, passages: Iterable[int], segments: Iterable[int]) -> None:
+        """Removes passages, and readings that no other passage has, whose rows are damaged or segments are.
+
+        Args:
+            passages: Their numbers.
+            segments: Numbers of those that are damaged; they are forgotten.
+        """
+        with self.transaction() as connection:
+            connection.executemany("DELETE FROM passages WHERE number = ?", [(number,) for number in passages])
+            connection.execute(
+                "DELETE FROM readings WHERE rowid IN "
+                f"(SELECT r.rowid {_WITH_SEGMENTS} WHERE {_SOUND_READING} IS NOT TRUE)"
+            )
+            connection.executemany("DELETE FROM readings WHERE segment = ?", [(number,) for number in segments])
+            self._drop_unnamed(connection)
+            connection.executemany("DELETE FROM segments WHERE number = ?", [(number,) for number in segments])
+            connection.execute(f"DELETE FROM segments AS s WHERE {_SOUND_SEGMENT} IS NOT TRUE")
+
+    def segment_numbers(self) -> list[int]:
+        """The numbers of all segments, damaged rows included."""
+        return [int(str(number)) for (number,) in self._rows("SELECT number FROM segments")]
 
     def all_passages(self) -> list[Passage]:
         """All passages, in the order in which they were added."""
@@ -361,13 +456,38 @@ class StoreIndex:
 
     def next_segment(self) -> int:
         """A number for a new segment, greater than all before."""
-        rows = self._rows("SELECT seq FROM sqlite_sequence WHERE name = 'segments'")
-        return int(str(rows[0][0])) + 1 if rows else 1
+        rows = self._rows("SELECT MAX(seq) FROM sqlite_sequence WHERE name = 'segments' AND typeof(seq) = 'integer'")
+        rows += self._rows("SELECT MAX(number) FROM segments")
+        number = 1 + max((int(str(last)) for (last,) in rows if last is not None), default=0)
+        if not 0 < number < _MOST_SEGMENTS:
+            raise StoreError(f"the store's index {self.file} is damaged: its next segment would be {number}")
+        return number
 
     def close(self) -> None:
         """Closes the database."""
         with self._lock:
             self._connection.close()
+
+
+def _connected(file: Path, options: str) -> sqlite3.Connection:
+    place = f"{file.absolute().as_uri()}?{options}"
+    return sqlite3.connect(place, uri=True, timeout=_WAITS, check_same_thread=False, isolation_level=None)
+
+
+def _readable(file: Path, connection: sqlite3.Connection) -> sqlite3.Connection:
+    """A connection that reads also on a disk that cannot be written, where there can be no writer either.
+
+    SQLite makes files beside the database, for its writer to see, unless it is told that nobody can change it.
+    """
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master").fetchall()
+        return connection
+    except sqlite3.OperationalError:
+        written = file.with_name(f"{file.name}-wal")
+        if os.access(file.parent, os.W_OK) or (written.exists() and written.stat().st_size):
+            raise
+    connection.close()
+    return _connected(file, "mode=ro&immutable=1")
 
 
 def _parts(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
@@ -376,9 +496,15 @@ def _parts(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
 
 
 def _passage(own: object, is_own: object, title: object, text: object, metadata: object) -> Passage:
-    return Passage(
-        str(text), str(own) if is_own else None, None if title is None else str(title), json.loads(str(metadata))
-    )
+    known = None
+    if isinstance(metadata, str):
+        with suppress(ValueError):
+            known = parsed(metadata)
+    if not (
+        isinstance(own, str) and isinstance(text, str) and isinstance(title, str | None) and isinstance(known, dict)
+    ):
+        raise StoreError(f"the passage {str(own)[:60]!r} is damaged; `verify(repair=True)` removes what is damaged")
+    return Passage(text, own if is_own else None, title, known)
 
 
 def _as_json(passage: Passage) -> str:

@@ -50,6 +50,7 @@ class Search:
         Raises:
             InputError: If a question does not fit behind the longest passage, or the process was forked since.
             NumericsError: If the model computes NaN.
+            StoreError: If head keys cannot be read, or are NaN.
         """
         check_not_forked(self._reader.device)
         blocks = list(self._storage.blocks(self._reader.device).values())
@@ -108,6 +109,7 @@ class Search:
         for number, look in zip(looking, looks, strict=True):
             attention[number] = attention_on(look, asked[number][2])
             if attention[number].isnan().any():
+                self._storage.check_numbers()
                 raise NumericsError(
                     "the model's attention is NaN: use dtype float32 or bfloat16, and check its weights"
                 )

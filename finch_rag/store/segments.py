@@ -6,8 +6,6 @@ Files are mapped into memory: what a search does not touch is not read.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import StoreError
+from ..errors import StoreError, first_line
+from ..models.checksums import checksum, is_finite
+from ..paths import remove_leftovers, replacing, sync, told_where
+
+_LEFT_BY_EARLIER = (
+    ".keys-*.part",
+    ".tmp??????",
+)  # releases, and safetensors, killed in a folder of which we are the writer
 
 
 class Keys(NamedTuple):
@@ -39,6 +44,23 @@ class Keys(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the keys and their scales."""
         return self.keys.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of its numbers are."""
+        return all(
+            is_finite(part) for part in (self.keys, self.scales) if part is not None and part.is_floating_point()
+        )
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether its dtypes and shapes are those of head keys."""
+        if self.keys.dim() != 3:
+            return False
+        if self.scales is None:
+            return self.keys.dtype == torch.bfloat16
+        kinds = self.keys.dtype, self.scales.dtype
+        return kinds == (torch.int8, torch.float32) and self.scales.shape == self.keys.shape[:2]
 
 
 def joined(parts: Iterable[Keys]) -> Keys:
@@ -118,19 +140,16 @@ class FileSegments:
         tensors = {"keys": keys.keys.cpu().contiguous()}
         if keys.scales is not None:
             tensors["scales"] = keys.scales.cpu().contiguous()
-        file, temporary = self._file(number), self._folder / f".keys-{number:08}.part"
-        try:
-            save_file(tensors, str(temporary))
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            temporary.replace(file)
-            _sync_folder(self._folder)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise StoreError(
-                f"{file.name} cannot be written to {self._folder}: {error}; free space there, or set max_bytes"
-            ) from error
-        return _checksum(tensors)
+        file = self._file(number)
+        with told_where(f"{file.name}, {keys.nbytes} bytes,", self._folder, StoreError, "set max_bytes"):
+            try:
+                with replacing(file) as new:
+                    save_file(tensors, str(new))
+                sync(self._folder)  # what was moved stays moved after a power cut
+            except OSError:
+                self.delete(number)
+                raise
+        return checksum(tensors)
 
     def read(self, number: int) -> Keys:
         """See `Segments`.
@@ -145,7 +164,8 @@ class FileSegments:
                 return Keys(keys, file.get_tensor("scales") if "scales" in names else None)
         except (OSError, SafetensorError, ValueError) as error:
             raise StoreError(
-                f"{self._file(number)} cannot be read: {error}; `verify(repair=True)` removes what is damaged"
+                f"{self._file(number)} cannot be read: {first_line(error)}; `verify(repair=True)` removes what is "
+                "damaged"
             ) from error
 
     def delete(self, number: int) -> None:
@@ -157,29 +177,14 @@ class FileSegments:
         """See `Segments`."""
         found = self.read(number)
         tensors = {"keys": found.keys} if found.scales is None else {"keys": found.keys, "scales": found.scales}
-        return _checksum(tensors)
+        return checksum(tensors)
 
     def keep_only(self, numbers: Iterable[int]) -> None:
         """See `Segments`."""
         kept = {self._file(number) for number in numbers}
-        for file in (*self._folder.glob("keys-*.safetensors"), *self._folder.glob(".keys-*.part")):
-            if file not in kept:
-                file.unlink(missing_ok=True)
-
-
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """A file that was moved stays moved after a power cut."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        remove_leftovers(self._folder)
+        for pattern in ("keys-*.safetensors", *_LEFT_BY_EARLIER):
+            for file in self._folder.glob(pattern):
+                if file not in kept:
+                    with suppress(OSError):
+                        file.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ class Storage:
         folder: Made if it is missing; None keeps all in memory.
         about: What all head keys depend on, see `StoreIndex`; None takes a folder's as they are.
         writes: Whether it may be changed.
+        layout: Groups and head_dim of its keys, where they are known.
 
     Attributes:
         index: What is known.
@@ -42,8 +44,15 @@ class Storage:
         StoreError: If the folder cannot be opened, has another writer, or holds another kind of keys.
     """
 
-    def __init__(self, folder: Path | None, about: Mapping[str, str] | None, *, writes: bool) -> None:
-        self._folder, self.writes = folder, writes
+    def __init__(
+        self,
+        folder: Path | None,
+        about: Mapping[str, str] | None,
+        *,
+        writes: bool,
+        layout: tuple[int, int] | None = None,
+    ) -> None:
+        self._folder, self.writes, self._layout = folder, writes, layout
         self._writer: FileLock | None = None
         self._blocks: Blocks | None = None
         self._version = -1
@@ -56,11 +65,19 @@ class Storage:
         self.index = self._open_folder(folder, about)
         self._segments = FileSegments(folder)
         if writes:
-            self._segments.keep_only(segment.number for segment in self.index.segments())
+            try:
+                self._segments.keep_only(self.index.segment_numbers())
+            except BaseException:
+                self.close()
+                raise
 
     def _open_folder(self, folder: Path, about: Mapping[str, str] | None) -> StoreIndex:
         file = folder / INDEX
-        if (about is None or not self.writes) and not file.is_file():
+        try:
+            is_there = file.is_file()
+        except OSError as error:  # a folder that may not be entered
+            raise StoreError(f"the store in {folder} cannot be read: {error.strerror}; allow it") from error
+        if (about is None or not self.writes) and not is_there:
             raise StoreError(
                 f"there is no store in {folder}: `finch-rag index`, or open_store without read_only, makes one"
             )
@@ -77,7 +94,7 @@ class Storage:
             ) from error
         except OSError as error:
             raise StoreError(
-                f"the store in {folder} cannot be written: {error}; open it with read_only=True"
+                f"the store in {folder} cannot be written: {error.strerror or error}; open it with read_only=True"
             ) from error
         try:
             return StoreIndex(file, about, writes=True)
@@ -103,7 +120,7 @@ class Storage:
         before = [segments[-1].number] if segments and segments[-1].tokens < SMALL_SEGMENT else []
         moved = [reading for reading in self.index.readings() if reading.segment in before]
         if moved:
-            old = self._segments.read(before[0])
+            old = self._read(segments[-1])
             parts = [old.part(reading.start, reading.start + reading.tokens) for reading in moved]
             keys = joined([*(_on(part, keys.keys.device) for part in parts), keys])
         self._keep([*(r.hash for r in moved), *hashes], [*(r.tokens for r in moved), *lengths], keys, before, passages)
@@ -141,7 +158,11 @@ class Storage:
         readings = [
             Reading(key, number, start, length) for key, start, length in zip(hashes, starts, lengths, strict=False)
         ]
-        self.index.add_segment(Segment(number, starts[-1], keys.nbytes, checksum), readings, passages)
+        try:
+            self.index.add_segment(Segment(number, starts[-1], keys.nbytes, checksum), readings, passages)
+        except BaseException:
+            self._segments.delete(number)
+            raise
         self._blocks = None
         self._forget(replaced)
 
@@ -183,7 +204,7 @@ class Storage:
             if not readings:
                 self._forget([segment.number])
             elif 2 * tokens < segment.tokens:
-                old = self._segments.read(segment.number)
+                old = self._read(segment)
                 keys = joined([old.part(r.start, r.start + r.tokens) for r in readings])
                 keys = Keys(keys.keys.clone(), None if keys.scales is None else keys.scales.clone())
                 self._keep([r.hash for r in readings], [r.tokens for r in readings], keys, [segment.number])
@@ -234,14 +255,36 @@ class Storage:
         for reading in self.index.readings():
             by_segment.setdefault(reading.segment, []).append(reading)
         room = _room_on(device)
+        segments = {segment.number: segment for segment in self.index.segments()}
         found = {}
         for number, readings in by_segment.items():
-            keys = part_of(self._segments.read(number), readings)
+            if number not in segments:  # another process has just replaced it
+                raise StoreError(f"the segment {number} of the store in {self._folder} is gone: ask again")
+            keys = part_of(self._read(segments[number]), readings)
             if keys.keys.device != device and keys.nbytes <= room:
                 room -= keys.nbytes
                 keys = _on(keys, device)
             found[number] = readings, KeyBlock(keys.keys, keys.scales, [reading.tokens for reading in readings])
         return found
+
+    def _read(self, segment: Segment) -> Keys:
+        """A segment's keys, in the shape that the index says; their numbers are not looked at.
+
+        Raises:
+            StoreError: If they cannot be read, or are others.
+        """
+        keys = self._segments.read(segment.number)
+        shape = tuple(keys.keys.shape)
+        layout = self._layout or (shape[:1] + shape[2:])
+        if not keys.is_sound or shape != (layout[0], segment.tokens, layout[1]) or keys.nbytes != segment.bytes:
+            raise _damaged(segment, self._folder, f"its keys are {keys.keys.dtype} {list(shape)}")
+        return keys
+
+    def check_numbers(self) -> None:
+        """Raises a StoreError if head keys are NaN or infinite; reads all of them."""
+        for segment in self.index.segments():
+            if not self._read(segment).is_finite:
+                raise _damaged(segment, self._folder, "it holds NaN or infinity")
 
     def verify(self, repair: bool = False) -> list[str]:
         """Reads all head keys and compares them with their checksums.
@@ -252,21 +295,31 @@ class Storage:
         Returns:
             The ids of passages whose keys are damaged or missing; empty where all is well.
         """
-        bad: set[int] = set()
-        for segment in self.index.segments():
-            try:
-                if self._segments.checksum(segment.number) != segment.checksum:
-                    bad.add(segment.number)
-            except StoreError:
-                bad.add(segment.number)
-        damaged = {reading.hash for reading in self.index.readings() if reading.segment in bad}
-        ids = [own for own, key in self.index.ids().items() if key in damaged]
-        if repair and bad:
+        self._layout = self._layout or self._usual_layout()
+        bad = {segment.number for segment in self.index.segments() if not self._is_whole(segment)}
+        damaged = self.index.damaged(bad)
+        if repair and (self.writes or bad or damaged):
             self.check_writes()
-            self.index.remove_readings(damaged)
-            self._forget(sorted(bad))
+            self.index.remove_damaged(damaged, bad)
+            for number in bad:
+                self._segments.delete(number)
             self._blocks = None
-        return ids
+        return list(damaged.values())
+
+    def _usual_layout(self) -> tuple[int, int] | None:
+        """Groups and head_dim of most segments; None where there is none that can be read."""
+        found: Counter[tuple[int, int]] = Counter()
+        for segment in self.index.segments():
+            with suppress(StoreError):
+                keys = self._read(segment).keys
+                found[keys.shape[0], keys.shape[2]] += 1
+        return found.most_common(1)[0][0] if found else None
+
+    def _is_whole(self, segment: Segment) -> bool:
+        try:
+            return self._read(segment).is_finite and self._segments.checksum(segment.number) == segment.checksum
+        except StoreError:
+            return False
 
     def check_writes(self) -> None:
         """Raises a StoreError if it is open to be read only."""
@@ -281,6 +334,13 @@ class Storage:
         self.index.close()
         if self._writer is not None:
             self._writer.release()
+
+
+def _damaged(segment: Segment, folder: Path | None, what: str) -> StoreError:
+    return StoreError(
+        f"the segment {segment.number} of the store in {folder} is damaged, {what}: `verify(repair=True)` removes what "
+        "is damaged"
+    )
 
 
 def part_of(keys: Keys, readings: Sequence[Reading]) -> Keys:

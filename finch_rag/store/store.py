@@ -76,7 +76,8 @@ class PassageStore(Uncopied):
         prefix = hash_of(reader.prefix)[:16]
         heads = " ".join(f"{layer}.{head}" for layer, head in self.heads)
         about = {"model": model, "heads": heads, "prefix": prefix, "precision": precision}
-        self._storage = Storage(self.path, about, writes=not read_only)
+        layout = len(reader.groups), reader.head_dim
+        self._storage = Storage(self.path, about, writes=not read_only, layout=layout)
         self._index = self._storage.index
         self._search = Search(reader, prompts, self._storage, window)
         self._everything = Together(self._lock, self._search.everything)
