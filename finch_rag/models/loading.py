@@ -24,6 +24,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from ..errors import ModelError
 from ..paths import cache_folder
 from .embedded import EMBEDDED, EMBEDDED_NAME, embedded_folder, require_gguf, unpacked_gguf
+from .gguf_header import check_gguf
 from .parallel import is_spread
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def load_model(
     elif Path(source).is_file():
         require_gguf()
         file = Path(source)
+        check_gguf(file)
         name, source, options["gguf_file"] = file.name, str(file.parent), file.name
     try:
         with ExitStack() as unpacked:
