@@ -102,9 +102,7 @@ class CacheMachine(RuleBasedStateMachine):
         capacity=st.integers(8, 40),
         seed=st.integers(0, 999),
     )
-    def begin(
-        self, dtype: torch.dtype, interleaved: bool, pairs: int, prefix: int, capacity: int, seed: int
-    ) -> None:
+    def begin(self, dtype: torch.dtype, interleaved: bool, pairs: int, prefix: int, capacity: int, seed: int) -> None:
         self.dtype = dtype
         self.rotation = KeyRotation(10000.0 ** (-torch.arange(pairs) / pairs), interleaved, ROTATES)
         pair = Pair(CompressedCache(LAYERS, capacity), Plain(capacity))
