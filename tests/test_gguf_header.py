@@ -27,6 +27,10 @@ def number(key: str, value: int, order: str = "<") -> bytes:
     return text(key, order) + struct.pack(f"{order}II", NUMBER, value)
 
 
+def named(architecture: str, order: str = "<") -> bytes:
+    return text("general.architecture", order) + struct.pack(f"{order}I", TEXT) + text(architecture, order)
+
+
 def listed(key: str, kind: int, items: int, content: bytes = b"") -> bytes:
     return text(key) + struct.pack("<IIQ", LIST, kind, items) + content
 
@@ -43,7 +47,7 @@ def refusal(folder: Path, content: bytes) -> str:
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_header_that_can_be_passes(tmp_path: Path, order: str, version: int) -> None:
-    fields = [number("llama.block_count", 2, order), number("llama.embedding_length", 64, order)]
+    fields = [named("llama", order), number("llama.block_count", 2, order), number("llama.embedding_length", 64, order)]
     (tmp_path / "x").write_bytes(header(*fields, tensors=2, order=order, version=version))
     check_gguf(tmp_path / "x")
 
@@ -71,6 +75,7 @@ def test_lists_are_passed_over(tmp_path: Path) -> None:
         (header(text("a") + struct.pack("<IQ", TEXT, 2**62)), "bytes of text"),
         (header(text("a") + struct.pack("<II", 13, 0)), "a value of type 13"),
         (header(listed("a", LIST, 1, struct.pack("<IQ", LIST, 1) * 9 + bytes(99))), "deeper than 4"),
+        (header(named("llama"), number("lxama.block_count", 1), tensors=1), "it has no 'llama'.block_count"),
         (header(number("a", 1), number("b", 1))[:-2], "cut inside its header"),
     ],
 )

@@ -376,6 +376,7 @@ class StoreMachine(RuleBasedStateMachine):
             self._check(self.reader, self.known)
 
 
+@pytest.mark.slow
 def test_a_store_is_what_a_dictionary_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_SEGMENT_TOKENS", 40)  # several segments a call
     monkeypatch.setattr(storage, "SMALL_SEGMENT", 30)

@@ -18,7 +18,8 @@ _TEXT, _LIST = 8, 9
 _LEAST_OF_TENSOR = 32  # bytes: the lengths, type and place of one without name and with one dimension
 _DEEPEST = 4  # lists in lists
 _PARTS = "split.count"  # files that a model is spread over: the first has the metadata of all, and maybe no tensor
-_COUNTS = ("block_count", "embedding_length", "feed_forward_length", "head_count", "head_count_kv", "vocab_size")
+_ARCHITECTURE, _BLOCKS = "general.architecture", "block_count"
+_COUNTS = (_BLOCKS, "embedding_length", "feed_forward_length", "head_count", "head_count_kv", "vocab_size")
 
 
 def check_gguf(file: Path) -> None:
@@ -70,17 +71,23 @@ class _Header:
         tensors, fields = self._count(), self._count()
         self._fits(fields, 12, "metadata fields")
         counts: dict[str, int] = {}
+        architecture = ""
         for _ in range(fields):
             key, kind = self._text(), self._number("I", 4)
+            if key == _ARCHITECTURE and kind == _TEXT:
+                architecture = self._text()
+                continue
             value = self._value(kind)
             if value is not None and (key == _PARTS or key.rpartition(".")[2] in _COUNTS):
                 counts[key] = value
         self._fits(tensors, _LEAST_OF_TENSOR, "tensors")
         if counts.pop(_PARTS, 1) > 1:
             return
+        if architecture and f"{architecture}.{_BLOCKS}" not in counts:  # as many as its family's largest would be built
+            raise _DamagedError(f"it has no {architecture[:40]!r}.{_BLOCKS}")
         for key, value in counts.items():
             # Each block has tensors; each of the others is a side of one, whose elements take a bit at least.
-            most = tensors if key.endswith("block_count") else 8 * len(self._data)
+            most = tensors if key.endswith(_BLOCKS) else 8 * len(self._data)
             if not 0 <= value <= most:
                 raise _DamagedError(f"its {key} is {value}, its {tensors} tensors have room for {most}")
 
