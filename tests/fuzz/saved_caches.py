@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from copy import deepcopy
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -109,7 +110,7 @@ def _changed(choices: Choices) -> bytes:
         elif kind == 2:
             inner = document.get("figures")
             part = inner if choices.number(2) and isinstance(inner, dict) else document
-            part[choices.one_of([*_FIELDS, *part])] = choices.one_of(_VALUES)
+            part[choices.one_of([*_FIELDS, *part])] = deepcopy(choices.one_of(_VALUES))
         elif choices.number(2):
             header[choices.one_of(_HEADER)] = choices.one_of(_WORDS)
         else:
