@@ -257,5 +257,6 @@ class CacheMachine(RuleBasedStateMachine):
         return rotated
 
 
+@pytest.mark.slow
 def test_a_cache_is_what_a_list_of_tokens_is() -> None:
     run_machine(CacheMachine, examples=120, steps=25)
