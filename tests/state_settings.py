@@ -1,6 +1,6 @@
-"""How long the tests of states run: a moment in the ordinary run, as long as ``FINCH_FUZZ_SECONDS`` says in the torture.
+"""How long the tests of states run: a moment in the ordinary run, else as long as ``FINCH_FUZZ_SECONDS`` says.
 
-    FINCH_FUZZ_SECONDS=600 pytest tests/test_cache_states.py tests/test_store_states.py
+FINCH_FUZZ_SECONDS=600 pytest tests/test_cache_states.py tests/test_store_states.py
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from ..errors import ModelError, first_line
 from ..paths import cache_folder
 from .embedded import EMBEDDED, EMBEDDED_NAME, embedded_folder, require_gguf, unpacked_gguf
+from .gguf_header import check_gguf
 from .parallel import is_spread
 from .processes import check_not_forked
 
@@ -88,6 +89,7 @@ def load_model(
     elif Path(source).is_file():
         require_gguf()
         file = Path(source)
+        check_gguf(file)
         name, source, options["gguf_file"] = file.name, str(file.parent), file.name
     try:
         with ExitStack() as unpacked:
