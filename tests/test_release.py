@@ -108,7 +108,8 @@ def test_differences_are_named(tmp_path: Path) -> None:
 
 
 def test_no_link_and_no_owner_comes_along(tmp_path: Path) -> None:
-    for number, odd in enumerate(({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, {"uid": 1000})):
+    odd_ones: list[dict[str, Any]] = [{"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, {"uid": 1000}]
+    for number, odd in enumerate(odd_ones):
         made = tmp_path / f"{number}.tar.gz"
         with tarfile.open(made, "w:gz") as archive:
             member = tarfile.TarInfo("odd")
@@ -131,12 +132,12 @@ def test_the_list_of_parts_has_the_version() -> None:
 
 
 @pytest.fixture(scope="module")
-def workflow() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))
+def workflow() -> dict[Any, Any]:
+    loaded: dict[Any, Any] = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))
     return loaded
 
 
-def test_the_workflow_has_no_more_rights_than_each_job_needs(workflow: dict[str, Any]) -> None:
+def test_the_workflow_has_no_more_rights_than_each_job_needs(workflow: dict[Any, Any]) -> None:
     assert workflow["permissions"] == {}
     assert {name: job["permissions"] for name, job in workflow["jobs"].items()} == {
         "build": {"contents": "read"},
@@ -149,7 +150,7 @@ def test_the_workflow_has_no_more_rights_than_each_job_needs(workflow: dict[str,
     assert workflow["jobs"]["attest"]["needs"] == "build"
 
 
-def test_nothing_that_is_built_can_publish(workflow: dict[str, Any]) -> None:
+def test_nothing_that_is_built_can_publish(workflow: dict[Any, Any]) -> None:
     """The job that runs the repository's code has no identity; those that have one run none of it."""
     for name, job in workflow["jobs"].items():
         runs = [step for step in job["steps"] if "run" in step]
@@ -157,13 +158,13 @@ def test_nothing_that_is_built_can_publish(workflow: dict[str, Any]) -> None:
     assert "secrets." not in WORKFLOW.read_text(encoding="utf-8")
 
 
-def test_actions_are_pinned_to_full_versions(workflow: dict[str, Any]) -> None:
+def test_actions_are_pinned_to_full_versions(workflow: dict[Any, Any]) -> None:
     used = [step["uses"] for job in workflow["jobs"].values() for step in job["steps"] if "uses" in step]
     assert len(used) >= 6
     assert [name for name in used if not re.fullmatch(r"[\w-]+/[\w-]+@(v\d+\.\d+\.\d+|[0-9a-f]{40})", name)] == []
 
 
-def test_what_the_workflow_runs_is_in_the_makefile(workflow: dict[str, Any]) -> None:
+def test_what_the_workflow_runs_is_in_the_makefile(workflow: dict[Any, Any]) -> None:
     commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     assert commands == ['make dist TAG="$GITHUB_REF_NAME"']
     shown = subprocess.run(
