@@ -4,7 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INTEGRATIONS := $(wildcard integrations/*)
 
-.PHONY: setup demo test quick test-quantised test-lowest test-ray lint types format check house notebooks bench soak torture bench-peers clean
+.PHONY: setup demo test quick test-quantised test-lowest test-ray lint types format check house notebooks bench soak torture
+.PHONY: bench-peers lock hashes audit licences sbom dist release-check clean
 
 setup: .venv/.installed
 
@@ -96,5 +97,50 @@ bench-peers: .venv-peers/.installed
 	@test -n "$(RESULTS)" || { echo "which results? make bench-peers RESULTS=FOLDER (of finch-rag bench quality)"; exit 1; }
 	.venv-peers/bin/python -m finch_rag.bench.peers $(RESULTS) $(ARGS)
 
+# What builds and looks at releases, each file by its hash. docs/releases.md says what the targets below are for.
+.venv-release/.installed: requirements-release.txt
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install --quiet --require-hashes -r $<
+	touch $@
+
+# Writes the hashes anew where constraints.txt, or the extra "release", has changed. Its tools come without hashes, then.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet -c constraints.txt uv packaging
+	.venv-lock/bin/python -m tools.hashes write
+
+# Downloads all that this machine would install.
+hashes: .venv-release/.installed
+	.venv-release/bin/python -m tools.hashes check
+
+# Asks PyPI's database of vulnerabilities. --strict, as else what it cannot answer for counts as safe.
+audit: .venv-release/.installed
+	.venv-release/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
+
+# What users may install, extras and integrations included, and nothing else.
+.venv-runtime/.installed: pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml) | .venv-release/.installed
+	$(PYTHON) -m venv --clear --without-pip .venv-runtime
+	.venv-release/bin/python -m tools.projects > .venv-runtime/requirements.txt
+	.venv-release/bin/pip --python .venv-runtime/bin/python install --quiet -c constraints.txt \
+		-r .venv-runtime/requirements.txt
+	touch $@
+
+licences: .venv-runtime/.installed
+	.venv-runtime/bin/python -m tools.licences
+
+sbom: .venv-runtime/.installed
+	.venv-release/bin/python -m tools.sbom .venv-runtime/bin/python sbom.json
+
+# Wheels and source distributions, each built twice: make dist TAG=v0.1.0 also compares the versions with a tag.
+dist: .venv-release/.installed
+	rm -rf dist
+	.venv-release/bin/python -m tools.release dist $(TAG)
+	.venv-release/bin/twine check --strict dist/*
+
+release-check: dist
+	.venv-release/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	.venv-release/bin/zizmor --offline --quiet --no-progress --config .github/zizmor.yml .github/workflows
+
 clean:
+	rm -rf .venv-release .venv-runtime .venv-lock dist sbom.json
 	rm -rf .venv .venv-peers .venv-lowest .venv-ray .quantised .mypy_cache .ruff_cache .pytest_cache .hypothesis

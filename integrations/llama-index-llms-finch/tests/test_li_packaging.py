@@ -39,7 +39,7 @@ def test_types_license_and_readme_go_with_the_package() -> None:
     assert (SOURCE / "py.typed").exists()
     assert (ROOT / "LICENSE").read_bytes() == (ROOT.parents[1] / "LICENSE").read_bytes()
     assert (ROOT / PROJECT["project"]["readme"]).exists()
-    assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["include"] == ["llama_index/"]
+    assert PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["include"] == ["/llama_index/"]
 
 
 def test_the_distribution_is_of_the_engines_version() -> None:
