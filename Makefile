@@ -107,11 +107,11 @@ bench-peers: .venv-peers/.installed
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet -c constraints.txt uv packaging
-	.venv-lock/bin/python -m tools.hashes write
+	.venv-lock/bin/python -m tests.supply.hashes write
 
 # Downloads all that this machine would install.
 hashes: .venv-release/.installed
-	.venv-release/bin/python -m tools.hashes check
+	.venv-release/bin/python -m tests.supply.hashes check
 
 # Asks PyPI's database of vulnerabilities. --strict, as else what it cannot answer for counts as safe.
 audit: .venv-release/.installed
@@ -120,21 +120,21 @@ audit: .venv-release/.installed
 # What users may install, extras and integrations included, and nothing else.
 .venv-runtime/.installed: pyproject.toml constraints.txt $(wildcard integrations/*/pyproject.toml) | .venv-release/.installed
 	$(PYTHON) -m venv --clear --without-pip .venv-runtime
-	.venv-release/bin/python -m tools.projects > .venv-runtime/requirements.txt
+	.venv-release/bin/python -m tests.supply.projects > .venv-runtime/requirements.txt
 	.venv-release/bin/pip --python .venv-runtime/bin/python install --quiet -c constraints.txt \
 		-r .venv-runtime/requirements.txt
 	touch $@
 
 licences: .venv-runtime/.installed
-	.venv-runtime/bin/python -m tools.licences
+	.venv-runtime/bin/python -m tests.supply.licences
 
 sbom: .venv-runtime/.installed
-	.venv-release/bin/python -m tools.sbom .venv-runtime/bin/python sbom.json
+	.venv-release/bin/python -m tests.supply.sbom .venv-runtime/bin/python sbom.json
 
 # Wheels and source distributions, each built twice: make dist TAG=v0.1.0 also compares the versions with a tag.
 dist: .venv-release/.installed
 	rm -rf dist
-	.venv-release/bin/python -m tools.release dist $(TAG)
+	.venv-release/bin/python -m tests.supply.release dist $(TAG)
 	.venv-release/bin/twine check --strict dist/*
 
 release-check: dist

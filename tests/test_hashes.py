@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.hashes import ASIDE, CONSTRAINTS, HASHED, RELEASE, download, hashes_of, part_of
-from tools.projects import ROOT, normalised, pins, stated
+from tests.supply.hashes import ASIDE, CONSTRAINTS, HASHED, RELEASE, download, hashes_of, part_of
+from tests.supply.projects import ROOT, normalised, pins, stated
 
 NO_INDEX = re.compile(
     r"name resolution|resolve host|Failed to resolve|ConnectionError|Connection (refused|reset|aborted|broken)|"

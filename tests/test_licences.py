@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from tools.licences import EXCEPTIONS, TABLE, licence_of, needed, permitted, table_of
-from tools.projects import PROJECTS, TOOL_EXTRAS, normalised, project_table, stated, used
+from tests.supply.licences import EXCEPTIONS, TABLE, licence_of, needed, permitted, table_of
+from tests.supply.projects import PROJECTS, TOOL_EXTRAS, normalised, project_table, stated, used
 
 LISTED = table_of(TABLE.read_text(encoding="utf-8"))
 RUN_MAKE = "run `make licences`"

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 import finch_rag
-from tools.projects import PROJECTS, ROOT, project_table, version_of
-from tools.release import build_twice, check_contents, check_tag, differences, known_to_git, members
-from tools.sbom import pyproject_with_version
+from tests.supply.projects import PROJECTS, ROOT, project_table, version_of
+from tests.supply.release import build_twice, check_contents, check_tag, differences, known_to_git, members
+from tests.supply.sbom import pyproject_with_version
 
 WORKFLOW = ROOT / ".github" / "workflows" / "release.yml"
 IN_A_CLONE = pytest.mark.skipif(
@@ -170,5 +170,5 @@ def test_what_the_workflow_runs_is_in_the_makefile(workflow: dict[Any, Any]) -> 
     shown = subprocess.run(
         ["make", "--dry-run", "dist", "TAG=v1.2.3"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    assert "-m tools.release dist v1.2.3" in shown
+    assert "-m tests.supply.release dist v1.2.3" in shown
     assert "--require-hashes" in shown or (ROOT / ".venv-release" / ".installed").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from tools.projects import PROJECTS, ROOT, TOOL_EXTRAS, normalised, pins, project_table, stated, used
+from tests.supply.projects import PROJECTS, ROOT, TOOL_EXTRAS, normalised, pins, project_table, stated, used
 
 UNBOUNDED = frozenset(("filelock", "typing-extensions"))  # pyproject.toml says why
 # Imported, but brought along by what is named: by transformers, by ray[data], by an adapter's own engine.

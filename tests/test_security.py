@@ -17,7 +17,7 @@ from finch_rag.engine import Finch
 from finch_rag.errors import InputError, ModelError, StoreError
 from finch_rag.models.cache import CompressedCache
 from finch_rag.models.loading import load_model
-from tools.projects import ROOT
+from tests.supply.projects import ROOT
 
 from .small import chat_tokenizer, small_finch, small_model
 

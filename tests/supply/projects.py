@@ -11,7 +11,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECTS = (ROOT, *sorted(file.parent for file in (ROOT / "integrations").glob("*/pyproject.toml")))
 
 # Extras for those who work on the repository, or on its notebooks: nobody who uses the package needs them.

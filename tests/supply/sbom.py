@@ -1,6 +1,6 @@
 """The list of parts (SBOM, CycloneDX) of finch-rag with its extras and integrations, from an environment that has them.
 
-    python -m tools.sbom .venv-runtime/bin/python sbom.json    # or make sbom
+    python -m tests.supply.sbom .venv-runtime/bin/python sbom.json    # or make sbom
 
 cyclonedx-py validates what it writes. Two runs over the same environment write the same bytes.
 """
@@ -26,7 +26,7 @@ def pyproject_with_version() -> str:
     """
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     if _DYNAMIC not in text:
-        raise SystemExit(f"pyproject.toml has no line {_DYNAMIC}: let tools/sbom.py know where the version is")
+        raise SystemExit(f"pyproject.toml has no line {_DYNAMIC}: let tests/supply/sbom.py know where the version is")
     return text.replace(_DYNAMIC, f'version = "{version_of(ROOT)}"')
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
         SystemExit: If cyclonedx-py fails.
     """
     if len(arguments) != 2:
-        raise SystemExit("of which environment, and where to? python -m tools.sbom PYTHON FILE")
+        raise SystemExit("of which environment, and where to? python -m tests.supply.sbom PYTHON FILE")
     environment, out = arguments
     with tempfile.TemporaryDirectory() as folder:
         about = Path(folder) / "pyproject.toml"

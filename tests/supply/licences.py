@@ -60,7 +60,7 @@ _HEADER = """\
 
 Made by `make licences`; do not edit. All that users of finch-rag, its extras and the two integrations install beside
 them, on Linux with Python 3.11: what each package's own metadata says, as an SPDX expression ("BSD" where it does not
-say which). `tests/test_licences.py` checks that each is one of those in `tools/licences.py`, that none asks for the GPL
+say which). `tests/test_licences.py` checks that each is one of those in `tests/supply/licences.py`, that none asks for the GPL
 alone but for what is named there, and that this table is up to date.
 
 Not in it: tools for those who work on the repository; libraries that wheels bundle, which their own licence files name;

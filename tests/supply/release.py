@@ -1,6 +1,6 @@
 """Builds the distributions twice, in different surroundings, and lets nothing through but what belongs in them.
 
-    python -m tools.release dist [v0.1.0]    # the tag must be the version of all of them
+    python -m tests.supply.release dist [v0.1.0]    # the tag must be the version of all of them
 
 Each is built from two copies of the files that git knows: in folders of different depth, with other times, other
 rights, another umask and hash seed, and the second among the litter of a working copy. Where one byte differs, nothing
@@ -206,7 +206,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments: The folder to write to, and the tag of the release if there is one.
     """
     if not 1 <= len(arguments) <= 2:
-        raise SystemExit("where to? python -m tools.release FOLDER [TAG]")
+        raise SystemExit("where to? python -m tests.supply.release FOLDER [TAG]")
     for tag in arguments[1:]:
         check_tag(tag)
     out, known = Path(arguments[0]), known_to_git()

@@ -1,7 +1,7 @@
 """Every file that constraints.txt may bring, by its SHA-256: requirements-hashed.txt, written and tried.
 
-    python -m tools.hashes write    # asks the index for the hashes of all files of all pins; needs uv
-    python -m tools.hashes check    # downloads what this machine would install, and lets pip compare
+    python -m tests.supply.hashes write    # asks the index for the hashes of all files of all pins; needs uv
+    python -m tests.supply.hashes check    # downloads what this machine would install, and lets pip compare
 
 requirements-release.txt is the part of it that builds and checks a release, with all that it needs.
 
