@@ -14,6 +14,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Unpack
+
+from ..corpus.reading import CorpusOptions
 from ..engine import Finch
 from ..errors import InputError, WindowError
 from ..jsonl import complete_objects
@@ -77,16 +80,17 @@ class Source:
     passages: Callable[[], Sequence[Passage]]
 
     @classmethod
-    def of(cls, data: str | Path, settings: RunSettings) -> Source:
+    def of(cls, data: str | Path, settings: RunSettings, **corpus: Unpack[CorpusOptions]) -> Source:
         """Questions drawn from a data set.
 
         Args:
             data: Its folder.
             settings: How they are drawn.
+            corpus: See `finch_rag.corpus.reading.CorpusOptions`.
         """
 
         def cases() -> list[QualityCase]:
-            read = DataSet.read(data)
+            read = DataSet.read(data, **corpus)
             return make_cases(
                 read,
                 settings.retriever,
@@ -98,7 +102,7 @@ class Source:
                 unanswerable=settings.unanswerable,
             )
 
-        return cls(cases, lambda: DataSet.read(data).passages)
+        return cls(cases, lambda: DataSet.read(data, **corpus).passages)
 
 
 def main(
@@ -118,6 +122,7 @@ def main(
     unanswerable: bool = False,
     shard: tuple[int, int] = (0, 1),
     plot: Path | None = None,
+    **corpus: Unpack[CorpusOptions],
 ) -> dict[str, Any]:
     """Runs what is missing in ``out``, prints a table of all that is there and, as the last line, one JSON object.
 
@@ -137,6 +142,7 @@ def main(
         unanswerable: See `finch_rag.bench.cases.make_cases`.
         shard: (i, n): only each n-th case, from the i-th; for several processes on one accelerator.
         plot: Where to draw the figures; not at all when None.
+        corpus: How its passages are read, see `finch_rag.corpus.reading.CorpusOptions`.
 
     Returns:
         What the JSON line holds.
@@ -164,7 +170,9 @@ def main(
     )
     with ProgressBars(remaining=True) as bars:
         load, on_progress = loader(model, bars), partial(bars, "answers")
-        summary = measure(settings, Source.of(data, settings), out, budgets, methods, load, on_progress, shard)
+        summary = measure(
+            settings, Source.of(data, settings, **corpus), out, budgets, methods, load, on_progress, shard
+        )
     tables.show_quality(summary)
     if plot is not None:
         plots.plot_quality(summary, plot)
