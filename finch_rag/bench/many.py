@@ -130,7 +130,7 @@ def _print(summary: dict[str, Any]) -> None:
     for name in ("", *columns):
         table.add_column(name, justify="right" if name else "left")
     for name, row in summary["ways"].items():
-        table.add_row(name, *(f"{row[column]:.2f}" for column in columns))
+        table.add_row(cell(name), *(f"{row[column]:.2f}" for column in columns))
     out.print(table)
     how = "read once for all, then a shortlist each" if summary["shared"] else "read for each: too short to share"
     say(f"ask_many answers {summary['throughput']:.2f} times as many questions a second (the list is {how})")

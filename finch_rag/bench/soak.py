@@ -242,7 +242,7 @@ def _print(summary: dict[str, Any]) -> None:
     for head in ("requests", *outcomes):
         table.add_column(head, justify="right")
     for kind, row in summary["kinds"].items():
-        table.add_row(kind, str(sum(row.values())), *(str(row.get(outcome, "")) for outcome in outcomes))
+        table.add_row(cell(kind), str(sum(row.values())), *(str(row.get(outcome, "")) for outcome in outcomes))
     table.add_row("all", str(summary["requests"]), *(str(count) for count in summary["outcomes"].values()))
     out.print(table)
     for name, before in summary["mib_before"].items():

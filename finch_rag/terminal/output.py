@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -13,6 +14,9 @@ from rich.text import Text
 from ..errors import escaped
 
 _PIPE_WIDTH = 160  # rich takes 80 where there is no terminal, which is too narrow for long ids
+
+if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe or terminal that has not all characters; stderr is so by itself
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, highlight=False)
