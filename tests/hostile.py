@@ -182,7 +182,7 @@ NAMES = (
     Hostile("no such corpus, with a NUL", lambda f: f / "a\0b", None, ["a\\x00b does not exist"]),
     Hostile("no such corpus, half a surrogate pair", lambda f: f / "a\ud800b", None, ["a\\ud800b does not exist"]),
     Hostile("no such corpus, 10,000 characters", lambda f: f / ("a" * 10_000), None, ["cannot be read (File name too"]),
-    Hostile("below a file", lambda f: (f / "a.txt").touch() or f / "a.txt" / "b", None, ["does not exist"]),
+    Hostile("below a file", _read(files("a.txt"), "a.txt/b"), None, ["does not exist"]),
 )
 
 _SMALL = gzip.compress(b"a " * 500)
@@ -386,11 +386,7 @@ LINKS = (
         _both(
             files("d0/a.txt"),
             *(
-                _both(
-                    lambda f, n=n: (f / f"d{n}").mkdir(),
-                    _link(f"d{n}/x", f"../d{n - 1}"),
-                    _link(f"d{n}/y", f"../d{n - 1}"),
-                )
+                _both(files(f"d{n}/no.pdf"), _link(f"d{n}/x", f"../d{n - 1}"), _link(f"d{n}/y", f"../d{n - 1}"))
                 for n in range(1, 40)
             ),
         ),
@@ -574,7 +570,7 @@ JSON_LINES = (
     ),
     Hostile(
         "a name with a line feed",
-        lambda f: (f / "a\nb.jsonl").write_text("{") and None,
+        files("a\nb.jsonl", text="{"),
         None,
         ["a\\nb.jsonl, line 1 is not JSON"],
     ),

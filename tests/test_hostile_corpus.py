@@ -211,7 +211,7 @@ def test_a_bomb_takes_no_more_memory_than_its_limit(folder: Path, name: str) -> 
 def test_limits_that_cannot_be_are_refused(folder: Path, option: str, value: Any) -> None:
     files("a.txt")(folder)
     with pytest.raises(InputError, match=f"{option} is .*: (the least is 1 byte|pass a whole number)"):
-        read_corpus(folder, **{option: value})  # type: ignore[arg-type]
+        read_corpus(folder, **{option: value})
 
 
 def test_follow_links_is_true_or_false(folder: Path) -> None:
@@ -519,10 +519,10 @@ def test_links_and_limits_are_options_of_every_command_that_takes_a_corpus(
         (folder / "c.txt").unlink()
         asked = run(*command[:2], "--store", store, "--follow-links")
         assert "--follow-links, --max-file-mib and --max-corpus-mib are for a corpus" in one_error(asked)
-    common = ("index", folder, "--store", store, "--model", model_folder, "--json")
-    assert only_json(run(*common))["passages"] == 1
-    assert only_json(run(*common, "--follow-links"))["passages"] == 2
-    assert "--max-corpus-mib is -1: the least is 1" in one_error(run(*common, "--max-corpus-mib", -1))
+    indexing = ("index", folder, "--store", store, "--model", model_folder, "--json")
+    assert only_json(run(*indexing))["passages"] == 1
+    assert only_json(run(*indexing, "--follow-links"))["passages"] == 2
+    assert "--max-corpus-mib is -1: the least is 1" in one_error(run(*indexing, "--max-corpus-mib", -1))
 
 
 @pytest.mark.parametrize(

@@ -298,12 +298,11 @@ def read_cases(file: Path) -> Iterator[QualityCase]:
         try:
             yield _case(record)
         except (KeyError, TypeError, ValueError) as error:
-            wrong = f"{file.name}, line {number} is not what a benchmark stores ({error!r})"
-            raise InputError(f"{wrong}: delete its folder, or choose another --out") from error
+            raise InputError(f"{file.name}, line {number} is not what a benchmark stores: {error!r}") from error
 
 
 def stored_text(file: Path) -> str:
-    """What a benchmark stored.
+    """What a benchmark stored; whoever reads it says what to do where that fails.
 
     Args:
         file: Text, compressed if its name ends in ``.gz``.
@@ -314,7 +313,7 @@ def stored_text(file: Path) -> str:
     try:
         return Contents(MAX_CORPUS_BYTES).text(file)
     except UnreadableError as reason:
-        raise InputError(f"{file} {reason}: remove it, or name another one") from reason
+        raise InputError(f"{file.name} {reason}") from reason
 
 
 def _case(record: Mapping[str, Any]) -> QualityCase:

@@ -218,8 +218,10 @@ def read_attended(file: Path) -> list[Attended]:
     """
     try:
         found = [_attended(record) for _, record in json_objects(file.name, stored_text(file), InputError)]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{file} does not hold measured attention: name another file, or remove it") from error
+    except (TypeError, ValueError, InputError) as error:
+        raise InputError(
+            f"{file} does not hold measured attention ({error}): name another file, or remove it"
+        ) from error
     if not found:
         raise InputError(f"{file} has no questions: remove it, so that they are measured")
     return found

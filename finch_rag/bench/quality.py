@@ -296,7 +296,7 @@ def _cases(settings: RunSettings, source: Source, folder: Path) -> list[QualityC
             stored = {**_NEWER, **stored}
             changed = [f"{k} ({stored.get(k)} there)" for k, v in asdict(settings).items() if stored.get(k) != v]
             cases = list(read_cases(folder / _CASES))
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{folder} is no results folder ({error}): delete it, or choose another --out") from error
         if changed:
             raise InputError(f"{folder} holds results with another {', '.join(changed)}: choose another --out")
