@@ -126,10 +126,6 @@ def _fifo(name: str) -> Callable[[Path], None]:
     return lambda folder: os.mkfifo(folder / name)
 
 
-def _itself(name: str) -> Callable[[Path], Path]:
-    return lambda folder: folder / name
-
-
 def _read(make: Callable[[Path], object], name: str) -> Callable[[Path], Path]:
     """Makes a corpus, and reads one thing in it."""
 
@@ -411,6 +407,11 @@ LINKS = (
     Hostile(
         "the corpus is read by a link",
         _read(_both(files("s/a.txt", "s/b.txt"), _link("l", "s")), "l"),
+        ["a.txt#1", "b.txt#1"],
+    ),
+    Hostile(
+        "the corpus is read by a link, with a link inside",
+        _read(_both(files("s/a.txt"), _link("s/b.txt", "a.txt"), _link("l", "s")), "l"),
         ["a.txt#1", "b.txt#1"],
     ),
     Hostile(
