@@ -17,11 +17,42 @@ is a ``ValueError`` too.
 
 from __future__ import annotations
 
+import unicodedata
+
 _MOST_SHOWN = 300  # characters of another library's message
+_JOINERS = "\u200c\u200d"  # of Persian letters and of emoji; they are invisible, and steer nothing
+
+
+def escaped(text: str, keep: str = "") -> str:
+    r"""A text that can be shown: what would steer a terminal, or is no character, as Python writes it (``\x1b``).
+
+    That is control characters, ends of lines among them, overrides of the direction of writing, and halves of surrogate
+    pairs. Backslashes stay single: the text is for reading, not for parsing.
+
+    Args:
+        text: Any text.
+        keep: Characters that stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if _is_shown(c) or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def _is_shown(character: str) -> bool:
+    return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"
 
 
 class FinchError(RuntimeError):
-    """Base class: one clear line that says what is wrong and what to do about it."""
+    """Base class: one clear line that says what is wrong and what to do about it.
+
+    What it quotes, such as the name of a file, cannot make it two lines or steer a terminal: see `escaped`.
+
+    Args:
+        parts: The message; what is no text stays as it is.
+    """
+
+    def __init__(self, *parts: object) -> None:
+        super().__init__(*(escaped(part) if isinstance(part, str) else part for part in parts))
 
 
 class SettingsError(FinchError, ValueError):

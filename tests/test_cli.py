@@ -245,7 +245,7 @@ def test_warnings_about_the_corpus_go_to_stderr(corpus: Path, model_folder: str)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
         raise PermissionError(13, "Permission denied", "some folder")
 
     monkeypatch.setattr(session, "read_corpus", refuse)
@@ -253,7 +253,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(corpus: Path, monkeypatch: 
 
 
 def test_ctrl_c_is_exit_code_130(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: Any) -> None:
+    def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(session, "read_corpus", interrupt)
@@ -310,7 +310,7 @@ def test_every_command_has_help(command: tuple[str, ...]) -> None:
 
 
 def test_control_characters_of_untrusted_text_do_not_reach_the_terminal() -> None:
-    assert display.printable("a\x1b[31mb\x07\u202e\n\tc\u00e9") == "a\ufffd[31mb\ufffd\ufffd\n\tc\u00e9"
+    assert display.printable("a\x1b[31mb\x07\u202e\n\tc\u00e9") == "a\\x1b[31mb\\x07\\u202e\n\tc\u00e9"
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")

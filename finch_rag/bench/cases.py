@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
-from ..corpus.reading import Question, load_questions, read_corpus
+from typing_extensions import Unpack
+
+from ..corpus.contents import MAX_CORPUS_BYTES, MAX_FILE_BYTES, Contents, UnreadableError
+from ..corpus.reading import CorpusOptions, Question, load_questions, read_corpus
 from ..corpus.retrieval import Retriever
 from ..errors import CorpusError, InputError, MissingExtraError
 from ..jsonl import json_objects
 from ..paths import replaced_lines, told_where
 from ..prompts.passages import Passage
+from ..terminal.output import note
 
 RetrieverName = Literal["bm25", "dense"]
 Search = Callable[[str, int], list[int]]  # question, how many -> places of passages, best first
@@ -74,11 +77,12 @@ class DataSet:
     questions: list[Question]
 
     @classmethod
-    def read(cls, folder: str | Path) -> DataSet:
-        """Reads ``questions*.jsonl`` and everything else that is a corpus, plain or ``.gz``.
+    def read(cls, folder: str | Path, **options: Unpack[CorpusOptions]) -> DataSet:
+        """Reads ``questions*.jsonl`` and everything else that is a corpus, plain or ``.gz``; notes go to stderr.
 
         Args:
             folder: Where they are.
+            options: See `finch_rag.corpus.reading.CorpusOptions`.
 
         Raises:
             CorpusError: If one of them is missing or cannot be read, or a gold passage is not in the corpus.
@@ -87,11 +91,21 @@ class DataSet:
         files = sorted([*root.glob("questions*.jsonl"), *root.glob("questions*.jsonl.gz")])
         if len(files) != 1:
             raise CorpusError(f"{root} has {len(files)} files questions*.jsonl(.gz): it needs one")
-        passages, questions = read_corpus(root).passages, load_questions(files[0])
+        read = read_corpus(root, **options)
+        for warning in read.warnings:
+            note(warning)
+        most = options.get("max_file_bytes", MAX_FILE_BYTES)
+        passages, questions = read.passages, load_questions(files[0], max_file_bytes=most)
         known = {passage.id for passage in passages}
         missing = next((q for q in questions if q.answerable and not known & set(q.gold_ids)), None)
         if missing is not None:
             raise CorpusError(f"no gold passage of question {missing.id} is among the {len(passages)} passages")
+        for question in questions:
+            if several := read.shared_ids & set(question.gold_ids):
+                raise CorpusError(
+                    f"the gold passage {min(several)!r} of question {question.id} is one of several with this id: give "
+                    "each its own"
+                )
         return cls(root.resolve().name, passages, questions)
 
     def with_answers(self) -> DataSet:
@@ -140,7 +154,10 @@ def search_by(name: RetrieverName, passages: Sequence[Passage]) -> Search:
 
     bm25 = bm25s.BM25()
     texts = [passage.titled_text for passage in passages]
-    bm25.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
+    words = bm25s.tokenize(texts, show_progress=False)
+    if not any(words.ids):
+        raise CorpusError(f"none of the {len(texts)} passages has a word that BM25 looks for: use other passages")
+    bm25.index(words, show_progress=False)
 
     def search(question: str, top_k: int) -> list[int]:
         tokens = bm25s.tokenize([question], show_progress=False)
@@ -279,17 +296,40 @@ def read_cases(file: Path) -> Iterator[QualityCase]:
     Args:
         file: Gzipped JSON lines.
     """
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        text = lines.read()
-    for _, record in json_objects(file.name, text, InputError):
-        question = Question(
-            record["id"],
-            record["question"],
-            tuple(record["answers"]),
-            tuple(record["gold_ids"]),
-            record.get("answerable", True),  # older folders have none of these
-            tuple(map(tuple, record.get("sentences", ()))),
-            record.get("needs_all", False),
-        )
-        passages = [Passage(p["text"], id=p["id"], title=p["title"]) for p in record["passages"]]
-        yield QualityCase(question, passages, record["ranks"], record.get("instructions"))
+    for number, record in json_objects(file.name, stored_text(file), InputError):
+        try:
+            yield _case(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{file.name}, line {number} is not what a benchmark stores: {error!r}") from error
+
+
+def stored_text(file: Path) -> str:
+    """What a benchmark stored; whoever reads it says what to do where that fails.
+
+    Args:
+        file: Text, compressed if its name ends in ``.gz``.
+
+    Raises:
+        InputError: If it is damaged.
+    """
+    try:
+        return Contents(MAX_CORPUS_BYTES).text(file)
+    except UnreadableError as reason:
+        raise InputError(f"{file.name} {reason}") from reason
+
+
+def _case(record: Mapping[str, Any]) -> QualityCase:
+    question = Question(
+        record["id"],
+        record["question"],
+        tuple(record["answers"]),
+        tuple(record["gold_ids"]),
+        record.get("answerable", True),  # older folders have none of these
+        tuple(map(tuple, record.get("sentences", ()))),
+        record.get("needs_all", False),
+    )
+    passages = [Passage(p["text"], id=p["id"], title=p["title"]) for p in record["passages"]]
+    ranks = record["ranks"]
+    if sorted(ranks) != list(range(len(passages))):
+        raise ValueError(f"{len(ranks)} ranks of {len(passages)} passages")
+    return QualityCase(question, passages, ranks, record.get("instructions"))

@@ -8,16 +8,17 @@ itself asks that first, see `finch_rag.prefill.prior`); without a prior nothing.
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from typing_extensions import Unpack
 
+from ..corpus.reading import CorpusOptions
 from ..engine import Finch
 from ..errors import InputError
 from ..jsonl import json_objects
@@ -26,7 +27,7 @@ from ..prefill.planning import CUTOFF, Strategy
 from ..terminal.loading import check_positive
 from ..terminal.output import out, say, say_json
 from ..terminal.progress import ProgressBars
-from .cases import DataSet, QualityCase, RetrieverName, make_cases
+from .cases import DataSet, QualityCase, RetrieverName, make_cases, stored_text
 from .quality import loader
 
 CUTOFFS = (0.0, 0.05, 0.1, CUTOFF)
@@ -69,6 +70,7 @@ def main(
     cutoffs: Sequence[float] = CUTOFFS,
     priors: Sequence[float | None] = PRIORS,
     budgets: Sequence[int] = BUDGETS,
+    **corpus: Unpack[CorpusOptions],
 ) -> dict[str, Any]:
     """Measures the attention unless the file has it, prints a table of rules and, as the last line, one JSON object.
 
@@ -85,6 +87,7 @@ def main(
         cutoffs: Of the rules.
         priors: Of the rules, above 0; None for none.
         budgets: Tokens that the rules keep.
+        corpus: How its passages are read, see `finch_rag.corpus.reading.CorpusOptions`.
 
     Returns:
         What the JSON line holds.
@@ -100,7 +103,7 @@ def main(
     if file.exists():
         attended = read_attended(file)
     else:
-        cases = make_cases(DataSet.read(data).with_answers(), retriever, top_k, order, limit, seed)
+        cases = make_cases(DataSet.read(data, **corpus).with_answers(), retriever, top_k, order, limit, seed)
         with ProgressBars(remaining=True) as bars:
             finch = loader(model, bars)()
             attended = []
@@ -216,13 +219,21 @@ def read_attended(file: Path) -> list[Attended]:
         InputError: If it holds something else.
     """
     try:
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            text = lines.read()
-        found = [Attended(**record) for _, record in json_objects(file.name, text, InputError)]
-    except (OSError, EOFError, UnicodeDecodeError, TypeError) as error:
-        raise InputError(f"{file} does not hold measured attention: name another file, or remove it") from error
+        found = [_attended(record) for _, record in json_objects(file.name, stored_text(file), InputError)]
+    except (TypeError, ValueError, InputError) as error:
+        raise InputError(
+            f"{file} does not hold measured attention ({error}): name another file, or remove it"
+        ) from error
     if not found:
         raise InputError(f"{file} has no questions: remove it, so that they are measured")
+    return found
+
+
+def _attended(record: Mapping[str, Any]) -> Attended:
+    found = Attended(**record)
+    passages = list(zip(found.is_gold, found.ranks, found.lengths, found.attention, strict=True))
+    if not passages or not all(isinstance(value, (int, float)) for values in passages for value in values):
+        raise ValueError("no numbers of passages")
     return found
 
 

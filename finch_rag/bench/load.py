@@ -24,7 +24,7 @@ from ..prompts.builder import INSTRUCTIONS
 from ..prompts.passages import Passage
 from ..serve.settings import ServeSettings
 from ..terminal.loading import load_finch
-from ..terminal.output import out, say_json
+from ..terminal.output import cell, out, say_json
 from ..terminal.progress import ProgressBars
 from .load_client import Asked, serve_orders
 from .load_other import other_server
@@ -258,7 +258,8 @@ def _quantile(values: Sequence[float], part: float) -> float:
 def _print(summary: dict[str, Any]) -> None:
     rows = summary["clients"]
     first = next(iter(rows.values()))["a_second"]
-    table = Table(title=f"{summary['model']} on {summary['device']}, {summary['passages']}")
+    title = f"{summary['model']} on {summary['device']}, {summary['passages']}"
+    table = Table(title=cell(title, "table.title"))
     for head in ("clients", "requests/s", "times", *_HEADS, "other answers", "peak MiB"):
         table.add_column(head, justify="right")
     for number, row in rows.items():
@@ -269,7 +270,8 @@ def _print(summary: dict[str, Any]) -> None:
 
 def _print_against(summary: dict[str, Any]) -> None:
     other = summary["against"]
-    table = Table(title=f"{other['model']} at {other['url']}, all passages in each prompt")
+    title = f"{other['model']} at {other['url']}, all passages in each prompt"
+    table = Table(title=cell(title, "table.title"))
     for head in ("clients", "requests/s", "finch-rag's", "ratio", *_HEADS):
         table.add_column(head, justify="right")
     for number, row in other["clients"].items():

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..prefill.shared import shares_scan
 from ..reading import planned
 from ..streaming import AnswerStream
-from ..terminal.output import out, say_json
+from ..terminal.output import cell, out, say, say_json
 from .shapes import SHAPES
 from .timing import Subject
 
@@ -125,12 +125,12 @@ def _print(summary: dict[str, Any]) -> None:
     title = (
         f"{summary['model']}, {summary['device']}, {summary['questions']} questions over {summary['tokens']:,} tokens"
     )
-    table = Table(title=title)
+    table = Table(title=cell(title, "table.title"))
     columns = (_READ, _WRITE, "seconds")
     for name in ("", *columns):
         table.add_column(name, justify="right" if name else "left")
     for name, row in summary["ways"].items():
-        table.add_row(name, *(f"{row[column]:.2f}" for column in columns))
+        table.add_row(cell(name), *(f"{row[column]:.2f}" for column in columns))
     out.print(table)
     how = "read once for all, then a shortlist each" if summary["shared"] else "read for each: too short to share"
-    out.print(f"ask_many answers {summary['throughput']:.2f} times as many questions a second (the list is {how})")
+    say(f"ask_many answers {summary['throughput']:.2f} times as many questions a second (the list is {how})")

@@ -121,7 +121,7 @@ def _results_folder(folder: Path) -> tuple[dict[str, Any], list[QualityCase]]:
     try:
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         return settings, list(read_cases(folder / "cases.jsonl.gz"))
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except (OSError, ValueError, InputError) as error:
         raise InputError(f"{folder} is no results folder ({error}): make one by finch-rag bench quality") from error
 
 

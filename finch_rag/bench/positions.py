@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Unpack
+
+from ..corpus.reading import CorpusOptions
 from ..errors import InputError
 from ..terminal.output import say_json
 from ..terminal.progress import ProgressBars
@@ -38,6 +41,7 @@ def main(
     max_new_tokens: int = 16,
     shard: tuple[int, int] = (0, 1),
     plot: Path | None = None,
+    **corpus: Unpack[CorpusOptions],
 ) -> dict[str, Any]:
     """Runs what is missing in ``out``, prints tables and, as the last line, one JSON object.
 
@@ -54,6 +58,7 @@ def main(
         max_new_tokens: The most tokens of an answer.
         shard: See `finch_rag.bench.quality.main`.
         plot: Where to draw the figures; not at all when None.
+        corpus: How its passages are read, see `finch_rag.corpus.reading.CorpusOptions`.
 
     Returns:
         What the JSON line holds.
@@ -69,7 +74,7 @@ def main(
     check_runs(methods, METHODS, [budget], limit=limit, max_new_tokens=max_new_tokens)
     if not passages or min(passages) < 2:
         raise InputError(f"passages is {list(passages)}: name numbers of at least 2")
-    if (most := max(passages)) > (there := len(DataSet.read(data).passages)):
+    if (most := max(passages)) > (there := len(DataSet.read(data, **corpus).passages)):
         raise InputError(f"passages is {most}, but the data has {there} passages: use {there} or less")
     found: dict[str, dict[str, dict[str, Any]]] = {}
     with ProgressBars(remaining=True) as bars:
@@ -88,7 +93,7 @@ def main(
                 )
                 folder = Path(out) / f"{count}-passages" / f"gold-at-{place}"
                 on_progress = partial(bars, f"answers with gold at {place} of {count}")
-                source = Source.of(data, settings)
+                source = Source.of(data, settings, **corpus)
                 summary = measure(settings, source, folder, [budget], methods, load, on_progress, shard)
                 found.setdefault(str(count), {})[str(place)] = summary["methods"]
     result = {

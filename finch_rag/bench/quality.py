@@ -16,6 +16,9 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Unpack
+
+from ..corpus.reading import CorpusOptions
 from ..engine import Finch
 from ..errors import InputError, WindowError
 from ..jsonl import complete_objects
@@ -79,16 +82,17 @@ class Source:
     passages: Callable[[], Sequence[Passage]]
 
     @classmethod
-    def of(cls, data: str | Path, settings: RunSettings) -> Source:
+    def of(cls, data: str | Path, settings: RunSettings, **corpus: Unpack[CorpusOptions]) -> Source:
         """Questions drawn from a data set.
 
         Args:
             data: Its folder.
             settings: How they are drawn.
+            corpus: See `finch_rag.corpus.reading.CorpusOptions`.
         """
 
         def cases() -> list[QualityCase]:
-            read = DataSet.read(data)
+            read = DataSet.read(data, **corpus)
             return make_cases(
                 read,
                 settings.retriever,
@@ -100,7 +104,7 @@ class Source:
                 unanswerable=settings.unanswerable,
             )
 
-        return cls(cases, lambda: DataSet.read(data).passages)
+        return cls(cases, lambda: DataSet.read(data, **corpus).passages)
 
 
 def main(
@@ -120,6 +124,7 @@ def main(
     unanswerable: bool = False,
     shard: tuple[int, int] = (0, 1),
     plot: Path | None = None,
+    **corpus: Unpack[CorpusOptions],
 ) -> dict[str, Any]:
     """Runs what is missing in ``out``, prints a table of all that is there and, as the last line, one JSON object.
 
@@ -139,6 +144,7 @@ def main(
         unanswerable: See `finch_rag.bench.cases.make_cases`.
         shard: (i, n): only each n-th case, from the i-th; for several processes on one accelerator.
         plot: Where to draw the figures; not at all when None.
+        corpus: How its passages are read, see `finch_rag.corpus.reading.CorpusOptions`.
 
     Returns:
         What the JSON line holds.
@@ -166,7 +172,9 @@ def main(
     )
     with ProgressBars(remaining=True) as bars:
         load, on_progress = loader(model, bars), partial(bars, "answers")
-        summary = measure(settings, Source.of(data, settings), out, budgets, methods, load, on_progress, shard)
+        summary = measure(
+            settings, Source.of(data, settings, **corpus), out, budgets, methods, load, on_progress, shard
+        )
     tables.show_quality(summary)
     if plot is not None:
         plots.plot_quality(summary, plot)
@@ -300,7 +308,7 @@ def _cases(settings: RunSettings, source: Source, folder: Path) -> list[QualityC
             stored = {**_NEWER, **stored}
             changed = [f"{k} ({stored.get(k)} there)" for k, v in asdict(settings).items() if stored.get(k) != v]
             cases = list(read_cases(folder / _CASES))
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{folder} is no results folder ({error}): delete it, or choose another --out") from error
         if changed:
             raise InputError(f"{folder} holds results with another {', '.join(changed)}: choose another --out")

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
+from typing_extensions import Unpack
 
-from ..corpus.reading import Question
+from ..corpus.reading import CorpusOptions, Question
 from ..engine import Finch
 from ..errors import InputError
 from ..prefill.planning import Strategy
 from ..prompts.passages import Passage
 from ..store.reading import Precision
 from ..terminal.loading import check_positive
-from ..terminal.output import out, say, say_json
+from ..terminal.output import cell, out, say, say_json
 from ..terminal.progress import ProgressBars
 from .cases import DataSet, draw, search_by
 from .quality import loader
@@ -46,6 +46,7 @@ def main(
     rankers: Sequence[str] = ("bm25", "dense", "store", "fused"),
     limit: int | None = None,
     seed: int = 0,
+    **corpus: Unpack[CorpusOptions],
 ) -> dict[str, Any]:
     """Ranks the passages for each question, prints a table and, as the last line, one JSON object.
 
@@ -55,6 +56,7 @@ def main(
         rankers: Of `RANKERS`.
         limit: Questions; all when None.
         seed: Of the draw.
+        corpus: How its passages are read, see `finch_rag.corpus.reading.CorpusOptions`.
 
     Returns:
         What the JSON line holds.
@@ -67,7 +69,7 @@ def main(
         wrong = f"ranker {', '.join(unknown)} is unknown" if rankers else "there is no ranker"
         raise InputError(f"{wrong}: use {', '.join(RANKERS)}")
     check_positive(limit=limit)
-    read = DataSet.read(data).with_answers()
+    read = DataSet.read(data, **corpus).with_answers()
     questions = draw(read.questions, limit, random.Random(seed))
     results: dict[str, Any] = {}
     with ProgressBars(remaining=True) as bars:
@@ -166,5 +168,5 @@ def _print(summary: Mapping[str, Any]) -> None:
         table.add_column(heading, justify="right")
     for name, row in summary["rankers"].items():
         shares = (f"{share:.3f}" for share in (*row["first"], *row["all"]))
-        table.add_row(Text(name), *shares, f"{row['seconds']:.3f}")
+        table.add_row(cell(name), *shares, f"{row['seconds']:.3f}")
     out.print(table)

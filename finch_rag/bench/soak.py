@@ -31,7 +31,7 @@ from ..prompts.passages import Passage
 from ..serve.server import Server
 from ..serve.settings import ServeSettings
 from ..terminal.loading import load_finch
-from ..terminal.output import out, say_json
+from ..terminal.output import cell, out, say, say_json
 from ..terminal.progress import ProgressBars
 from .memory import settled
 from .serving import Clients, clients, served
@@ -236,16 +236,16 @@ def _outcomes_of(kind: str, counts: Counter[tuple[str, str]]) -> dict[str, int]:
 
 def _print(summary: dict[str, Any]) -> None:
     about = f"{summary['minutes']:g} minutes, {summary['clients']} clients, {summary['running']} running"
-    table = Table(title=f"{summary['model']} on {summary['device']}, {about}")
+    table = Table(title=cell(f"{summary['model']} on {summary['device']}, {about}", "table.title"))
     outcomes = list(summary["outcomes"])
     table.add_column("sent")
     for head in ("requests", *outcomes):
         table.add_column(head, justify="right")
     for kind, row in summary["kinds"].items():
-        table.add_row(kind, str(sum(row.values())), *(str(row.get(outcome, "")) for outcome in outcomes))
+        table.add_row(cell(kind), str(sum(row.values())), *(str(row.get(outcome, "")) for outcome in outcomes))
     table.add_row("all", str(summary["requests"]), *(str(count) for count in summary["outcomes"].values()))
     out.print(table)
     for name, before in summary["mib_before"].items():
-        out.print(f"memory of the {name}: {before} MiB after the warm-up, {summary['mib_after'][name]} MiB at the end")
+        say(f"memory of the {name}: {before} MiB after the warm-up, {summary['mib_after'][name]} MiB at the end")
     for problem in summary["problems"]:
-        out.print(problem, markup=False)
+        say(problem)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ..errors import FinchError, InputError
 from ..models.loading import resolve_device
-from ..terminal.output import out, say_json
+from ..terminal.output import cell, out, say, say_json
 from .readings import STORE_SHORTLISTS, check_methods
 from .shapes import SHAPES
 from .timing import Measurement, Run, SkippedError, SpeedCase
@@ -209,9 +209,8 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _print(summary: dict[str, Any]) -> None:
-    table = Table(
-        title=f"{summary['model']}, {summary['device']}, budget {summary['budget']}, medians of {summary['repeats']}"
-    )
+    title = f"{summary['model']}, {summary['device']}, budget {summary['budget']}, medians of {summary['repeats']}"
+    table = Table(title=cell(title, "table.title"))
     columns = (
         "prefill (s)",
         "to first token (s)",
@@ -231,19 +230,19 @@ def _print(summary: dict[str, Any]) -> None:
             figures = [f"{row['prefill_seconds']:.3f}", f"{seconds:.3f}", f"{rate:,.0f}", f"{row['decode_ms']:.1f}"]
             share = f"{row['matrix_share']:.0%}" if "matrix_share" in row else ""
             figures += [f"{row['peak_mib']:,.0f}", share]
-        table.add_row(row["method"], f"{row['tokens']:,}", *figures)
+        table.add_row(cell(row["method"]), f"{row['tokens']:,}", *figures)
     out.print(table)
     for row in summary["cases"]:
         if "skipped" in row:
-            out.print(f"{row['method']} on {row['tokens']:,} tokens skipped: {row['skipped']}")
+            say(f"{row['method']} on {row['tokens']:,} tokens skipped: {row['skipped']}")
         if "add_seconds" in row:
             rate = row["tokens"] / row["add_seconds"]
-            out.print(
+            say(
                 f"{row['method']} on {row['tokens']:,} tokens: the store had read them before at {rate:,.0f} tokens/s, "
                 f"and keeps {row['bytes_per_token']:,.0f} bytes of each"
             )
     for name, value in summary["ratios"].items():
-        out.print(f"{name}: {value:.2f}")
+        say(f"{name}: {value:.2f}")
 
 
 def _device() -> str:

@@ -7,9 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
-from ..terminal.output import out, say
+from ..terminal.output import cell, out, say
 from .bootstrap import Estimate
 from .grading import METRICS
 from .summary import AT_EQUAL_BUDGET, BASELINE, equal_budget_key
@@ -48,7 +47,7 @@ def show_quality(summary: Mapping[str, Any]) -> None:
         if row["n"]:
             estimates = (str(Estimate(**row[metric])) for metric in metrics)
             figures = ("" if row.get(key) is None else format(row[key], _FIGURES[key][1]) for key in shown)
-            table.add_row(Text(name), f"{row['n']:,}", f"{row['kv_tokens']:,.0f}", *estimates, *figures)
+            table.add_row(cell(name), f"{row['n']:,}", f"{row['kv_tokens']:,.0f}", *estimates, *figures)
     out.print(table)
     for name, row in rows.items():
         if not row["n"]:
@@ -79,7 +78,7 @@ def _show_estimates(rows: Mapping[str, Mapping[str, Any]]) -> None:
     table = _table("method", *(_ESTIMATES[key] for key in shown))
     for name, row in rows.items():
         if found := {key: str(Estimate(**row[key])) for key in shown if key in row}:
-            table.add_row(Text(name), *(found.get(key, "") for key in shown))
+            table.add_row(cell(name), *(found.get(key, "") for key in shown))
     if table.row_count:
         say()
         out.print(table)
@@ -97,7 +96,7 @@ def _show_differences(rows: Mapping[str, Mapping[str, Any]], metrics: Sequence[s
         for key, other in baselines.items():
             if f"f1_{key}" in row:
                 table.add_row(
-                    Text(f"{name} - {other}"), *(Estimate(**row[f"{metric}_{key}"]).signed for metric in metrics)
+                    cell(f"{name} - {other}"), *(Estimate(**row[f"{metric}_{key}"]).signed for metric in metrics)
                 )
     if table.row_count:
         say()
@@ -122,7 +121,7 @@ def show_positions(summary: Mapping[str, Any]) -> None:
             for metric in METRICS:
                 found = {place: figures.get(metric) for place, figures in row["places"].items()}
                 table.add_row(
-                    Text(name),
+                    cell(name),
                     METRIC_NAMES[metric],
                     str(min(figures["n"] for figures in row["places"].values())),
                     *(f"{found[p]['mean']:.3f}" if found.get(p) else "skipped" for p in places),
@@ -149,7 +148,7 @@ def show_ruler(summary: Mapping[str, Any]) -> None:
         for name, scores in sorted(rows.items(), key=lambda item: -sum(item[1].values())):
             cells = (f"{scores[task]:.3f}" if task in scores else "skipped" for task in by_task)
             mean = f"{fmean(scores.values()):.3f}" if len(scores) == len(by_task) else ""
-            table.add_row(Text(name), *cells, mean)
+            table.add_row(cell(name), *cells, mean)
         out.print(table)
 
 

@@ -8,8 +8,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..corpus.reading import CorpusOptions
 from ..errors import InputError
+from ..terminal.loading import check_positive
 
+_MIB = 2**20
 LARGEST_DEFAULT_TOP_K = 100
 
 
@@ -138,10 +141,57 @@ ChunkSizeOption = Annotated[
         show_default=False,
     ),
 ]
+FollowLinksOption = Annotated[
+    bool, typer.Option("--follow-links", help="Follow the corpus's links to folders, and those that lead out of it.")
+]
+MaxFileMibOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-file-mib",
+        metavar="MIB",
+        help="The largest file of a corpus, expanded; a larger one is left out.  [dim]\\[default: 1,024][/]",
+        show_default=False,
+    ),
+]
+MaxCorpusMibOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-corpus-mib",
+        metavar="MIB",
+        help="The largest corpus, expanded; a larger one is refused.  [dim]\\[default: 16,384][/]",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else.")]
 
 
-def check_source(corpus: Path | None, store: Path | None, *, top_k: int | None, no_store: bool) -> None:
+def corpus_options(
+    *, follow_links: bool = False, max_file_mib: int | None = None, max_corpus_mib: int | None = None
+) -> CorpusOptions:
+    """How a corpus is read; what was not given is not in it.
+
+    Args:
+        follow_links: Whether all links are followed.
+        max_file_mib: The largest file.
+        max_corpus_mib: The largest corpus.
+
+    Raises:
+        InputError: If a number is below 1.
+    """
+    check_positive(max_file_mib=max_file_mib, max_corpus_mib=max_corpus_mib)
+    options: CorpusOptions = {}
+    if follow_links:
+        options["follow_links"] = True
+    if max_file_mib is not None:
+        options["max_file_bytes"] = max_file_mib * _MIB
+    if max_corpus_mib is not None:
+        options["max_corpus_bytes"] = max_corpus_mib * _MIB
+    return options
+
+
+def check_source(
+    corpus: Path | None, store: Path | None, *, top_k: int | None, no_store: bool, options: CorpusOptions
+) -> None:
     """Raises if it is not clear what is asked: a corpus or a store.
 
     Args:
@@ -149,6 +199,7 @@ def check_source(corpus: Path | None, store: Path | None, *, top_k: int | None, 
         store: The store, if one was named.
         top_k: Passages to retrieve of a corpus.
         no_store: Whether nothing that was read before is used.
+        options: How a corpus is read.
 
     Raises:
         InputError: If both were named or neither, or an option is for the other one.
@@ -159,3 +210,8 @@ def check_source(corpus: Path | None, store: Path | None, *, top_k: int | None, 
         raise InputError("--no-store reads a corpus anew, and --store asks what is known: leave one of them out")
     if store is not None and top_k is not None:
         raise InputError("--top-k is for a corpus; a store is asked as a whole: leave it out, or use --corpus")
+    if store is not None and options:
+        raise InputError(
+            "--follow-links, --max-file-mib and --max-corpus-mib are for a corpus, and a store has been read: leave "
+            "them out, or use --corpus"
+        )

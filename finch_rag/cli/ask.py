@@ -16,7 +16,10 @@ from .arguments import (
     BudgetOption,
     ChunkSizeOption,
     CorpusOption,
+    FollowLinksOption,
     JsonOption,
+    MaxCorpusMibOption,
+    MaxFileMibOption,
     ModelOption,
     NoStoreOption,
     PriorName,
@@ -27,6 +30,7 @@ from .arguments import (
     StrategyName,
     TopKOption,
     check_source,
+    corpus_options,
 )
 from .tables import answer_as_json, show_answer
 
@@ -84,6 +88,9 @@ def ask(
         bool, typer.Option("--quotes", help="Show the sentences that each sentence of the answer rests on.")
     ] = False,
     no_store: NoStoreOption = False,
+    follow_links: FollowLinksOption = False,
+    max_file_mib: MaxFileMibOption = None,
+    max_corpus_mib: MaxCorpusMibOption = None,
     as_json: JsonOption = False,
     stream: Annotated[
         bool | None,
@@ -100,10 +107,11 @@ def ask(
     Of all their tokens only those that matter for the question are kept.
     What was read once is kept in the user's cache, so that the next question over the same folder is answered at once.
     """
-    check_source(corpus, store, top_k=top_k, no_store=no_store)
+    reading = corpus_options(follow_links=follow_links, max_file_mib=max_file_mib, max_corpus_mib=max_corpus_mib)
+    check_source(corpus, store, top_k=top_k, no_store=no_store, options=reading)
     check_positive(budget=budget, chunk_size=chunk_size, max_new_tokens=max_new_tokens)
     session.check_question(question)
-    passages = [] if corpus is None else session.read_passages(question, corpus, top_k)
+    passages = [] if corpus is None else session.read_passages(question, corpus, top_k, **reading)
     keep = not no_store and selection is SelectionName.PASSAGE and strategy is not StrategyName.LOOP
     with ProgressBars() as bars:
         finch = load_finch(

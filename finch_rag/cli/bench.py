@@ -11,7 +11,16 @@ from ..bench.arguments import names_in, numbers_in, shard_of
 from ..models.embedded import EMBEDDED
 from ..terminal.loading import check_positive
 from . import ruler
-from .arguments import ChunkSizeOption, ModelOption, RoundsOption, StrategyName
+from .arguments import (
+    ChunkSizeOption,
+    FollowLinksOption,
+    MaxCorpusMibOption,
+    MaxFileMibOption,
+    ModelOption,
+    RoundsOption,
+    StrategyName,
+    corpus_options,
+)
 from .bench_options import (
     BudgetsOption,
     DataArgument,
@@ -235,6 +244,9 @@ def bench_quality(
     ] = False,
     shard: ShardOption = "1/1",
     plot: PlotOption = None,
+    follow_links: FollowLinksOption = False,
+    max_file_mib: MaxFileMibOption = None,
+    max_corpus_mib: MaxCorpusMibOption = None,
 ) -> None:
     """Ask questions with known answers by several methods: accuracy, F1, seconds and memory.
 
@@ -248,6 +260,7 @@ def bench_quality(
     Prints a table with 95% intervals and paired differences; the last line is one JSON object.
     """
     budgets, part = numbers_in("budget", budget), shard_of(shard)
+    corpus = corpus_options(follow_links=follow_links, max_file_mib=max_file_mib, max_corpus_mib=max_corpus_mib)
     with extra():
         from ..bench import quality
     kinds = ["unanswerable"] if unanswerable else []
@@ -268,6 +281,7 @@ def bench_quality(
         unanswerable=unanswerable,
         shard=part,
         plot=plot,
+        **corpus,
     )
 
 
@@ -287,6 +301,9 @@ def bench_positions(
     max_new_tokens: MaxNewTokensOption = 16,
     shard: ShardOption = "1/1",
     plot: PlotOption = None,
+    follow_links: FollowLinksOption = False,
+    max_file_mib: MaxFileMibOption = None,
+    max_corpus_mib: MaxCorpusMibOption = None,
 ) -> None:
     """Move the answer's passage from the first place to the last: who gets lost in the middle?
 
@@ -297,6 +314,7 @@ def bench_positions(
     Prints a table for each number of passages; the last line is one JSON object.
     """
     counts, part = numbers_in("passages", passages), shard_of(shard)
+    corpus = corpus_options(follow_links=follow_links, max_file_mib=max_file_mib, max_corpus_mib=max_corpus_mib)
     with extra():
         from ..bench import positions, quality
     name = f"{quality.data_name(data)}-{retriever}-positions"
@@ -313,6 +331,7 @@ def bench_positions(
         max_new_tokens=max_new_tokens,
         shard=part,
         plot=plot,
+        **corpus,
     )
 
 
@@ -330,14 +349,18 @@ def bench_recall(
     ] = "bm25,dense,store,fused",
     limit: LimitOption = 100,
     seed: SeedOption = 0,
+    follow_links: FollowLinksOption = False,
+    max_file_mib: MaxFileMibOption = None,
+    max_corpus_mib: MaxCorpusMibOption = None,
 ) -> None:
     """How often the passages that answer are among the first 1, 2, 4, 8 and 20 of a ranking of all passages.
 
     Prints a table; the last line is one JSON object.
     """
+    corpus = corpus_options(follow_links=follow_links, max_file_mib=max_file_mib, max_corpus_mib=max_corpus_mib)
     with extra():
         from ..bench import recall
-    recall.main(data, model=model, rankers=names_in(rankers), limit=limit, seed=seed)
+    recall.main(data, model=model, rankers=names_in(rankers), limit=limit, seed=seed, **corpus)
 
 
 @app.command("kept")
@@ -362,11 +385,15 @@ def bench_kept(
     limit: LimitOption = 100,
     seed: SeedOption = 0,
     budget: Annotated[str, typer.Option(metavar="TOKENS,...", help="Tokens that a rule keeps.")] = "512,1024,2048",
+    follow_links: FollowLinksOption = False,
+    max_file_mib: MaxFileMibOption = None,
+    max_corpus_mib: MaxCorpusMibOption = None,
 ) -> None:
     """How often all passages that a question needs are among those that it is answered from, by cutoff and prior.
 
     Prints a table; the last line is one JSON object.
     """
+    corpus = corpus_options(follow_links=follow_links, max_file_mib=max_file_mib, max_corpus_mib=max_corpus_mib)
     with extra():
         from ..bench import kept
     kept.main(
@@ -380,6 +407,7 @@ def bench_kept(
         limit=limit,
         seed=seed,
         budgets=numbers_in("budget", budget),
+        **corpus,
     )
 
 

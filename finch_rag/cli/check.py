@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from ..terminal.loading import load_finch
-from ..terminal.output import out, printable, say_json
+from ..terminal.output import cell, out, say_json
 from ..terminal.progress import ProgressBars
 from .arguments import JsonOption
 
@@ -41,7 +40,7 @@ def check(
         table = Table(box=None, pad_edge=False, show_header=False)
         for finding in findings:
             sign, style = _SIGNS[finding.passed]
-            table.add_row(Text(finding.name, style="bold"), Text(sign, style=style), Text(printable(finding.detail)))
+            table.add_row(cell(finding.name, "bold"), cell(sign, style), cell(finding.detail))
         out.print(table)
     if any(finding.passed is False for finding in findings):
         raise typer.Exit(1)

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from ..corpus.example import example_corpus
 from ..corpus.metrics import contains_answer
@@ -14,7 +13,7 @@ from ..corpus.reading import Question, load_questions, read_corpus
 from ..models.embedded import EMBEDDED
 from ..prompts.passages import Passage
 from ..terminal.loading import check_positive, load_finch
-from ..terminal.output import out, say, say_json
+from ..terminal.output import cell, out, say, say_json
 from ..terminal.progress import ProgressBars
 from . import session
 from .arguments import JsonOption
@@ -117,5 +116,5 @@ def _demo_all(passages: list[Passage], questions: list[Question], as_json: bool)
     for method, name in DEMO_METHODS.items():
         total = totals[method]
         figures = f"{total['right']} of {len(results)}", f"{total['has_gold']} of {len(results)}"
-        table.add_row(Text(name), *figures, f"{total['mean_tokens']:,.0f}", f"{total['mean_seconds']:.1f}")
+        table.add_row(cell(name), *figures, f"{total['mean_tokens']:,.0f}", f"{total['mean_seconds']:.1f}")
     out.print(table)

@@ -14,7 +14,15 @@ from ..terminal.loading import check_positive, load_finch
 from ..terminal.output import say, say_json
 from ..terminal.progress import ProgressBars
 from . import session
-from .arguments import JsonOption, ModelOption, PrecisionName
+from .arguments import (
+    FollowLinksOption,
+    JsonOption,
+    MaxCorpusMibOption,
+    MaxFileMibOption,
+    ModelOption,
+    PrecisionName,
+    corpus_options,
+)
 
 EPILOG = (
     "[bold]Examples[/]\n\nfinch-rag index contracts/ --store contracts.store\n\n"
@@ -44,6 +52,9 @@ def index(
             show_default=False,
         ),
     ] = None,
+    follow_links: FollowLinksOption = False,
+    max_file_mib: MaxFileMibOption = None,
+    max_corpus_mib: MaxCorpusMibOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read a folder of text once, so that every question to it is answered at once.
@@ -52,7 +63,8 @@ def index(
     A store belongs to the model that made it.
     """
     check_positive(max_bytes=max_bytes)
-    passages = session.corpus_passages(corpus)
+    reading = corpus_options(follow_links=follow_links, max_file_mib=max_file_mib, max_corpus_mib=max_corpus_mib)
+    passages = session.corpus_passages(corpus, **reading)
     with ProgressBars(remaining=True) as bars:
         finch = load_finch(model, bars)
         opened = finch.open_store(store, precision=precision.literal, max_bytes=max_bytes)

@@ -13,13 +13,17 @@ from ..terminal.progress import ProgressBars
 from . import session
 from .arguments import (
     CorpusOption,
+    FollowLinksOption,
     JsonOption,
+    MaxCorpusMibOption,
+    MaxFileMibOption,
     ModelOption,
     NoStoreOption,
     QuestionArgument,
     StoreOption,
     TopKOption,
     check_source,
+    corpus_options,
 )
 from .tables import citations_table
 
@@ -45,16 +49,20 @@ def rank(
         ),
     ] = None,
     no_store: NoStoreOption = False,
+    follow_links: FollowLinksOption = False,
+    max_file_mib: MaxFileMibOption = None,
+    max_corpus_mib: MaxCorpusMibOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List passages by the attention that a question pays to them: the model as a reranker, or as a retriever.
 
     Of a corpus, the passages nearest to the question are read and ranked; a store is ranked as a whole.
     """
-    check_source(corpus, store, top_k=top_k, no_store=no_store)
+    reading = corpus_options(follow_links=follow_links, max_file_mib=max_file_mib, max_corpus_mib=max_corpus_mib)
+    check_source(corpus, store, top_k=top_k, no_store=no_store, options=reading)
     check_positive(limit=limit)
     session.check_question(question)
-    passages = [] if corpus is None else session.read_passages(question, corpus, top_k)
+    passages = [] if corpus is None else session.read_passages(question, corpus, top_k, **reading)
     with ProgressBars() as bars:
         finch = load_finch(model, bars)
         nearest = session.retrieve(question, passages, top_k, bars) if passages else []

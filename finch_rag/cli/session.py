@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..corpus.reading import read_corpus
+from typing_extensions import Unpack
+
+from ..corpus.reading import CorpusOptions, read_corpus
 from ..corpus.retrieval import Retriever, check_top_k, in_rank_order
 from ..errors import InputError, StoreError
 from ..paths import cache_folder
@@ -48,35 +50,37 @@ def check_question(question: str) -> None:
         raise InputError("the question is not valid UTF-8: check the terminal's encoding") from error
 
 
-def corpus_passages(corpus: Path) -> list[Passage]:
+def corpus_passages(corpus: Path, **options: Unpack[CorpusOptions]) -> list[Passage]:
     """The corpus's passages; its warnings go to stderr.
 
     Args:
         corpus: A file or folder.
+        options: See `finch_rag.corpus.reading.CorpusOptions`.
 
     Raises:
         CorpusError: If the corpus cannot be read.
     """
-    read = read_corpus(corpus)
+    read = read_corpus(corpus, **options)
     for warning in read.warnings:
         output.note(warning)
     return read.passages
 
 
-def read_passages(question: str, corpus: Path, top_k: int | None) -> list[Passage]:
+def read_passages(question: str, corpus: Path, top_k: int | None, **options: Unpack[CorpusOptions]) -> list[Passage]:
     """The corpus's passages, for one question.
 
     Args:
         question: Is checked here, before models are loaded.
         corpus: A file or folder.
         top_k: Is checked against the number of passages.
+        options: See `finch_rag.corpus.reading.CorpusOptions`.
 
     Raises:
         InputError: If the question is not text or there are not so many passages.
         CorpusError: If the corpus cannot be read.
     """
     check_question(question)
-    passages = corpus_passages(corpus)
+    passages = corpus_passages(corpus, **options)
     if top_k is not None:
         check_top_k(top_k, len(passages))
     return passages

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from ..terminal.output import out, printable, say, say_json
+from ..terminal.output import cell, out, say, say_json
 from .arguments import JsonOption
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def show_info(folder: FolderArgument, as_json: JsonOption = False) -> None:
         "model": f"{info.model} (fingerprint)",
     }
     for name, text in lines.items():
-        table.add_row(name, Text(printable(text)))
+        table.add_row(name, cell(text))
     out.print(table)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
-from rich.text import Text
 
-from ..terminal.output import out, printable, say
+from ..terminal.output import cell, out, say, say_lines
 
 if TYPE_CHECKING:
     from ..answer import Answer, Citation, CompressionReport
@@ -30,7 +29,7 @@ def citations_table(citations: Iterable[Citation]) -> Table:
             f"{citation.share:.1%}",
             f"{citation.kept_tokens:,}/{citation.passage_tokens:,}",
         )
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*map(cell, row))
     return table
 
 
@@ -47,7 +46,7 @@ def report_table(report: CompressionReport) -> Table:
         "answered": f"{_count(report.new_tokens, 'token')}, {report.decode_seconds:.1f} s, by {report.model}",
     }
     for name, text in lines.items():
-        table.add_row(name, Text(printable(text)))
+        table.add_row(name, cell(text))
     return table
 
 
@@ -108,7 +107,7 @@ def show_answer(answer: Answer, streamed: bool, *, quotes: bool = False) -> None
     """
     withheld = answer.report.stop_reason == "unsupported"
     empty = "(no answer: the passages do not support one)" if withheld else "(the model's answer is empty)"
-    say("" if streamed and not withheld else answer.text or empty)
+    say_lines("" if streamed and not withheld else answer.text or empty)
     if answer.support is not None:
         say(f"(support: {answer.support:.2f} of 1)")
     say()

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from ..errors import CorpusError
+from typing_extensions import Unpack
+
+from ..checks import checked, truth, whole_number
+from ..errors import CorpusError, InputError
 from ..jsonl import json_objects
 from ..prompts.passages import Passage
+from .contents import MAX_FILE_BYTES, Contents, UnreadableError
+from .files import Found, as_text, find_files, left_out, shown
+from .ids import with_own_ids
 from .splitting import markdown_sections, split_text
 
 EXTENSIONS = (".txt", ".md", ".jsonl")
 _READ = "what is read: .txt, .md and .jsonl files, also with .gz"
+_RULES = {
+    "follow_links": truth,
+    "max_file_bytes": whole_number(unit=" byte"),
+    "max_corpus_bytes": whole_number(unit=" byte"),
+}
 _QUESTIONS = "questions"  # JSON-lines files of a folder whose names begin so hold evaluation questions
 
 
@@ -25,11 +35,14 @@ class Corpus:
 
     Attributes:
         passages: In the order of their files' paths, each with text, id and title (None where a JSON line has none).
-        warnings: One line for each file that was left out because it could not be read.
+        warnings: One line for each file that was left out because it could not be read, one for links that were not
+            followed, and one each for passages that stand more than once or have the id of another.
+        shared_ids: Ids that several passages had; the first of each has it still.
     """
 
     passages: list[Passage]
     warnings: list[str] = field(default_factory=list)
+    shared_ids: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +69,23 @@ class Question:
     needs_all: bool = False
 
 
-class _UnreadableError(Exception):
-    """A file that is left out with a warning; the message says why."""
+class CorpusOptions(TypedDict, total=False):
+    """Options of `read_corpus`.
+
+    Attributes:
+        follow_links: Whether links to folders are followed, and links that lead out of the folder; a folder that is
+            reached in several ways is read once.
+        max_file_bytes: A file of more bytes, when it is expanded, is left out; 1 GiB where it is not given.
+        max_corpus_bytes: A corpus of more bytes is refused; 16 GiB where it is not given.
+    """
+
+    follow_links: bool
+    max_file_bytes: int
+    max_corpus_bytes: int
 
 
-def read_corpus(path: str | Path) -> Corpus:
-    """Reads a file, or all files of a folder and its subfolders, as passages.
+def read_corpus(path: str | Path, **options: Unpack[CorpusOptions]) -> Corpus:
+    r"""Reads a file, or all files of a folder and its subfolders, as passages.
 
     - ``.md`` is split at its headings: the heading is the title, the id is "PATH#SLUG" with GitHub's slug. Text before
       the first heading has the id "PATH" and the file's stem as its title.
@@ -72,33 +96,42 @@ def read_corpus(path: str | Path) -> Corpus:
     PATH is relative to the folder. Sections and text of more than 160 words are cut between paragraphs, then
     sentences; the further parts of a section have ".part2", ".part3" ... behind their id. All of it may be compressed
     (``.gz``). Files that begin with a dot are left out, and so are a folder's ``questions*.jsonl``, which hold
-    evaluation questions.
+    evaluation questions. Bytes of a name that are not UTF-8 are escaped (``\xe9``).
+
+    No two passages have one id: a JSON line that stands again is left out, and what has the id of another passage gets
+    ".2", ".3" ... behind it. What is left out or gets another id is said in ``warnings``.
 
     Args:
         path: The file or folder.
+        options: See `CorpusOptions`.
 
     Raises:
-        CorpusError: If it is missing, has no passages, or a JSON line cannot be read as a passage.
+        CorpusError: If it is missing, too large or has no passages, or a JSON line cannot be read as a passage.
+        InputError: If an option cannot work.
     """
-    root = Path(path)
+    root, chosen = Path(path), checked(_RULES, options, InputError)
+    follow_links = chosen.pop("follow_links", False)
+    contents = Contents(**chosen)
     passages: list[Passage] = []
-    warnings: list[str] = []
-    files = _files(root)
-    for name, file in files:
+    found = _found(root, follow_links)
+    warnings = found.warnings
+    for name, file in found.files:
         try:
-            found = list(_READERS[_extension(file)](name, _read_text(file)))
-        except _UnreadableError as reason:
-            warnings.append(f"{name} {reason}, so it is left out")
+            read = list(_READERS[_extension(name)](name, contents.text(file)))
+        except UnreadableError as reason:
+            warnings.append(left_out(name, str(reason)))
             continue
-        if not found:
-            warnings.append(f"{name} has no text")
-        passages += found
+        if not read:
+            warnings.append(f"{shown(name)} has no text")
+        passages += read
     if not passages:
-        raise CorpusError(f"the corpus {root} has no text: {len(files)} file(s) looked at, {'; '.join(warnings[:3])}")
-    return Corpus(passages, warnings)
+        count = len(found.files)
+        raise CorpusError(f"the corpus {root} has no text: {count} file(s) looked at, {'; '.join(warnings[:3])}")
+    passages, renamed, shared_ids = with_own_ids(passages)
+    return Corpus(passages, [*warnings, *renamed], shared_ids)
 
 
-def load_questions(path: str | Path) -> list[Question]:
+def load_questions(path: str | Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> list[Question]:
     """Reads evaluation questions, one JSON object a line, plain or ``.gz``.
 
     A line has ``question``, ``answers`` (a list of texts) and ``gold_ids`` (a list of passage ids) or ``gold_id``
@@ -107,16 +140,20 @@ def load_questions(path: str | Path) -> list[Question]:
 
     Args:
         path: The file.
+        max_file_bytes: The most bytes that it has, when it is expanded.
 
     Raises:
         CorpusError: If the file is missing or unreadable, has no questions, or a line is not a question.
+        InputError: If the limit cannot be one.
     """
     file = Path(path)
-    if not file.is_file():
-        raise CorpusError(f"the questions {file} do not exist: pass a .jsonl file, plain or .gz")
     try:
-        text = _read_text(file)
-    except _UnreadableError as reason:
+        file.stat()
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"the questions {file} do not exist: pass a .jsonl file, plain or .gz") from error
+    try:
+        text = Contents(**checked(_RULES, {"max_file_bytes": max_file_bytes}, InputError)).text(file)
+    except UnreadableError as reason:
         raise CorpusError(f"{file} {reason}: pass a .jsonl file, plain or .gz") from reason
     questions = [_question(file.name, number, fields) for number, fields in json_objects(file.name, text, CorpusError)]
     if not questions:
@@ -124,29 +161,36 @@ def load_questions(path: str | Path) -> list[Question]:
     return questions
 
 
-def _files(root: Path) -> list[tuple[str, Path]]:
+def _found(root: Path, follow_links: bool) -> Found:
     """Files to read with their names in ids, sorted by name."""
-    if root.is_file():
-        if _extension(root) not in EXTENSIONS:
+    try:
+        mode = root.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # a NUL, half a surrogate pair
+        raise CorpusError(f"the corpus {root} does not exist: pass a folder or a file; {_READ}") from error
+    except OSError as error:
+        reason = f"{shown(str(root))} cannot be read ({error.strerror})"
+        raise CorpusError(f"the corpus {reason}: pass another one") from error
+    if not stat.S_ISDIR(mode):
+        if not stat.S_ISREG(mode):
+            raise CorpusError(f"the corpus {root} is no regular file: pass a folder or a file; {_READ}")
+        if not _extension(root.name):
             raise CorpusError(f"the corpus {root} is not of a kind that can be read; {_READ}")
-        return [(root.name, root)]
-    if not root.is_dir():
-        raise CorpusError(f"the corpus {root} does not exist: pass a folder or a file; {_READ}")
-    files = sorted((file.relative_to(root).as_posix(), file) for file in root.rglob("*") if _is_read(root, file))
-    if not files:
-        raise CorpusError(f"the corpus {root} has no files that can be read; {_READ}")
-    return files
+        return Found([(as_text(root.name), root)])
+    found = find_files(root, _is_read, follow_links)
+    if not found.files:
+        left = f" ({'; '.join(found.warnings[:3])})" if found.warnings else ""
+        raise CorpusError(f"the corpus {root} has no files that can be read{left}; {_READ}")
+    return found
 
 
-def _is_read(root: Path, file: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-    questions = _extension(file) == ".jsonl" and file.name.startswith(_QUESTIONS)
-    return _extension(file) in EXTENSIONS and not hidden and not questions and file.is_file()
+def _is_read(name: str) -> bool:
+    extension = _extension(name)
+    return bool(extension) and not (extension == ".jsonl" and name.startswith(_QUESTIONS))
 
 
-def _extension(file: Path) -> str:
-    name = file.name.lower().removesuffix(".gz")
-    return next((extension for extension in EXTENSIONS if name.endswith(extension)), "")
+def _extension(name: str) -> str:
+    bare = name.lower().removesuffix(".gz")
+    return next((extension for extension in EXTENSIONS if bare.endswith(extension)), "")
 
 
 def _stem(name: str) -> str:
@@ -154,22 +198,6 @@ def _stem(name: str) -> str:
     bare = name.rpartition("/")[2]
     bare = bare[: -len(".gz")] if bare.lower().endswith(".gz") else bare
     return Path(bare).stem
-
-
-def _read_text(file: Path) -> str:
-    """A file's text, line ends as line feeds, without a byte order mark."""
-    try:
-        content = file.read_bytes()
-        if file.name.lower().endswith(".gz"):
-            content = gzip.decompress(content)
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _UnreadableError(f"is not UTF-8 (byte {error.start})") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise _UnreadableError("cannot be decompressed") from error
-    except OSError as error:
-        raise _UnreadableError(f"cannot be read ({error.strerror})") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _markdown(name: str, text: str) -> Iterator[Passage]:
@@ -206,7 +234,7 @@ def _text(fields: dict[str, Any], key: str, name: str, number: int) -> str:
 
 def _id(fields: dict[str, Any], name: str, number: int) -> str:
     value = fields.get("id")
-    if value is None:
+    if value is None or value == "":
         return f"{name}#{number}"
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise CorpusError(f'{name}, line {number}: "id" is {type(value).__name__}, not text')

@@ -25,6 +25,7 @@ _BORDERS = (
 _HEADING = re.compile(r" {0,3}#{1,6}(?:[ \t]+|$)")
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
 _LINK = re.compile(r"!?\[([^\]]{0,500})\]\([^)]{0,2000}\)")  # bounded, as it is tried at many places
+_LONGEST_HEADING = 10_000  # characters in which links are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +110,16 @@ def markdown_sections(text: str) -> list[Section]:
             fence = opening[1]
         elif found := _HEADING.match(line):
             _add_section(sections, heading, slug, lines)
-            heading, lines = _LINK.sub(r"\1", _without_closing(line[found.end() :])).strip(), []
+            heading, lines = _without_links(_without_closing(line[found.end() :])), []
             slug = _unique_slug(heading, slugs)
             continue
         lines.append(line)
     _add_section(sections, heading, slug, lines)
     return sections
+
+
+def _without_links(heading: str) -> str:
+    return (_LINK.sub(r"\1", heading) if len(heading) <= _LONGEST_HEADING else heading).strip()
 
 
 def _without_closing(heading: str) -> str:

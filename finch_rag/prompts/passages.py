@@ -53,6 +53,8 @@ def as_passages(passages: Iterable[str | Passage]) -> list[Passage]:
         if not isinstance(passage.text, str):
             raise InputError(f"passage {index} is {type(passage.text).__name__}, not text: pass a str or a Passage")
         check_unicode(f"{passage.title or ''}{passage.text}", f"passage {index}")
+        if isinstance(passage.id, str):
+            check_unicode(passage.id, f"the id of passage {index}")
         _check_score(passage.score, index)
         checked.append(passage)
     return checked

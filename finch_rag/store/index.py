@@ -331,7 +331,7 @@ class StoreIndex:
         Args:
             passages: With their hashes.
         """
-        wanted = {p.id or known: (known, p.title, p.text, _as_json(p)) for p, known in passages}
+        wanted = {str(p.id or known): (known, p.title, p.text, _as_json(p)) for p, known in passages}
         for some in _parts(list(wanted), _MOST_VALUES):
             marks = ",".join("?" * len(some))
             rows = self._rows(f"SELECT id, hash, title, text, metadata FROM passages WHERE id IN ({marks})", some)
@@ -509,7 +509,9 @@ def _passage(own: object, is_own: object, title: object, text: object, metadata:
 
 def _as_json(passage: Passage) -> str:
     try:
-        return json.dumps(dict(passage.metadata), ensure_ascii=False, default=str, skipkeys=True)
+        written = json.dumps(dict(passage.metadata), ensure_ascii=False, default=str, skipkeys=True)
+        written.encode()  # half a surrogate pair is JSON, and nothing that SQLite takes
+        return written
     except (TypeError, ValueError, RecursionError) as error:
         named = passage.id or passage.text[:40]
         raise StoreError(f"the metadata of {named!r} cannot be stored: {error}; use plain values") from error

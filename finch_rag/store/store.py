@@ -26,6 +26,7 @@ from .together import Together
 
 StoreProgress = Callable[[int, int], None]  # tokens read, and in all
 
+_SHOWN = 100  # characters of an id in a message
 _SEGMENT_TOKENS = 16384  # what one commit of `add` holds, about; what a crash loses at most
 
 
@@ -201,8 +202,8 @@ class PassageStore(Uncopied):
         for number, (passage, tokens) in enumerate(zip(passages, encoded, strict=True)):
             if len(tokens) > room:
                 raise InputError(
-                    f"passage {passage.id or number} has {len(tokens)} tokens, and the model's window has room for "
-                    f"{room}: split it"
+                    f"passage {str(passage.id or number)[:_SHOWN]} has {len(tokens)} tokens, and the model's window "
+                    f"has room for {room}: split it"
                 )
 
     def _read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -10,20 +11,40 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ..errors import escaped
+
 _PIPE_WIDTH = 160  # rich takes 80 where there is no terminal, which is too narrow for long ids
+
+if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe or terminal that has not all characters; stderr is so by itself
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 
 def printable(text: str) -> str:
-    """Text without control characters: passages and answers must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    """A text of several lines without what would steer the terminal: passages and answers must not."""
+    return escaped(text, keep="\n\t")
+
+
+def cell(text: str, style: str = "") -> Text:
+    """A text of one line, such as an id or a path, for a table: no markup, and nothing that would steer the terminal.
+
+    Args:
+        text: From anywhere.
+        style: Of rich.
+    """
+    return Text(escaped(text), style=style)
 
 
 def say(text: str = "", style: str = "") -> None:
     """Writes a line of plain text to stdout, wrapped only on a terminal."""
-    out.print(Text(printable(text), style=style), soft_wrap=not out.is_terminal)
+    out.print(cell(text, style), soft_wrap=not out.is_terminal)
+
+
+def say_lines(text: str) -> None:
+    """Writes a text of one or more lines to stdout, such as an answer."""
+    out.print(Text(printable(text)), soft_wrap=not out.is_terminal)
 
 
 def say_delta(delta: str) -> None:

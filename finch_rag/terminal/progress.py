@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..errors import escaped
 from .output import err
 
 _STAGES = {
@@ -30,7 +31,8 @@ class ProgressBars:
     """
 
     def __init__(self, remaining: bool = False) -> None:
-        columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[steps]}")
+        what, steps = (TextColumn(f"{{task.{part}}}", markup=False) for part in ("description", "fields[steps]"))
+        columns = SpinnerColumn(), what, BarColumn(), steps
         self._bars = Progress(
             *columns,
             TimeRemainingColumn() if remaining else TimeElapsedColumn(),
@@ -45,7 +47,7 @@ class ProgressBars:
         """Shows how far a stage is; a `finch_rag.request.Progress`."""
         self._bars.start()
         if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(_STAGES.get(stage, stage), steps="")
+            self._tasks[stage] = self._bars.add_task(escaped(_STAGES.get(stage, stage)), steps="")
         steps = f"{done:,}/{total:,}" if done else ""
         self._bars.update(self._tasks[stage], completed=done, total=total, visible=done < total, steps=steps)
 
@@ -53,7 +55,7 @@ class ProgressBars:
     def busy(self, what: str) -> Iterator[None]:
         """Shows that something of unknown length goes on."""
         self._bars.start()
-        task = self._bars.add_task(what, total=None, steps="")
+        task = self._bars.add_task(escaped(what), total=None, steps="")
         try:
             yield
         finally:

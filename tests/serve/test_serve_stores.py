@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from fastapi.testclient import TestClient
@@ -135,6 +137,14 @@ NO_NAMES = [
     "a..b",
     "C:x",
     "a\n",
+    "a.",
+    "a" * 10_000,
+    "\\x",
+    "%2e%2e",
+    "\uff0e\uff0e",
+    "\x1b[31m",
+    "\u202ea",
+    "[/bold]",
 ]
 
 
@@ -145,6 +155,54 @@ def test_no_name_leaves_the_folder(shelf: TestClient, engine: Finch, tmp_path: P
     error_in(shelf.post(CHAT, json={"messages": ASKED, "store": name}), 400)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "user-cache") == ["stores", "x"]
     assert list((tmp_path / "stores").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_a_name_that_cannot_be_is_one_short_line(shelf: TestClient, name: str) -> None:
+    message = error_in(shelf.post(STORES, json={"name": name}), 400)["message"]
+    assert message.isprintable()
+    assert len(message) < 300
+    if name in ("", ".", ".."):
+        return  # another path
+    encoded = quote(name, safe="")
+    for method, path in (
+        ("GET", ""),
+        ("DELETE", ""),
+        ("POST", "/search"),
+        ("POST", "/passages"),
+        ("DELETE", "/passages"),
+    ):
+        sent = {"query": "x", "passages": ["x"]} if method == "POST" else None
+        response = shelf.request(method, f"{STORES}/{encoded}{path}?id=x", json=sent)
+        assert response.status_code in (400, 404, 405)
+        assert response.text.isprintable()
+
+
+@pytest.mark.parametrize("own", ["\x1b[31m", "a\r\nX-Mine: y\nb", "\u202e", "\0", "[/bold]", "\u2028", "x" * 10_000])
+def test_ids_of_any_characters_come_back_and_stay_out_of_headers_and_log(
+    shelf: TestClient, caplog: pytest.LogCaptureFixture, own: str
+) -> None:
+    shelf.post(STORES, json={"name": "notes"})
+    documents = [{"id": own, "title": own[:20], "text": DOCUMENTS[0]["text"], "url": own}]
+    with caplog.at_level(logging.DEBUG, "finch_rag"):
+        chat = shelf.post(CHAT, json={"messages": ASKED, "documents": documents})
+        ranked = shelf.post("/v1/rerank", json={"query": "x", "documents": documents, "return_documents": True})
+        added = shelf.post(f"{STORES}/notes/passages", json={"passages": documents})
+        found = shelf.post(f"{STORES}/notes/search", json={"query": "x"})
+        parts = shelf.post(CHAT, json={"messages": ASKED, "store": "notes", "stream": True})
+        gone = shelf.delete(f"{STORES}/notes/passages", params={"id": own})
+    for response in (chat, ranked, added, found, parts, gone):
+        assert response.status_code == 200
+        assert all(value.isprintable() for value in response.headers.values())
+        assert "x-mine" not in response.headers
+    assert [each["id"] for each in chat.json()["usage"]["finch"]["documents"]] == [own]
+    assert [each["id"] for each in found.json()["results"]] == [own]
+    assert gone.json()["removed"] == 1
+    missing = error_in(shelf.delete(f"{STORES}/notes/passages", params={"id": own}), 400)["message"]
+    assert missing.isprintable()
+    logged = [record.getMessage() for record in caplog.records if record.name.startswith("finch_rag")]
+    assert logged
+    assert all(line.isprintable() and own not in line for line in logged)
 
 
 @pytest.mark.parametrize("name", ["%2e%2e", "..%2fx", "%2e%2e%2fx", "..%5cx"])

@@ -60,8 +60,8 @@ _HEADER = """\
 
 Made by `make licences`; do not edit. All that users of finch-rag, its extras and the two integrations install beside
 them, on Linux with Python 3.11: what each package's own metadata says, as an SPDX expression ("BSD" where it does not
-say which). `tests/test_licences.py` checks that each is one of those in `tests/supply/licences.py`, that none asks for the GPL
-alone but for what is named there, and that this table is up to date.
+say which). `tests/test_licences.py` checks that each is one of those in `tests/supply/licences.py`, that none asks for
+the GPL alone but for what is named there, and that this table is up to date.
 
 Not in it: tools for those who work on the repository; libraries that wheels bundle, which their own licence files name;
 and, where torch is built for CUDA, as PyPI's for Linux is, NVIDIA's libraries (`nvidia-*`, `cuda-*`), which come under
