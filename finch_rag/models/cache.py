@@ -24,6 +24,7 @@ from ..errors import InputError
 from ..paths import replacing
 from .attention import AppendedLength
 from .cached_document import CachedDocument
+from .finite import zero_or_nan
 from .kept_cache import KeptCache
 from .rope import KeyRotation
 
@@ -161,6 +162,11 @@ class CompressedCache(KeptCache):
             for buffer in (layer.keys, layer.values):
                 total += buffer.shape[1] * buffer.shape[3] * buffer.element_size() if buffer is not None else 0
         return total
+
+    def zero_or_nan(self, device: torch.device) -> torch.Tensor:
+        """See `KeptCache.zero_or_nan`; it reads all keys and values in use."""
+        filled = [layer.in_use() for layer in self.layers if layer.length]
+        return zero_or_nan((buffer for both in filled for buffer in both), device)
 
     def document_positions(self, appended: range) -> torch.Tensor:
         """Document positions of all evictable tokens, in the cache's order.
