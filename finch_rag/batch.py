@@ -11,6 +11,7 @@ from .answer import Answer
 from .answering import Begun
 from .decode.running import decode_many
 from .errors import InputError
+from .models.forward import memory_guard
 from .models.kept_cache import KeptCache
 from .prefill.batched import prefill_batched
 from .prefill.planning import PrefillPlan
@@ -78,11 +79,12 @@ def answer_together(runtime: Runtime, requests: Sequence[Request], *, shared: bo
         return []
     requests[0].cancellation.check()
     answers: dict[int, Answer] = {}
-    for numbers, read in _readers(runtime, requests, shared):
-        for start in range(0, len(numbers), GROUP):
-            group = range(start, min(start + GROUP, len(numbers)))
-            own = numbers[group.start : group.stop]
-            answers |= zip(own, _generate(runtime, [requests[n] for n in own], read(group)), strict=True)
+    with memory_guard(runtime.model, f"{len(requests)} questions"):
+        for numbers, read in _readers(runtime, requests, shared):
+            for start in range(0, len(numbers), GROUP):
+                group = range(start, min(start + GROUP, len(numbers)))
+                own = numbers[group.start : group.stop]
+                answers |= zip(own, _generate(runtime, [requests[n] for n in own], read(group)), strict=True)
     return [answers[number] for number in range(len(requests))]
 
 
@@ -99,8 +101,9 @@ def read_together(runtime: Runtime, requests: Sequence[Request]) -> list[KeptCac
         DeviceMemoryError: If the device runs out of memory.
     """
     caches: dict[int, KeptCache] = {}
-    for numbers, read in _readers(runtime, requests, shared=False):
-        caches |= zip(numbers, read(range(len(numbers))), strict=True)
+    with memory_guard(runtime.model, f"the passages of {len(requests)} questions"):
+        for numbers, read in _readers(runtime, requests, shared=False):
+            caches |= zip(numbers, read(range(len(numbers))), strict=True)
     return [caches[number] for number in range(len(requests))]
 
 

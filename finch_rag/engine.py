@@ -16,6 +16,7 @@ from .errors import InputError, SettingsError
 from .fitting import WindowRoom
 from .heads.pairs import AloneHeads, Heads, check_alone_heads, check_heads
 from .models.cache import CompressedCache
+from .models.forward import memory_guard
 from .models.inspection import text_config
 from .models.loading import load_model
 from .prefill.planning import ChunkSize, Prior, Strategy
@@ -393,7 +394,9 @@ class Finch(EngineAttributes):
         """
         chosen, settings = with_store(self.runtime, question, as_passages(passages), self.settings.updated(options))
         request = resolve(self.runtime, question, chosen, settings)
-        cache = read_request(self.runtime, request).fork(0)
+        read = read_request(self.runtime, request)
+        with memory_guard(self.model, f"a copy of a cache of {read.length} tokens"):
+            cache = read.fork(0)
         if not isinstance(cache, CompressedCache):
             raise InputError(f"{self.name} keeps passages in a cache of its own ({self.runtime.no_loop}): use ask")
         cache.document = replace(cache.document, sentences=sentences_to_quote(self.runtime, request, cache))
@@ -432,4 +435,5 @@ class Finch(EngineAttributes):
         """
         chosen, settings = with_store(self.runtime, question, as_passages(passages), self.settings.updated(options))
         request = resolve(self.runtime, question, chosen, settings, ranks_only=True)
-        return citations(read_request(self.runtime, request))
+        with memory_guard(self.model, f"ranking {len(request.passages)} passages"):
+            return citations(read_request(self.runtime, request))

@@ -5,7 +5,7 @@
     ├── InputError              a call with passages, a question or settings that cannot work
     │   └── WindowError         the call needs more positions than the model's window has
     ├── ModelError              a model that cannot be loaded or that Finch cannot run
-    │   └── NumericsError       the model computed NaN
+    │   └── NumericsError       the model computed NaN or infinity
     ├── DeviceMemoryError       the device ran out of memory
     ├── CorpusError             a corpus that is missing, empty or unreadable
     └── MissingExtraError       (also ImportError) an optional dependency is not installed
@@ -72,7 +72,7 @@ class ModelError(FinchError):
 
 
 class NumericsError(ModelError):
-    """The model's logits are NaN, so no answer can be read from them."""
+    """The model computed NaN or infinity, so no answer can be read from it."""
 
 
 class DeviceMemoryError(FinchError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,8 +10,10 @@ from typing import Any
 
 import torch
 
-from .errors import InputError, NumericsError
+from .errors import InputError
 from .models.cached_document import CachedDocument, ReadingFigures
+from .models.finite import check_finite
+from .models.forward import memory_guard
 from .models.inspection import input_embedding
 from .models.kept_cache import KeptCache
 from .prefill.alone import NEUTRAL, Asked
@@ -76,6 +77,11 @@ def read_request(runtime: Runtime, request: Request, *, ahead: bool = False) -> 
         DeviceMemoryError: If the device runs out of memory.
     """
     request.cancellation.check()
+    with memory_guard(runtime.model, f"the {sum(request.passage_tokens)} tokens of the passages"):
+        return _read(runtime, request, ahead=ahead)
+
+
+def _read(runtime: Runtime, request: Request, *, ahead: bool) -> KeptCache:
     plan = planned(runtime, request)
     if plan.strategy == "independent" and request.passages:
         rankings = rank(runtime, [request])
@@ -313,9 +319,8 @@ def remember(
         NumericsError: If the model computed NaN.
     """
     cache, attention = prefilled.cache, prefilled.attention.cpu()
+    check_finite(attention, "the model's attention is")
     total = float(attention.sum())
-    if math.isnan(total):
-        raise NumericsError("the model's attention is NaN: use dtype float32 or bfloat16, and check its weights")
     alone = plan.strategy == "independent"
     cache.document = CachedDocument(
         passage_ids=tuple(passage.id for passage in request.passages),

@@ -15,6 +15,7 @@ from typing import TypeVar
 from .answer import Answer
 from .answering import Begun
 from .errors import InputError
+from .models.forward import memory_guard
 from .models.kept_cache import KeptCache
 from .models.processes import Uncopied
 from .prompts.passages import Passage
@@ -101,6 +102,13 @@ def _answer(
     runtime: Runtime, request: Request, cache: KeptCache | None, answers: list[Answer]
 ) -> Generator[str, None, None]:
     """The deltas of an answer; at the end the answer is put into ``answers``."""
+    with memory_guard(runtime.model, f"the answer to {len(request.prompt.question)} tokens of question"):
+        yield from _deltas(runtime, request, cache, answers)
+
+
+def _deltas(
+    runtime: Runtime, request: Request, cache: KeptCache | None, answers: list[Answer]
+) -> Generator[str, None, None]:
     try:
         cache = read_request(runtime, request, ahead=True) if cache is None else cache
     except Cancelled:

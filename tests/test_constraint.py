@@ -287,12 +287,17 @@ def test_nan_is_told_as_without_a_schema() -> None:
         running.push(torch.full((1, 400), float("nan")))
 
 
+def test_a_token_that_is_not_allowed_is_told() -> None:
+    with pytest.raises(InputError, match="cannot be held to json_schema") as caught:
+        writer(COLOUR).take(ids("x")[0], broken=False)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_model_that_forbids_all_that_is_allowed_is_told() -> None:
     logits = torch.full((1, 400), -torch.inf)
     logits[0, ids("x")[0]] = 1.0
-    with pytest.raises(InputError, match="cannot be held to json_schema") as caught:
+    with pytest.raises(NumericsError, match="logits are NaN or infinite"):
         writer(COLOUR).push(logits)
-    assert "\n" not in str(caught.value)
 
 
 # Tokens

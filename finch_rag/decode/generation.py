@@ -10,6 +10,7 @@ import torch
 
 from ..errors import FinchError, NumericsError
 from ..models.cache import CompressedCache
+from ..models.finite import CURE, not_finite
 from ..models.forward import memory_guard, on_device, own_positions
 from ..models.inspection import input_embedding
 from ..models.kept_cache import KeptCache
@@ -82,14 +83,14 @@ class Writer:
             logits: Float32, shape [1, vocabulary].
 
         Raises:
-            NumericsError: If they are NaN.
+            NumericsError: If one of them is NaN or infinite.
             InputError: If the constraint leaves no token.
         """
-        token, has_nan = self.choose(logits).tolist()
-        return self.take(token, bool(has_nan))
+        token, broken = self.choose(logits).tolist()
+        return self.take(token, bool(broken))
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """The next token's id, and 1 where the logits are NaN, else 0: shape [2], on their device.
+        """The next token's id, and 1 where a logit is NaN or infinite, else 0: shape [2], on their device.
 
         The first half of `push`: several answers' tokens then come to the host in one transfer.
 
@@ -100,22 +101,21 @@ class Writer:
             InputError: If the constraint leaves no token.
         """
         token = self._pick(logits if self._constraint is None else self._constraint.mask(logits))
-        return torch.stack((token.view(()), logits.isnan().any().long()))
+        return torch.stack((token.view(()), not_finite(logits).long()))
 
-    def take(self, token: int, has_nan: bool) -> str:
+    def take(self, token: int, broken: bool) -> str:
         """Appends a token; returns the text that became certain, maybe none.
 
         Args:
             token: That `choose` has chosen.
-            has_nan: Whether its logits were NaN.
+            broken: Whether one of its logits was NaN or infinite.
 
         Raises:
-            NumericsError: If they were.
+            NumericsError: If one was.
         """
-        if has_nan:
+        if broken:
             raise NumericsError(
-                f"the model's logits are NaN at token {len(self.token_ids)} of the answer: load it with dtype float32 "
-                "or bfloat16, and check its weights"
+                f"the model's logits are NaN or infinite at token {len(self.token_ids)} of the answer: {CURE}"
             )
         constraint = self._constraint
         complete = constraint is not None and constraint.take(token)
@@ -152,7 +152,7 @@ def choose_together(writers: Sequence[Writer], logits: Sequence[torch.Tensor]) -
     greedy = [rows for writer, rows in zip(writers, logits, strict=True) if writer.greedy]
     if greedy:
         together = torch.cat(greedy)
-        likeliest = iter(torch.stack((together.argmax(-1), together.isnan().any(-1).long()), dim=1))
+        likeliest = iter(torch.stack((together.argmax(-1), not_finite(together, -1).long()), dim=1))
     for writer, rows in zip(writers, logits, strict=True):
         try:
             chosen.append(next(likeliest) if writer.greedy else writer.choose(rows))
@@ -218,7 +218,7 @@ class Decoder:
         most = self._chunk_size or len(tokens)
         for start in range(0, len(tokens), most):
             logits = self._forward(tokens[start : start + most])
-        yield logits
+        yield logits + self._cache.zero_or_nan(logits.device)
         with self._lent() as step:
             while True:
                 token = self.writer.token_ids[-1]

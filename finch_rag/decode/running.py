@@ -17,7 +17,7 @@ import torch
 
 from ..errors import FinchError
 from ..models.cache import CompressedCache
-from ..models.forward import on_device, varlen_logits
+from ..models.forward import memory_guard, on_device, varlen_logits
 from ..models.inspection import input_embedding
 from ..models.kept_cache import KeptCache
 from ..models.varlen import VarlenSequence
@@ -131,16 +131,17 @@ class RunningBatch:
         new, self._new = self._new, []
         older = [answer for answer in self.answers if answer not in new and answer not in self._alone]
         # The prompts in a pass of their own: where memory runs out for them, the others go on.
-        deltas = [
-            *self._pushed(self._next_tokens(older), meanwhile),
-            *self._pushed(self._prompts(new), meanwhile),
-            *self._pushed(self._next_alone(), meanwhile),
-        ]
-        for answer, _ in deltas:
-            if answer.ended:
-                self.leave(answer)
-            elif answer in new:
-                self._place(answer)
+        with memory_guard(self._model, f"a token of each of {len(self.answers)} answers"):
+            deltas = [
+                *self._pushed(self._next_tokens(older), meanwhile),
+                *self._pushed(self._prompts(new), meanwhile),
+                *self._pushed(self._next_alone(), meanwhile),
+            ]
+            for answer, _ in deltas:
+                if answer.ended:
+                    self.leave(answer)
+                elif answer in new:
+                    self._place(answer)
         return deltas
 
     def close(self) -> None:
@@ -164,16 +165,18 @@ class RunningBatch:
                 chosen.append((answer, choice))
         meanwhile()
         tokens = torch.stack([choice for _, choice in chosen]).tolist() if chosen else []  # one transfer for all
-        for (answer, _), (token, has_nan) in zip(chosen, tokens, strict=True):
+        for (answer, _), (token, broken) in zip(chosen, tokens, strict=True):
             try:
-                deltas[answer] = answer.writer.take(token, bool(has_nan))
-            except FinchError as error:  # NaN
+                deltas[answer] = answer.writer.take(token, bool(broken))
+            except FinchError as error:  # NaN or infinity
                 answer.error = error
         return list(deltas.items())
 
     def _prompts(self, new: Sequence[RunningAnswer]) -> _Passed:
         """Logits after the prompts."""
-        return self._joint_pass(new, [[*answer.cache.take_unread(), *answer.prompt] for answer in new])
+        passed = self._joint_pass(new, [[*answer.cache.take_unread(), *answer.prompt] for answer in new])
+        for answer, logits in passed:
+            yield answer, logits if isinstance(logits, FinchError) else logits + answer.cache.zero_or_nan(logits.device)
 
     def _next_tokens(self, older: Sequence[RunningAnswer]) -> _Passed:
         """Logits after the last tokens."""
@@ -215,13 +218,13 @@ class RunningBatch:
         if not answers:
             return
         device = input_embedding(self._model).device
-        batch = [
-            VarlenSequence.onto(answer.cache, on_device(own, device))
-            for answer, own in zip(answers, tokens, strict=True)
-            if isinstance(answer.cache, CompressedCache)
-        ]
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), memory_guard(self._model, f"a token of each of {len(answers)} answers"):
+                batch = [
+                    VarlenSequence.onto(answer.cache, on_device(own, device))
+                    for answer, own in zip(answers, tokens, strict=True)
+                    if isinstance(answer.cache, CompressedCache)
+                ]
                 logits = varlen_logits(self._model, batch)
         except FinchError as error:  # some layers have the tokens, others not: no answer can go on
             yield from ((answer, error) for answer in answers)

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import InputError
 from ..models.attention import use_finch_attention
+from ..models.finite import check_finite
 from ..models.own_attention import runs_own_attention
 from ..prefill.alone import NEUTRAL, Asked, token_groups
 from ..prefill.head_keys import KeyBlock, attention_by_head
@@ -102,6 +103,7 @@ def find_alone_heads(
     for number, example in enumerate(chosen, 1):
         look = reader.look(Asked.by(builder, example.question), neutral, longest)
         attention = attention_by_head(look, blocks)  # [groups, heads of a group, passages]
+        check_finite(attention, "the model's attention is")
         right = attention[..., first + example.gold, None]
         scores += 1 / (attention >= right).sum(-1) / len(chosen)
         first += len(example.passages)

@@ -20,6 +20,7 @@ import torch
 from ..errors import InputError, ModelError, WindowError
 from ..models.attention import SeenEnough, use_finch_attention
 from ..models.cache import CompressedCache
+from ..models.finite import check_finite
 from ..models.forward import forward
 from ..models.inspection import text_config, window_of
 from ..prefill.scoring import passage_sums, question_attention
@@ -75,6 +76,7 @@ def find_heads(
         InputError: If ``n`` is not between 1 and the number of heads in those layers, or there is no example.
         WindowError: If the model's window has no room for one of one's own examples.
         ModelError: If it has none for an example that is made.
+        NumericsError: If the model computes NaN or infinity.
     """
     layers, per_layer = searched_heads(n, text_config(model))
     use_finch_attention(model)
@@ -87,6 +89,7 @@ def find_heads(
     scores = torch.zeros(layers, per_layer)
     for number, example in enumerate(examples, 1):
         attention = attention_by_passage(model, builder, example)  # [layers, heads, passages]
+        check_finite(attention, "the model's attention is")
         scores += (attention[..., example.gold] - attention.mean(dim=-1)) / len(examples)
         on_progress(number, len(examples))
     best = scores.flatten().topk(n)

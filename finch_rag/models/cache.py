@@ -20,6 +20,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import InputError
 from .attention import AppendedLength
+from .finite import zero_or_nan
 from .kept_cache import KeptCache
 from .rope import KeyRotation
 from .saved_cache import SavedCache, read_saved, write_saved
@@ -164,6 +165,11 @@ class CompressedCache(KeptCache):
             for layer in self.layers
             if layer.keys is not None and layer.values is not None
         )
+
+    def zero_or_nan(self, device: torch.device) -> torch.Tensor:
+        """See `KeptCache.zero_or_nan`; it reads all keys and values in use."""
+        filled = [layer.in_use() for layer in self.layers if layer.length]
+        return zero_or_nan((buffer for both in filled for buffer in both), device)
 
     def document_positions(self, appended: range) -> torch.Tensor:
         """Document positions of all evictable tokens, in the cache's order.

@@ -54,6 +54,20 @@ class KeptCache(Cache):
             room: Tokens that will be appended to the copy.
         """
 
+    def zero_or_nan(self, device: torch.device) -> torch.Tensor:
+        """0, or NaN where a key or value is NaN or infinite: added to logits, it is told with the next token.
+
+        Attention gives no weight to a key whose product is minus infinity, so the logits need not show it. Models' own
+        caches are not looked at: they hold states of many kinds.
+
+        Args:
+            device: Where to put it.
+
+        Returns:
+            Float32, shape [].
+        """
+        return torch.zeros((), device=device)
+
     @property
     def kept_tokens(self) -> int:
         """Document tokens kept in every layer."""

@@ -24,7 +24,8 @@ from torch.nn.functional import pad
 from ..errors import DeviceMemoryError
 from ..models.attention import SeenEnough
 from ..models.cache import CompressedCache
-from ..models.forward import forward, forward_packed, forward_varlen, on_device
+from ..models.finite import nan_where_hidden
+from ..models.forward import forward, forward_packed, forward_varlen, memory_guard, on_device
 from ..models.inspection import input_embedding, text_config
 from ..models.packed import PackedBatch
 from ..models.parallel import TensorParallel
@@ -182,7 +183,8 @@ class AloneReader:
             DeviceMemoryError: If the device has no memory for a single passage.
         """
         try:
-            return [self.encode(passages)]
+            with memory_guard(self.model, f"{len(passages)} passages"):
+                return [self.encode(passages)]
         except DeviceMemoryError:
             if len(passages) == 1:
                 raise
@@ -272,7 +274,7 @@ class LookObserver(StopAt):
                 continue
             queries = torch.stack([query[0, head, own] for head in heads])
             products = (queries @ key[0, group[1]].transpose(0, 1)).float() * scaling  # [heads, own, keys]
-            products = capped(products, softcap)
+            products = capped(nan_where_hidden(products), softcap)
             future = torch.ones(products.shape[1:], dtype=torch.bool, device=products.device)
             future = future.triu_(before + self.own.start + 1)
             elsewhere = products.masked_fill(future, float("-inf")).logsumexp(-1)

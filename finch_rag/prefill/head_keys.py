@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..models.finite import nan_where_hidden
 from ..models.forward import on_device
 
 # Of the attention itself, so that passages are ranked too which get no more than from the neutral question.
@@ -163,8 +164,13 @@ def rows_on(look: Look, block: KeyBlock) -> PassageRows:
     products = torch.bmm(queries, keys.transpose(1, 2)).float().mul_(look.scaling)  # [groups, rows, tokens]
     if block.scales is not None:
         products.mul_(block.scales.to(device).float()[:, None])
+    # NaN where a number is not finite: the softmax would hide minus infinity. Products with zeros tell it for less
+    # than a second look at all products takes; those of half precision may overflow by themselves.
+    hidden = torch.bmm(queries.sum(1, keepdim=True) * 0, keys.transpose(1, 2)).float().amax(-1)  # [groups, 1]
+    if queries.dtype == torch.float16:
+        products = nan_where_hidden(products)
     products = capped(products, look.softcap)
-    greatest = products.amax(-1)
+    greatest = products.amax(-1) + hidden
     products.sub_(greatest[..., None]).exp_()
     return PassageRows(greatest, _sums(products, block.lengths))
 

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import DeviceMemoryError
 from ..models.cache import CompressedCache
-from ..models.forward import forward, forward_in_chunks
+from ..models.forward import forward, forward_in_chunks, memory_guard
 from ..models.rope import KeyRotation
 from ..prompts.builder import Prompt
 from .chunking import plan_chunks
@@ -60,7 +60,8 @@ def prefill(
     scan = Scan(model, prompt, plan, rotation)
 
     def read(chunk: range) -> QuestionObserver:
-        tokens, observer = scan.begin(chunk)
+        with memory_guard(model, f"a chunk of {len(chunk)} tokens"):
+            tokens, observer = scan.begin(chunk)
         forward(model, tokens, scan.cache, observer)
         return observer
 

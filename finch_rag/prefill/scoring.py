@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..models.attention import SeenEnough
+from ..models.finite import nan_where_hidden
 from .head_keys import capped
 
 
@@ -122,7 +123,8 @@ def question_attention(
         products = (grouped @ keys.transpose(1, 2)).view(*question.shape[:2], -1)
     first = keys.shape[1] - question_tokens + own_tokens.indices(question_tokens)[0]  # the first own token's key
     future = torch.ones(products.shape[1:], dtype=torch.bool, device=products.device).triu_(first + 1)
-    products = capped(products.float().mul_(scaling), softcap).masked_fill_(future, float("-inf"))
+    products = nan_where_hidden(products.float().mul_(scaling))
+    products = capped(products, softcap).masked_fill_(future, float("-inf"))
     if sinks is None:
         return products.softmax(dim=-1)
     nothing = sinks.flatten() if heads is None else torch.stack([sinks.flatten()[head] for head in heads])

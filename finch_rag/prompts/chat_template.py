@@ -7,18 +7,22 @@ from those inside a message, which are not.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from jinja2 import TemplateError
 
 from ..errors import InputError, ModelError
+from .deadline import within
 from .passages import check_unicode
+from .trial import what_is_wrong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_CURE = "pass a tokenizer with another chat_template, or set it to None for a plain prompt"
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 _THOUGHT = "<think>"  # what opens a thought of DeepSeek R1, QwQ and others
+_SECONDS = 2.0  # that a prompt may take to be made; a template takes about a millisecond
 _CHANNELS, _FINAL_CHANNEL = "<|start|>assistant", "<|channel|>final<|message|>"  # of gpt-oss
 
 
@@ -80,26 +84,72 @@ def frame(
     """
 
     def apply(marked: Sequence[Message]) -> str:
-        if render is not None:
+        if render is None:
+            # A variable that many templates know; others pass it over.
+            return answer_at_once(rendered(tokenizer, marked, enable_thinking=False))
+        try:
             return render(marked)
-        rendered = tokenizer.apply_chat_template(
-            [{"role": m["role"], "content": m["content"]} for m in marked],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,  # a variable that many templates know; others pass it over
-        )
-        return answer_at_once(str(rendered))
+        except TemplateError as error:
+            raise _failed(tokenizer, error) from error
 
     try:
         return list(messages), _around_marks(apply, messages, tokenizer)
-    except (TemplateError, ModelError) as error:
+    except _RunawayError:
+        raise
+    except ModelError:
         if messages[0]["role"] != SYSTEM:
-            if isinstance(error, ModelError):
-                raise
-            reason = " ".join(str(error).split())
-            raise ModelError(f"the chat template of {type(tokenizer).__name__} fails: {reason}") from error
+            raise
     # Some templates know no system role, or drop it: its text then opens the user's first message.
     return frame(tokenizer, without_system(messages), render)
+
+
+class _RunawayError(ModelError):
+    """A template that does not come to its end: it is not tried with other messages."""
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **variables: Any) -> str:
+    """What a tokenizer's chat template makes of messages, with the start of an answer behind them.
+
+    A template is a program of strangers: it is tried out in a process of its own before (`finch_rag.prompts.trial`),
+    and is stopped where it then takes longer all the same.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: The messages.
+        variables: Further variables of the template.
+
+    Raises:
+        ModelError: If the template fails, makes no text, or does not come to its end.
+    """
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    template: object = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if isinstance(template, str):
+        tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        if wrong := what_is_wrong(template, tuple(sorted(tokens.items()))):
+            raise _RunawayError(f"the chat template of {type(tokenizer).__name__} cannot be used: {wrong}; {_CURE}")
+    try:
+        made: object = within(
+            _SECONDS,
+            lambda: tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables),
+        )
+    except TimeoutError as error:
+        raise _RunawayError(
+            f"the chat template of {type(tokenizer).__name__} cannot be used: {error}; {_CURE}"
+        ) from error
+    except Exception as error:  # a program of strangers fails in its own ways
+        raise _failed(tokenizer, error) from error
+    if not isinstance(made, str):
+        raise ModelError(
+            f"the chat template of {type(tokenizer).__name__} makes {type(made).__name__}, not text; {_CURE}"
+        )
+    return made
+
+
+def _failed(tokenizer: PreTrainedTokenizerBase, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ModelError(f"the chat template of {type(tokenizer).__name__} fails: {reason}")
 
 
 def answer_at_once(prompt: str) -> str:
@@ -131,8 +181,7 @@ def _around_marks(
         before, found, rest = rest.partition(mark)
         if not found or mark in rest or any(other in before for other in marks):
             raise ModelError(
-                f"the chat template of {type(tokenizer).__name__} does not show each message once; pass a tokenizer "
-                "with another chat_template, or set it to None for a plain prompt"
+                f"the chat template of {type(tokenizer).__name__} does not show each message once; {_CURE}"
             )
         texts.append(before)
     return [*texts, rest]

@@ -1,12 +1,19 @@
-"""Texts -> token ids. Retrieved text is untrusted: a control token's text inside it is tokenised as plain text."""
+"""Texts -> token ids. Retrieved text is untrusted: a control token's text inside it is tokenised as plain text.
+
+So is the text of a role marker that is no control token, see `finch_rag.prompts.role_markers`.
+"""
 
 from __future__ import annotations
 
 import re
 import threading
+from bisect import insort
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
+
+from .role_markers import RoleMarkers, role_markers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,8 +43,8 @@ class Encoder:
         }
         control |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self.control_ids = frozenset(control.values())
-        longest_first = sorted(filter(None, control), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._control_texts = sorted(filter(None, control), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, self._control_texts))) if self._control_texts else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of untrusted texts: control tokens inside them stay plain text.
@@ -53,7 +60,9 @@ class Encoder:
         if not flat:
             return []
         encoded = iter(self._encode_pieces(flat))
-        return [[token for _ in parts for token in next(encoded).ids] for parts in pieces]
+        found = [[token for _ in parts for token in next(encoded).ids] for parts in pieces]
+        markers = self._markers
+        return found if markers is None else [markers.broken(ids, [])[0] for ids in found]
 
     def encode_with_starts(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]] | None:
         """Like `encode`, with the place in the text where each token begins.
@@ -79,7 +88,7 @@ class Encoder:
                 ids += piece.ids
                 starts += [before + start for start in piece.starts]
                 before += len(part)
-            found.append((ids, starts))
+            found.append((ids, starts) if self._markers is None else self._markers.broken(ids, starts))
         return found
 
     def _encode_pieces(self, pieces: Sequence[str], with_starts: bool = False) -> list[_Piece]:
@@ -97,7 +106,7 @@ class Encoder:
         encoded = [
             _Piece(list(ids), [start for start, _ in own]) for ids, own in zip(told["input_ids"], offsets, strict=True)
         ]
-        hit = [place for place, piece in enumerate(encoded) if not self.control_ids.isdisjoint(piece.ids)]
+        hit = [place for place, piece in enumerate(encoded) if not self._never.isdisjoint(piece.ids)]
         halves = [half for place in hit for half in _halves(pieces[place])]
         if not halves:
             return encoded
@@ -126,12 +135,44 @@ class Encoder:
             text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
+    @cached_property
+    def _markers(self) -> RoleMarkers | None:
+        with self._lock:
+            return role_markers(self.tokenizer, self._control)
+
+    @cached_property
+    def _never(self) -> frozenset[int]:
+        """Tokens that no untrusted text becomes."""
+        return self.control_ids if self._markers is None else self.control_ids | self._markers.tokens
+
+    @cached_property
+    def _to_cut(self) -> re.Pattern[str] | None:
+        """Control tokens, and role markers that are cut."""
+        markers = () if self._markers is None else self._markers.cuts
+        longest_first = sorted((*self._control_texts, *markers), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
     def _without_control(self, text: str) -> Iterator[str]:
-        """Cuts a text behind the first character of each control token in it, so that no piece holds one."""
-        start = 0
-        while self._control is not None and (match := self._control.search(text, start)):
-            yield text[start : match.start() + 1]
-            start = match.start() + 1
+        """Cuts a text behind the first character of each control token in it, so that no piece holds one.
+
+        A role marker is cut where its own tokens have no border.
+        """
+        wanted = self._to_cut
+        cuts = {} if self._markers is None else self._markers.cuts
+        start = after = 0
+        ahead: list[int] = []  # of markers that have begun, ascending
+        while wanted is not None and (match := wanted.search(text, after)):
+            after = match.start() + 1
+            while ahead and ahead[0] < after:
+                if ahead[0] > start:
+                    yield text[start : ahead[0]]
+                start = ahead.pop(0)
+            for place in cuts.get(match[0], (1,)):
+                if (cut := match.start() + place) not in ahead:
+                    insort(ahead, cut)
+        for cut in ahead:
+            yield text[start:cut]
+            start = cut
         yield text[start:]
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
+from ..errors import ModelError
 from .builder import PromptBuilder
-from .chat_template import ASSISTANT, SYSTEM, USER, Message
+from .chat_template import ASSISTANT, SYSTEM, USER, Message, rendered
 from .passages import Passage
 
 if TYPE_CHECKING:
@@ -55,23 +54,22 @@ def _beginnings(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _roles(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    def rendered(*messages: Message) -> str:
+    def shown(*messages: Message) -> str:
         """What a template makes of messages; nothing where it refuses them."""
-        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
         try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except TemplateError:
+            return rendered(tokenizer, messages)
+        except ModelError:
             return ""
 
     user = Message(role=USER, content=_MARK)
     found = []
-    if _OTHER not in rendered(Message(role=SYSTEM, content=_OTHER), user):
+    if _OTHER not in shown(Message(role=SYSTEM, content=_OTHER), user):
         found.append("no system role: the system prompt opens the user's message")
-    elif _has_system_of_its_own(rendered(user), rendered(Message(role=SYSTEM, content=_OTHER), user)):
+    elif _has_system_of_its_own(shown(user), shown(Message(role=SYSTEM, content=_OTHER), user)):
         found.append("a system message of its own where none is given")
-    if _OTHER not in rendered(Message(role=USER, content=_OTHER), user):
+    if _OTHER not in shown(Message(role=USER, content=_OTHER), user):
         found.append("turns of user and assistant must alternate")
-    answered = rendered(user, Message(role=ASSISTANT, content=_OTHER), user)
+    answered = shown(user, Message(role=ASSISTANT, content=_OTHER), user)
     if _OTHER not in answered:
         found.append("earlier answers are not shown")
     return found

@@ -21,7 +21,8 @@ from ..answering import Written
 from ..errors import DeviceMemoryError
 from ..models.cache import CompressedCache
 from ..models.cached_document import CachedSentence
-from ..models.forward import forward, forward_own, forward_own_onto, forward_varlen, on_device
+from ..models.finite import check_finite
+from ..models.forward import forward, forward_own, forward_own_onto, forward_varlen, memory_guard, on_device
 from ..models.inspection import input_embedding
 from ..models.kept_cache import KeptCache
 from ..models.own_cache import OwnCache
@@ -134,11 +135,13 @@ def with_quotes(runtime: Runtime, written: Sequence[Written]) -> list[Quoting]:
     if not watched:
         return answers
     try:
-        attention = _attention(runtime, list(watched.values()))
+        with memory_guard(runtime.model, f"the sentences that {len(watched)} answers rest on"):
+            attention = _attention(runtime, list(watched.values()))
     except DeviceMemoryError as error:  # the answers are there
         _log.warning("no quotes: %s", error)
         return [Quoting(noted(each.answer, "the device had no memory left to look for quotes")) for each in answers]
     for (number, own), paid in zip(watched.items(), attention, strict=True):
+        check_finite(paid, "the model's attention is")
         answer = _quoting(own, paid) if own.written.request.quotes else own.written.answer
         answers[number] = Quoting(answer, sharpness(paid, own.lengths))
     seconds = (time.perf_counter() - start) / len(written)

@@ -29,6 +29,7 @@ from ..heads.examples import HeadExample, make_examples
 from ..jsonl import is_number, read_object
 from ..models.cache import CompressedCache
 from ..models.fingerprint import fingerprint
+from ..models.finite import check_finite
 from ..models.forward import memory_guard, on_device
 from ..models.inspection import input_embedding
 from ..models.parallel import agreed, writes_files
@@ -142,9 +143,10 @@ def _judgement(runtime: Runtime, written: Written) -> float:
             kept = [document[place] for place in cache.kept[0].tolist()]
             tokens = on_device([*request.prompt.prefix, *kept, *prompt], device)[None]
             output = model(input_ids=tokens, use_cache=False, logits_to_keep=1)
-    logits = output.logits[0, -1].float()
-    yes, no = (logits[_first_tokens(runtime, words)].logsumexp(0) for words in _WORDS)
-    return float(yes - no)
+        logits = output.logits[0, -1].float()
+        check_finite(logits, "the model's logits are")
+        yes, no = (logits[_first_tokens(runtime, words)].logsumexp(0) for words in _WORDS)
+        return float(yes - no)
 
 
 def _first_tokens(runtime: Runtime, words: Sequence[str]) -> list[int]:

@@ -23,6 +23,7 @@ from ..batch import read_together
 from ..decode.detokenising import Stripped
 from ..decode.running import RunningAnswer, RunningBatch
 from ..errors import FinchError
+from ..models.forward import memory_guard
 from ..quotes.support import finished
 from ..request import Cancellation, Cancelled, Request, no_progress
 from ..runtime import Runtime
@@ -199,8 +200,9 @@ class Scheduler:
                 self._runtime,
                 [replace(job.request, cancellation=nobody_waits, on_progress=no_progress) for job in jobs],
             )
-            for job in jobs:
-                self._begin(job, Begun.of(job.request, caches.pop(0)))
+            with memory_guard(self._runtime.model, f"the answers to {len(jobs)} questions"):
+                for job in jobs:
+                    self._begin(job, Begun.of(job.request, caches.pop(0)))
         except Cancelled:
             for job in jobs:
                 if job.begun is None:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from ..errors import InputError
+from ..models.finite import check_finite
 from ..prefill.alone import AloneReader, token_groups, tokens_per_pass
 from ..prefill.head_keys import quantised
 from ..prompts.passages import Passage
@@ -44,6 +45,7 @@ def read_keys(
 
     Raises:
         DeviceMemoryError: If the device has no memory for a single passage.
+        NumericsError: If the model computes NaN or infinity.
     """
     lengths = [len(tokens) for tokens in passages]
     parts: list[Keys] = []
@@ -51,7 +53,11 @@ def read_keys(
         for keys in reader.encode_in_parts(passages[group.start : group.stop]):
             parts.append(Keys(*quantised(keys)) if precision == "int8" else Keys(keys.to(torch.bfloat16), None))
         on_progress(sum(lengths[group.start : group.stop]))
-    return joined(parts)
+    found = joined(parts)
+    for numbers in (found.keys, found.scales):
+        if numbers is not None and numbers.is_floating_point():
+            check_finite(numbers, "the model's keys of these passages are")
+    return found
 
 
 def check_ids(passages: Sequence[Passage], hashes: Sequence[str]) -> None:

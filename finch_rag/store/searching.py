@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 
-from ..errors import InputError, NumericsError, StoreError
-from ..models.processes import check_not_forked
+from ..errors import InputError, StoreError
+from ..models.finite import check_finite
+from ..models.forward import memory_guard
 from ..prefill.alone import NEUTRAL, AloneReader, Asked
 from ..prefill.head_keys import KeyBlock, attention_on
 from ..prompts.builder import PromptBuilder
@@ -49,14 +51,18 @@ class Search:
 
         Raises:
             InputError: If a question does not fit behind the longest passage, or the process was forked since.
-            NumericsError: If the model computes NaN.
+            NumericsError: If the model computes NaN or infinity.
             StoreError: If head keys cannot be read, or are NaN.
+            DeviceMemoryError: If the device has no memory for it.
         """
-        check_not_forked(self._reader.device)
-        blocks = list(self._storage.blocks(self._reader.device).values())
-        readings, looked_at = [reading for found, _ in blocks for reading in found], [block for _, block in blocks]
-        paid = self._attention([(question, readings, looked_at) for question in questions])
-        return [Found(readings, attention) for attention in paid]
+        with self._guard(len(questions)):
+            blocks = list(self._storage.blocks(self._reader.device).values())
+            readings, looked_at = [reading for found, _ in blocks for reading in found], [block for _, block in blocks]
+            paid = self._attention([(question, readings, looked_at) for question in questions])
+            return [Found(readings, attention) for attention in paid]
+
+    def _guard(self, questions: int) -> AbstractContextManager[None]:
+        return memory_guard(self._reader.model, f"{questions} questions to a store")
 
     def some(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[torch.Tensor]:
         """What questions pay to some readings each, as if there were no others.
@@ -70,8 +76,13 @@ class Search:
         Raises:
             InputError: See `everything`.
             NumericsError: See `everything`.
+            DeviceMemoryError: See `everything`.
             StoreError: If one of them is not there any more.
         """
+        with self._guard(len(asked)):
+            return self._some(asked)
+
+    def _some(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[torch.Tensor]:
         blocks = self._storage.blocks(self._reader.device)
         looks = []
         for question, hashes in asked:
@@ -108,11 +119,9 @@ class Search:
         )
         for number, look in zip(looking, looks, strict=True):
             attention[number] = attention_on(look, asked[number][2])
-            if attention[number].isnan().any():
+            if not attention[number].isfinite().all():
                 self._storage.check_numbers()
-                raise NumericsError(
-                    "the model's attention is NaN: use dtype float32 or bfloat16, and check its weights"
-                )
+            check_finite(attention[number], "the model's attention is")
         return attention
 
 

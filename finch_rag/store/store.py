@@ -11,6 +11,7 @@ import torch
 
 from ..answer import Citation
 from ..errors import InputError, StoreError
+from ..models.forward import memory_guard
 from ..models.processes import Uncopied
 from ..prefill.alone import AloneReader, token_groups
 from ..prefill.planning import RetrievalHeads
@@ -176,7 +177,7 @@ class PassageStore(Uncopied):
             check_ids(passages, hashes)
         else:
             passages = with_unique_ids(passages, hashes)
-        with self._lock:
+        with self._lock, memory_guard(self._reader.model, f"{len(passages)} passages of a store"):
             known = self._index.known(key for key in hashes if key)
             new = {key: tokens for key, tokens in zip(hashes, encoded, strict=True) if tokens and key not in known}
             tokens = {key: len(ids) for key, ids in zip(hashes, encoded, strict=True) if ids}
@@ -298,7 +299,17 @@ class PassageStore(Uncopied):
                 raise InputError(f"{name} is {value!r}: pass a whole number, the least is 1")
         if isinstance(fuse, str) or any(isinstance(ranking, str) for ranking in fuse):
             raise InputError("fuse holds ids: pass a list of rankings, each a list of ids, such as fuse=[ids]")
-        readings, attention = self._everything(question)
+        with memory_guard(self._reader.model, "a search in a store"):
+            return self._best(*self._everything(question), top_k, fuse, fuse_k)
+
+    def _best(
+        self,
+        readings: Sequence[Reading],
+        attention: torch.Tensor,
+        top_k: int,
+        fuse: Sequence[Sequence[str]],
+        fuse_k: int,
+    ) -> list[Retrieved]:
         order = attention.argsort(descending=True, stable=True).tolist()
         if fuse:
             ids = self._index.ids()
