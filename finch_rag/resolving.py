@@ -248,11 +248,10 @@ def resolve_cached(runtime: Runtime, cache: CompressedCache, question: str | Non
             f"the cache holds {keys.dtype} and {runtime.name} is loaded in {runtime.model.dtype}: load the model with "
             "that dtype, or compress the passages again"
         )
-    found, needed = cache.shapes, runtime.rotation.shapes
-    if found and found != needed:
+    shapes, own = cache.shapes, runtime.rotation.shapes
+    if shapes and shapes != own:
         raise InputError(
-            f"the cache has {_in_words(found)}, and {runtime.name} needs {_in_words(needed)}: compress the passages "
-            "again"
+            f"the cache has {_in_words(shapes)}, and {runtime.name} needs {_in_words(own)}: compress the passages again"
         )
     asked = cache.document.question if question is None else question
     prompt = runtime.prompts.build(asked, [])

@@ -103,6 +103,7 @@ def without_last(tensor: torch.Tensor) -> torch.Tensor:
 
 def crafted() -> Iterator[tuple[str, Change]]:
     """Changes of a file whose checksum is made right again afterwards."""
+    value: Any
     for layer in (0, 1):
         for kind in ("keys", "values"):
             name = f"{kind}.{layer}"

@@ -141,6 +141,16 @@ def save(file: Path, name: str, vectors: Any) -> None:
     save_file({name: vectors}, str(file), {"sha256": retrieval._checksum(vectors)})
 
 
+def as_folder(file: Path, good: Any) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def as_pipe(file: Path, good: Any) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 INDEXES: dict[str, Callable[[Path, Any], Any]] = {
     "another name": lambda file, good: save(file, "vectors", good),
     "no checksum": lambda file, good: save_file({"embeddings": good}, str(file)),
@@ -164,8 +174,8 @@ INDEXES: dict[str, Callable[[Path, Any], Any]] = {
     "a huge header": lambda file, good: file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:]),
     "half": lambda file, good: file.write_bytes(file.read_bytes()[:700]),
     "a dtype that numpy lacks": lambda file, good: file.write_bytes(file.read_bytes().replace(b'"F32"', b'"F33"')),
-    "a folder": lambda file, good: [file.unlink(), file.mkdir()],
-    "a pipe": lambda file, good: [file.unlink(), os.mkfifo(file)],
+    "a folder": as_folder,
+    "a pipe": as_pipe,
 }
 
 

@@ -103,6 +103,11 @@ def in_file(change: Callable[[bytes], bytes], name: str = "keys-00000002.safeten
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
+def as_folder(folder: Path) -> None:
+    (folder / "keys-00000002.safetensors").unlink()
+    (folder / "keys-00000002.safetensors").mkdir()
+
+
 def harms() -> Iterator[tuple[str, Harm]]:
     yield "keys with a token less", keys(lambda tensor: tensor[:, 1:])
     yield "keys with a token more", keys(lambda tensor: torch.cat((tensor, tensor[:, :1]), 1))
@@ -136,10 +141,7 @@ def harms() -> Iterator[tuple[str, Harm]]:
     yield "a file that is gone", lambda folder: (folder / "keys-00000002.safetensors").unlink()
     yield (
         "a folder in place of a file",
-        lambda folder: [
-            (folder / "keys-00000002.safetensors").unlink(),
-            (folder / "keys-00000002.safetensors").mkdir(),
-        ],
+        as_folder,
     )
     for column, value in (
         ("tokens", "'many'"),

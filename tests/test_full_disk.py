@@ -31,11 +31,12 @@ from finch_rag.models.fingerprint import fingerprint
 from finch_rag.paths import write_atomically
 from finch_rag.prompts.passages import Passage
 from finch_rag.serve.shelf import Shelf
+from finch_rag.store.index import StoreIndex
 
 from .faulty_files import ERRORS, faulty
 from .small import chat_tokenizer, small_finch, small_model, texts
 from .test_paths import full_after
-from .test_store import HEADS, QUESTION, named, new_finch
+from .test_store import HEADS, QUESTION, named, new_finch, segment_files
 
 
 class Writer(NamedTuple):
@@ -240,6 +241,7 @@ def test_a_disk_that_fails_at_any_change_leaves_the_old_whole(
         if has_old:
             assert writer.read(folder) in (writer.states[0], *([] if writer.keeps else [None])), faults.done
     assert nth > 3
+    assert any(change.startswith("fsync") for change in faults.done) == writer.keeps  # it is on the disk, then in place
     assert writer.read(folder) == writer.states[1]
     assert leftovers(folder) == []
 
@@ -294,6 +296,12 @@ def state_of(store: PassageStore) -> tuple[Any, ...]:
     return sorted(store._index.ids()), found, store.verify()
 
 
+def check_segments(store: PassageStore, folder: Path) -> None:
+    """The files are those that the index knows."""
+    known = [f"keys-{number:08}.safetensors" for number in store._index.segment_numbers()]
+    assert sorted(path.name for path in segment_files(folder)) == known
+
+
 CHANGES: dict[str, Callable[[PassageStore], Any]] = {
     "add": lambda store: store.add(named(9)),
     "remove": lambda store: store.remove([f"p{n}" for n in range(4)]),
@@ -322,6 +330,7 @@ def test_a_store_on_a_disk_that_fails_at_any_change_loses_nothing(
                     assert faults.failed
             failed = faults.failed
             assert leftovers(tmp_path) == []
+            check_segments(store, tmp_path / str(nth))
             if failed and name == "add":
                 assert state_of(store) == before
             ids, found, damaged = state_of(store)
@@ -359,6 +368,7 @@ def test_an_index_that_does_not_fit_on_the_disk_loses_nothing(finch: Finch, tmp_
                 made += 1
                 assert set(before[0]) <= set(state_of(store)[0])
                 assert store.verify() == []
+                check_segments(store, tmp_path)
             else:
                 break
         assert made > 2
@@ -367,6 +377,39 @@ def test_an_index_that_does_not_fit_on_the_disk_loses_nothing(finch: Finch, tmp_
     with finch.open_store(tmp_path, heads=HEADS) as again:
         assert len(again.search(QUESTION, 100)) == 60
         assert again.verify() == []
+
+
+def test_a_segment_that_the_index_cannot_take_is_removed(
+    finch: Finch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise StoreError("the index cannot be written")
+
+    with finch.open_store(tmp_path, heads=HEADS) as store:
+        store.add(named(5))
+        monkeypatch.setattr(StoreIndex, "add_segment", full)
+        with pytest.raises(StoreError, match="the index"):
+            store.add(named(9))
+        check_segments(store, tmp_path)
+        monkeypatch.undo()
+        assert store.add(named(9)).known_tokens > 0
+
+
+def test_a_transaction_that_fails_is_undone_and_the_next_one_works(tmp_path: Path) -> None:
+    index = StoreIndex(tmp_path / "index", {}, writes=True)
+    insert = "INSERT INTO segments (tokens, bytes, checksum) VALUES (1, 1, 'x')"
+
+    def fail() -> None:
+        with index.transaction() as connection:
+            connection.execute(insert)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    with index.transaction() as connection:
+        connection.execute(insert)
+    assert len(index.segments()) == 1
+    index.close()
 
 
 def test_a_new_index_that_does_not_fit_on_the_disk_is_one_line(finch: Finch, tmp_path: Path) -> None:
