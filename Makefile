@@ -84,7 +84,8 @@ soak: setup
 
 # Half an hour of interrupts, kills, forged tokens and questions at once; the table goes where docs/reliability.md points.
 torture: setup
-	$(BIN)/python -m tests.torture --minutes 30 --output docs/results/torture.md
+	$(BIN)/python -m tests.torture --minutes 20 --output docs/results/torture.md
+	FINCH_FUZZ_SECONDS=240 $(BIN)/pytest tests/test_cache_states.py tests/test_store_states.py
 
 # kvpress needs transformers below 5.3, so the peers live in an environment of their own.
 .venv-peers/.installed: finch_rag/bench/peers-requirements.txt
