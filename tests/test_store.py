@@ -620,6 +620,26 @@ def test_an_id_that_gets_another_known_text_is_searched_as_in_a_new_store(finch:
         assert shares(store) != before
 
 
+def test_an_interrupt_right_behind_a_commit_leaves_what_was_committed(
+    finch: Finch, store: PassageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add(named(4))
+    store.search(QUESTION)  # which remembers what it looked at
+    add_segment = StoreIndex.add_segment
+
+    def interrupted(self: StoreIndex, *arguments: Any) -> None:
+        add_segment(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StoreIndex, "add_segment", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.add(named(8))
+    monkeypatch.undo()
+    assert store.verify() == []
+    assert shares(store).keys() == {f"p{number}" for number in range(8)}
+    assert store.add(named(9)).read_tokens < store.info().tokens
+
+
 def test_metadata_that_holds_itself_is_refused(store: PassageStore) -> None:
     circle: dict[str, Any] = {}
     circle["circle"] = circle

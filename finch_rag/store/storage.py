@@ -134,13 +134,24 @@ class Storage:
         Raises:
             StoreError: If they cannot be written; then nothing has changed.
         """
-        if self.index.add_passages(passages):
-            self._blocks = None
+        before = self.change()
+        if not self.index.add_passages(passages):
+            self._blocks = before
 
     def drop_unnamed(self) -> None:
         """Removes readings that no passage has, so that no search meets them."""
-        if self.index.drop_unnamed():
-            self._blocks = None
+        before = self.change()
+        if not self.index.drop_unnamed():
+            self._blocks = before
+
+    def change(self) -> Blocks | None:
+        """Called before a change, which may be interrupted right behind its commit: the next search looks anew.
+
+        Returns:
+            What searches have looked at.
+        """
+        before, self._blocks = self._blocks, None
+        return before
 
     def _keep(
         self,
@@ -158,12 +169,12 @@ class Storage:
         readings = [
             Reading(key, number, start, length) for key, start, length in zip(hashes, starts, lengths, strict=False)
         ]
+        self.change()
         try:
             self.index.add_segment(Segment(number, starts[-1], keys.nbytes, checksum), readings, passages)
-        except BaseException:
+        except StoreError:  # after Ctrl-C it may be committed; else the next writer drops the file
             self._segments.delete(number)
             raise
-        self._blocks = None
         self._forget(replaced)
 
     def _forget(self, numbers: Sequence[int]) -> None:
@@ -189,12 +200,13 @@ class Storage:
                 gone.append(key)
                 over -= tokens
         if gone:
+            self.change()
             self.index.remove_readings(gone)
             self.compact()
 
     def compact(self) -> None:
         """Writes segments anew of which less than half is left; drops those of which nothing is."""
-        self._blocks = None  # first, as what follows may fail on its way
+        self.change()
         left: dict[int, list[Reading]] = {}
         for reading in self.index.readings():
             left.setdefault(reading.segment, []).append(reading)
@@ -212,6 +224,7 @@ class Storage:
     def clear(self) -> None:
         """Removes all passages."""
         self.check_writes()
+        self.change()
         self.index.remove_passages(self.index.ids())
         self.compact()
 
@@ -300,10 +313,10 @@ class Storage:
         damaged = self.index.damaged(bad)
         if repair and (self.writes or bad or damaged):
             self.check_writes()
+            self.change()
             self.index.remove_damaged(damaged, bad)
             for number in bad:
                 self._segments.delete(number)
-            self._blocks = None
         return list(damaged.values())
 
     def _usual_layout(self) -> tuple[int, int] | None:

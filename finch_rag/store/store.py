@@ -250,6 +250,7 @@ class PassageStore(Uncopied):
                 raise InputError(
                     f"{len(unknown)} of {len(wanted)} ids are not in the store: {shown}; nothing was removed"
                 )
+            self._storage.change()
             self._index.remove_passages(wanted)
             self._storage.compact()
 

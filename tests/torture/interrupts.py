@@ -7,10 +7,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from finch_rag.errors import FinchError
 from finch_rag.models.cache import CompressedCache
 from finch_rag.prompts.passages import Passage
 
@@ -63,7 +64,8 @@ def works(folder: Path) -> dict[str, Callable[[], object]]:
     def added() -> object:
         store.add([*known, *new])
         store.remove(sorted({str(own.id) for own in new}))
-        return [(passage.id, passage.text) for passage in store.passages()], store.verify()
+        found = {own.passage_id: round(own.share, 3) for own in store.search(QUESTIONS[0], top_k=100)}
+        return [(passage.id, passage.text) for passage in store.passages()], store.verify(), found
 
     def saved() -> object:
         finch.compress(QUESTIONS[0], texts(8)).save(file)
@@ -100,7 +102,7 @@ def attack(folder: Path, count: int, seed: int = 0) -> Tally:
         seconds = time.perf_counter() - started
         for _ in range(count):
             moment = drawn.uniform(1e-6, seconds)
-            with interrupted(moment):
+            with interrupted(moment), suppress(FinchError):  # which the next time shows, too
                 work()
             again: list[object] = []
             thread = threading.Thread(target=lambda work=work, again=again: again.append(_result(work)), daemon=True)
