@@ -68,7 +68,8 @@ def main() -> int:
         "",
         _HEAD,
     ]
-    say("\n".join(lines))
+    for line in lines:
+        say(line)
     bad = 0
     for share, attack in ATTACKS:
         started = time.monotonic()
