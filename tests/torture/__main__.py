@@ -66,7 +66,7 @@ def main() -> int:
     lines = [
         f"`python -m tests.torture --minutes {arguments.minutes:g}`, {datetime.now(UTC):%Y-%m-%d}, {host}:",
         "",
-        _HEAD,
+        *_HEAD.splitlines(),
     ]
     for line in lines:
         say(line)
